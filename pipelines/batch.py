@@ -1,0 +1,48 @@
+"""Batch, and the contract every loader keeps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pipelines.views import ViewParams
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's batch: crops as they were decoded, and what augmentation still has to do to them."""
+
+    images: Tensor
+    """uint8 [B, S, S, 3], RGB, cropped and resized, not yet flipped; on the loader's device."""
+    labels: Tensor
+    """int64 [B], on the loader's device."""
+    valid: Tensor
+    """bool [B], on the loader's device; False where evaluation padded the last batch."""
+    params: ViewParams
+    """What was drawn for each row, on the host."""
+
+
+class Loader(Protocol):
+    """Batches as a pure function of (seed, epoch, rank, world, step).
+
+    Every loader gives each index once an epoch (or repeated as asked), disjoint shards to ranks, the same batch at
+    the same (epoch, step) however it was started, and leaves no thread or file behind when an iteration is broken off.
+    """
+
+    name: str
+    """The name under which `pipelines.loaders.opening` opened it."""
+    steps_per_epoch: int
+    """Batches in one epoch."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of `epoch` from `start_step` on. A yielded batch stays valid while its caller holds it.
+
+        Raises:
+            Failure: a sample's bytes are damaged; the message names it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory. May be called twice."""
+        ...

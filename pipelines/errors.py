@@ -1,0 +1,25 @@
+"""The errors deitfast raises on purpose: what was expected, what was found, what to do."""
+
+
+class Failure(Exception):
+    """Something outside the user's command went wrong (damaged file, full disk). The CLI exits with `exit_code`.
+
+    Args:
+        problem: one line saying what is wrong, naming the file, field or value.
+        expected: what would have been right, where the problem line does not say it.
+        found: what was there instead.
+        remedy: what the user can do now.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
+        self.problem, self.expected, self.found, self.remedy = problem, expected, found, remedy
+        details = (("expected", expected), ("found", found), ("do", remedy))
+        super().__init__("\n".join([problem, *(f"  {name}: {text}" for name, text in details if text)]))
+
+
+class Mistake(Failure):
+    """The user asked for something that cannot be (missing folder, unknown key, wrong teacher)."""
+
+    exit_code = 2

@@ -1,0 +1,141 @@
+"""What a dataset is and what is asked of a pipeline, as frozen data. No torch here."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Every spec refuses unknown keys by name; the text under a field is its documentation."""
+
+Probability = float
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def digest(spec: Any) -> str:
+    """Return a 16-hex-digit blake2b digest of a spec's canonical JSON: equal values, equal digest."""
+    text = json.dumps(asdict(spec), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, config=STRICT)
+class SplitSpec:
+    """One split of a dataset on disk."""
+
+    file: str
+    """Name of the .beton file inside the dataset's folder."""
+    samples: int
+    """Number of images."""
+    counts: tuple[int, ...]
+    """Images of each class, in class order."""
+    size: int
+    """Size of the file in bytes."""
+    index_crc32: int
+    """CRC32 of everything in the file that is not image data: header, fields, metadata, allocation table."""
+    fingerprint: str
+    """blake2b over (label, height, width, mode, crc32) of every sample in order: names the content."""
+    converted: dict[str, int] = Field(default_factory=dict)
+    """What was done to how many images: passed through, stored raw, grey, CMYK, ... and skipped."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DatasetSpec:
+    """What `dataset.json` holds: the identity of a converted dataset."""
+
+    format: int
+    """Version of this file's layout."""
+    name: str
+    """Kind of source: imagenet, cifar10, cifar100, folder, demo."""
+    classes: tuple[str, ...]
+    """Class names, sorted as their labels are numbered."""
+    splits: dict[str, SplitSpec]
+    """train, and val where the source has one."""
+    codec: dict[str, int]
+    """max_side (0: untouched) and quality of re-encoding."""
+    source: str
+    """Where the images came from, for people."""
+    fingerprint: str
+    """Digest of class names and of every split's fingerprint: equal for equal content in equal order."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AugmentSpec:
+    """One training image's way, as DeiT has it. Every default is the paper's."""
+
+    size: int = Field(default=224, ge=8, le=4096)
+    """Side of the model's square input in pixels."""
+    crop: Literal["resized", "padded"] = "resized"
+    """resized: random resized crop; padded: random crop of the zero-padded image (DeiT's rule at 32 px or less)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random resized crop as a share of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a random resized crop, drawn log-uniformly."""
+    padding: int = Field(default=4, ge=0)
+    """Black pixels around the image for crop = padded."""
+    flip: Probability = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    policy: Literal["randaugment", "none"] = "randaugment"
+    """Operations after the flip: timm's rand-m9-mstd0.5-inc1, or none."""
+    magnitude: float = Field(default=9.0, ge=0, le=10)
+    """RandAugment's mean magnitude."""
+    magnitude_std: float = Field(default=0.5, ge=0)
+    """Standard deviation of the magnitude."""
+    operation_probability: Probability = Field(default=0.5, ge=0, le=1)
+    """Probability that each of the two drawn operations is applied."""
+    erasing: Probability = Field(default=0.25, ge=0, le=1)
+    """Probability of random erasing."""
+    erasing_area: tuple[float, float] = (0.02, 1 / 3)
+    """Area of the erased box as a share of the input's."""
+    erasing_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    """Height over width of the erased box, drawn log-uniformly."""
+    mixup: float = Field(default=0.8, ge=0)
+    """MixUp's Beta parameter; 0 switches MixUp off."""
+    cutmix: float = Field(default=1.0, ge=0)
+    """CutMix's Beta parameter; 0 switches CutMix off."""
+    mix_probability: Probability = Field(default=1.0, ge=0, le=1)
+    """Probability that a group is mixed at all."""
+    mix_switch: Probability = Field(default=0.5, ge=0, le=1)
+    """Probability of CutMix where both are on."""
+    mix_group: int = Field(default=64, ge=2, multiple_of=2)
+    """Views that share one mode, lambda and box and find their partners among each other (DeiT's batch per GPU)."""
+    repeats: int = Field(default=3, ge=1, le=16)
+    """Views of an image in one epoch (repeated augmentation); an epoch then visits 1/repeats of the images."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of the normalisation, in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of the normalisation, in [0, 1]."""
+    eval_crop: float = Field(default=0.875, gt=0, le=1)
+    """Evaluation resizes the short side to int(size / eval_crop) and takes the centre; unused with crop = padded."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Key of every augmentation draw; apart from the seed of the initialisation."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> "AugmentSpec":
+        for name in ("scale", "ratio", "erasing_area", "erasing_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two positive numbers in rising order, found {low}, {high}")
+        if self.scale[1] > 1 or self.erasing_area[1] > 1:
+            raise ValueError("scale and erasing_area are shares of the image's area and end at 1")
+        return self
+
+
+LoaderName = Literal["auto", "resident", "cpu", "ffcv", "reference"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoaderSpec:
+    """How batches are made; never what is in them."""
+
+    name: LoaderName = "auto"
+    """auto: resident for small images that fit in memory, else cpu, else reference."""
+    workers: int = Field(default=0, ge=0, le=1024)
+    """Decoding threads; 0: as many as this process may use cores."""
+    prefetch: int = Field(default=2, ge=1, le=64)
+    """Batches made ahead of the step."""
+    check: bool = True
+    """Compare each image's CRC32 before it is decoded."""
