@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class ModelSpec:
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 at the first (transformers only)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after the position embedding, the attention's projection and both layers of the MLP (transformers only)."""
+    """Dropout after the positions, the attention's projection and both layers of the MLP (transformers only)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,3 +162,132 @@ class Recipe:
     def digest(self) -> str:
         """16 hex digits that name every value of the recipe."""
         return digest(self)
+
+
+_ADAPTER = TypeAdapter(Recipe)
+_BUILT_IN = resources.files("deitfast") / "recipes"
+
+
+def names() -> list[str]:
+    """Return the names of the recipes that come with deitfast."""
+    return sorted(path.name.removesuffix(".toml") for path in _BUILT_IN.iterdir() if path.name.endswith(".toml"))
+
+
+def head(name: str) -> str:
+    """Return the comment at the head of a built-in recipe: its command, duration and expected accuracy."""
+    lines = (_BUILT_IN / f"{name}.toml").read_text().splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def load(name: str) -> Recipe:
+    """Return the recipe of that name, or the one in the TOML file of that path.
+
+    Raises:
+        Mistake: no such recipe or file, unreadable TOML, an unknown key or a bad value (all of them named).
+    """
+    if name in names():
+        text, origin = (_BUILT_IN / f"{name}.toml").read_text(), f"recipe {name}"
+    elif (path := Path(name)).is_file():
+        text, origin = path.read_text(), f"recipe {path}"
+    else:
+        raise Mistake(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
+    try:
+        return build(tomllib.loads(text), origin)
+    except tomllib.TOMLDecodeError as error:
+        raise Mistake(f"{origin} is not TOML", found=str(error)) from None
+
+
+def build(tree: dict[str, Any], origin: str) -> Recipe:
+    """Return the recipe of a tree of plain values; `origin` names it in errors.
+
+    Raises:
+        Mistake: an unknown key or a bad value, each with its full name.
+    """
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise Mistake(f"{origin} does not hold together:\n" + "\n".join(map(_explain, error.errors()))) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
+        return f"  {key}: unknown key{_did_you_mean(key)}"
+    found = f", found {error['input']!r}" if key and error["type"] != "value_error" else ""
+    return f"  {key or 'recipe'}: {error['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _did_you_mean(key: str) -> str:
+    close = get_close_matches(key, flatten(Recipe()), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def override(recipe: Recipe, settings: list[str]) -> Recipe:
+    """Return the recipe with `settings` of the form `a.b=value` in place; values are TOML, or else plain text.
+
+    Raises:
+        Mistake: no `=` in a setting, an unknown key, a bad value, or fields that do not fit each other.
+    """
+    tree = asdict(recipe)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        path = key.strip().split(".")
+        if not equals:
+            raise Mistake(f"--set {setting} has no value", expected="--set section.field=value")
+        branch = tree
+        for part in path[:-1]:
+            branch = branch.get(part)
+            if not isinstance(branch, dict):
+                raise Mistake(f"--set {setting}: unknown key {key}{_did_you_mean(key)}")
+        if isinstance(branch.get(path[-1]), dict):
+            raise Mistake(f"--set {setting}: {key} is a section", expected=f"one of its fields, as {key}.field=value")
+        branch[path[-1]] = _value(value.strip())
+    return build(tree, f"--set {' --set '.join(settings)}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the whole recipe as TOML; `load` reads it back to an equal recipe."""
+    return tomli_w.dumps(asdict(recipe))
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Return every field of the recipe under its full name: {"augment.size": 224, ...}."""
+    flat: dict[str, Any] = {}
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if is_dataclass(value):
+            flat |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in fields(value)}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two recipes differ, with both values."""
+    left, right = flatten(one), flatten(other)
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def choose(arch: Arch, dataset: str, side: int) -> Recipe:
+    """Return the built-in recipe for a network on a data set, with that `arch`.
+
+    The one of exactly that name; else that of the same family (transformer or CNN) for the same kind of data: the
+    demo set, images of at most 64 pixels (CIFAR's recipe), or larger ones (ImageNet's).
+
+    Args:
+        arch: the network.
+        dataset: `DatasetSpec.name`.
+        side: median of the shorter sides of the images, in pixels.
+    """
+    exact = f"{arch}_{dataset}"
+    kind = "demo" if dataset == "demo" else "cifar10" if side <= 64 else "imagenet"
+    family = "deit_ti" if arch.startswith(("deit_", "vit_")) else "resnet18"
+    recipe = load(exact if exact in names() else f"{family}_{kind}")
+    return override(recipe, [f"model.arch={arch}"])

@@ -1,0 +1,148 @@
+"""A run's folder: the recipe as run, where it ran, what it measured."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deitfast import __version__
+from deitfast import recipe as recipes
+from deitfast.recipe import Recipe
+from pipelines.errors import Failure, Mistake
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run was made of besides its recipe (`run.json`)."""
+
+    data: str
+    """Folder of the data set, as an absolute path."""
+    dataset: str
+    """Kind of the data set."""
+    fingerprint: str
+    """Fingerprint of the data set."""
+    classes: tuple[str, ...]
+    """Class names in label order: what the heads' outputs mean."""
+    teacher: str
+    """Folder of the teacher's run, or empty."""
+    command: tuple[str, ...]
+    """The command line."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that --resume continues from, and that evaluation and teachers read."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        """Every message of the run."""
+        return self.path / "log.txt"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "recipe.toml").is_file()
+
+    def create(self, recipe: Recipe, info: RunInfo) -> None:
+        """Write the recipe, the run's data and teacher, and the environment."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "run.json", json.dumps(asdict(info), indent=1))
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1))
+        write_atomically(self.path / "recipe.toml", recipes.dump(recipe))
+
+    def recipe(self) -> Recipe:
+        """Return the recipe as run.
+
+        Raises:
+            Mistake: there is no run in this folder.
+        """
+        if not self.exists():
+            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote")
+        return recipes.load(str(self.path / "recipe.toml"))
+
+    def info(self) -> RunInfo:
+        """Return what the run was made of."""
+        try:
+            tree = json.loads((self.path / "run.json").read_text())
+            return RunInfo(**{**tree, "classes": tuple(tree["classes"]), "command": tuple(tree["command"])})
+        except FileNotFoundError:
+            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failure(f"{self.path / 'run.json'} is damaged", found=str(error)) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl, a dict an epoch, leaving out lines cut short by a crash."""
+        file, rows = self.path / "metrics.jsonl", []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
+        rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it.
+
+    Raises:
+        Failure: the disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Failure(f"cannot write {path}", found=str(error), remedy="free some space, or check the rights") from error
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the versions that a run's figures depend on."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "nvidia-nvimgcodec-cu13", "ffcv", "pydantic")
+    return {
+        "deitfast": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "libraries": {name: _version(name) for name in libraries},
+        "executable": sys.executable,
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
