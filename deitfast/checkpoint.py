@@ -66,11 +66,10 @@ def restore_model(model: nn.Module, state: dict[str, Any], path: Path, *, ema: b
     Raises:
         Mistake: it has no averaged weights, or was written by another model.
     """
-    weights = state["ema"] if ema else state["model"]
-    if weights is None:
+    if ema and state["ema"] is None:
         raise Mistake(f"checkpoint {path} has no averaged weights", remedy="train with train.ema above 0")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["ema"]["model"] if ema else state["model"])
     except (RuntimeError, KeyError) as error:
         found = str(error).splitlines()[-1].strip()
         raise Mistake(f"checkpoint {path} belongs to another model", found=found) from None

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -145,6 +145,10 @@ class Recipe:
                 f"train.batch {self.train.batch} is no multiple of augment.mix_group {self.augment.mix_group}; "
                 f"set augment.mix_group to an even divisor of the batch of one rank"
             )
+        if self.train.batch % self.train.accumulate:
+            raise ValueError(
+                f"train.batch {self.train.batch} is no multiple of train.accumulate {self.train.accumulate}"
+            )
         if self.distill.mode != "none" and not transformer:
             raise ValueError(f"distill.mode {self.distill.mode} needs a deit_* or vit_* model, found {self.model.arch}")
         if self.distill.mode != "none" and self.distill.head == "distillation" and self.model.arch.startswith("vit_"):
@@ -273,6 +277,17 @@ def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which two recipes differ, with both values."""
     left, right = flatten(one), flatten(other)
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def known_arch(name: str) -> Arch:
+    """Return `name` if a network is called so.
+
+    Raises:
+        Mistake: none is.
+    """
+    if name not in get_args(Arch):
+        raise Mistake(f"there is no network called {name}", expected=f"one of: {', '.join(get_args(Arch))}")
+    return cast(Arch, name)
 
 
 def choose(arch: Arch, dataset: str, side: int) -> Recipe:

@@ -27,8 +27,6 @@ class RunInfo:
     """Fingerprint of the data set."""
     classes: tuple[str, ...]
     """Class names in label order: what the heads' outputs mean."""
-    teacher: str
-    """Folder of the teacher's run, or empty."""
     command: tuple[str, ...]
     """The command line."""
 
@@ -90,6 +88,11 @@ class RunFolder:
                 continue
         return rows
 
+    def finished(self) -> bool:
+        """Whether the run's last epoch is in metrics.jsonl."""
+        rows = self.metrics()
+        return bool(rows) and rows[-1]["epoch"] >= self.recipe().train.epochs
+
     def append(self, row: dict[str, Any]) -> None:
         """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
@@ -111,7 +114,9 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}", found=str(error), remedy="free some space, or check the rights") from error
+        raise Failure(
+            f"cannot write {path}", found=str(error), remedy="free some space, or check the rights"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,241 @@
+"""The command line. Heavy imports stay inside the commands, so that --help comes at once."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deitfast import __version__
+from pipelines.errors import Failure, Mistake
+
+log = logging.getLogger("deitfast")
+app = typer.Typer(
+    name="deitfast",
+    help="Train DeiT from a data pipeline that keeps up with the GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
+KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo")
+
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Converted data set. Default: $DEITFAST_DATA, else the demo set.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; again for more.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+) -> None:
+    """Train DeiT from a data pipeline that keeps up with the GPU."""
+    if version:
+        out.print(f"deitfast {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    kind: Annotated[str, typer.Argument(help=f"What SOURCE is: {', '.join(KINDS)}.")],
+    source: Annotated[
+        Path | None, typer.Argument(help="Archive or folder. imagenet: Default: $IMAGENET_DIR, else ./imagenet.")
+    ] = None,
+    output: Annotated[Path | None, typer.Argument(help="Folder of the data set. Default: data/KIND.")] = None,
+    max_side: Annotated[
+        int, typer.Option(min=0, help="Shrink images whose longer side is longer; 0: leave JPEGs as they are.")
+    ] = 0,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that is smaller.")
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Make a validation split of this share, where the source has none.")
+    ] = 0.0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out damaged files and list them, instead of stopping.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+) -> None:
+    """Convert a data set to the one file that every loader reads. Goes on where it was interrupted."""
+    from deitfast.datasets import convert_dataset, describe_dataset
+
+    if kind not in KINDS:
+        raise Mistake(f"there is no kind of data set called {kind}", expected=", ".join(KINDS))
+    if kind == "demo" and output is None:
+        source, output = None, source
+    spec, folder = convert_dataset(
+        kind, source, output, max_side=max_side, quality=quality, val_fraction=val_fraction, skip_bad=skip_bad,
+        workers=workers, display=_display(),
+    )  # fmt: skip
+    out.print(describe_dataset(spec, folder))
+
+
+@app.command()
+def info(folder: Annotated[Path, typer.Argument(help="A converted data set, or a run.")]) -> None:
+    """Say what is in a data set or a run."""
+    from deitfast.datasets import describe_dataset
+    from deitfast.runlog import RunFolder
+    from deitfast.tables import describe_run
+    from pipelines.storage.dataset import read_spec
+
+    run = RunFolder(folder)
+    out.print(describe_run(run) if run.exists() else describe_dataset(read_spec(folder), folder))
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A converted data set.")]) -> None:
+    """Read and decode every image of a data set and compare it with what was converted."""
+    from deitfast.datasets import verify_dataset
+
+    if not verify_dataset(folder, _display()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    data: Data = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="deit_* or vit_* with ti, s, b; resnet18, resnet50; regnet_y_* with 4gf, 8gf, 16gf. Default: deit_ti."
+        ),
+    ] = None,
+    distill: Annotated[str | None, typer.Option(help="none, soft or hard. Default: the recipe's.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's run.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A built-in recipe or a TOML file. Default: what suits network and data.")
+    ] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: a new one in runs/.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the run. Default: the recipe's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
+    ] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a network; several GPUs or nodes with `torchrun ... -m deitfast train`."""
+    from deitfast.commands import run_training
+    from deitfast.plan import TrainOptions
+
+    options = TrainOptions(
+        data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv)
+    )
+    run_training(options, device, _display(), out)
+
+
+@app.command("eval")
+def eval_(
+    run: Annotated[Path, typer.Argument(help="The run whose network to evaluate.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,
+    loader: Annotated[str, typer.Option(help="auto, resident, cpu, ffcv or reference.")] = "auto",
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the metrics and confusion matrices here.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Evaluate a trained network: every head's top-1, top-5, precision, recall, F1, AUC and confusion matrix."""
+    from deitfast.commands import run_evaluation
+
+    run_evaluation(
+        run, data, split=split, ema=ema, loader=loader, json_file=json_, device=device, display=_display(), out=out
+    )
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, every field of it.")] = None) -> None:
+    """List the built-in recipes, or show one as TOML."""
+    from deitfast import recipe
+
+    if name:
+        out.print(recipe.dump(recipe.load(name)), markup=False, highlight=False)
+        return
+    for each in recipe.names():
+        out.print(f"[bold]{each}[/bold]")
+        out.print(recipe.head(each), markup=False, highlight=False, style="dim")
+
+
+@app.command()
+def bench(
+    data: Data = None,
+    arch: Annotated[str, typer.Option(help="Network of the step.")] = "deit_ti",
+    batch: Annotated[int | None, typer.Option(help="Images in a batch. Default: the recipe's.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Least time of one measurement; each is made five times.")
+    ] = 2.0,
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Measure loader and step, each alone and both together, in images/s."""
+    from deitfast.commands import run_bench
+
+    run_bench(data, arch, batch, seconds, tuple(settings or ()), device, _display(), out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and which loaders and devices will work."""
+    from deitfast.doctor import examine
+
+    out.print(examine())
+
+
+def _display() -> Any:
+    from deitfast.display import Display, start_logging
+
+    quiet = os.environ.get("RANK", "0") != "0"
+    start_logging(err, quiet=quiet)
+    return Display(err, quiet=quiet)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    sys.exit(_run(arguments) if debug else _run_quietly(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    return int(app(arguments, standalone_mode=False) or 0)
+
+
+def _run_quietly(arguments: list[str]) -> int:
+    """Run without tracebacks: every error becomes a short message and an exit code."""
+    try:
+        return _run(arguments)
+    except Failure as error:
+        err.print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        err.print("interrupted")
+        return 130
+    except ClickException as error:  # pyright: ignore[reportGeneralTypeIssues]
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
+        return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit stays quiet
+        return 1
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        err.print(f"[red]error:[/red] {_escaped(message)}", highlight=False, soft_wrap=True)
+        err.print("  this should not happen; --debug shows where it did", highlight=False)
+        return 1
+
+
+def _escaped(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))

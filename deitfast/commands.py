@@ -1,0 +1,113 @@
+"""What the commands train, eval and bench do once their options are read."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deitfast import recipe as recipes
+from deitfast.bench import bench_table, measure
+from deitfast.data import open_split, typical_side
+from deitfast.datasets import convert_dataset
+from deitfast.display import Display
+from deitfast.evaluate import evaluate, final_head
+from deitfast.plan import DEMO_DATA, TrainOptions, data_folder, demo_teacher, plan_training, uses_demo_teacher
+from deitfast.runlog import RunFolder, write_atomically
+from deitfast.runtime import start
+from deitfast.tables import CONFUSION_CLASSES, confusion_table, describe_run, metrics_table
+from deitfast.teacher import require_classes
+from deitfast.train import train
+from deitfast.trained import load_run
+from pipelines.storage.dataset import Dataset
+
+
+def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
+    """Plan and train; make the demo set and its teacher first where they are wanted and missing."""
+    data = _ready_data(options.data, display)
+    job = plan_training(options, data)
+    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher()):
+        with start(lesson.recipe.train, device) as runtime:
+            train(lesson, runtime, display)
+    with start(job.recipe.train, device) as runtime:
+        train(job, runtime, display)
+        if runtime.main:
+            out.print(describe_run(RunFolder(job.out)))
+
+
+def run_evaluation(
+    run: Path,
+    data: Path | None,
+    *,
+    split: str,
+    ema: bool,
+    loader: str,
+    json_file: Path | None,
+    device: str,
+    display: Display,
+    out: Console,
+) -> None:
+    """Evaluate a run's network and print its metrics; write them to `json_file` as well."""
+    folder = RunFolder(run)
+    recipe = recipes.override(folder.recipe(), [f"loader.name={loader}"])
+    with start(recipe.train, device) as runtime:
+        trained = load_run(run, runtime.device, ema=ema)
+        with closing(Dataset.open(data or Path(trained.info.data))) as dataset:
+            classes = dataset.spec.classes
+            require_classes(f"run {run}", trained.info.classes, classes)
+            batches = open_split(dataset, split, recipe, runtime)
+            with closing(batches), display.bar(f"evaluating {split}", batches.steps_per_epoch) as bar:
+                heads = evaluate(
+                    trained.model,
+                    batches,
+                    recipe.augment,
+                    runtime.device,
+                    runtime.amp,
+                    len(classes),
+                    lambda done, _: bar.reach(done),
+                )
+        if not runtime.main:
+            return
+    weights = "averaged weights" if ema else "weights"
+    title = (
+        f"{run}, {weights} of epoch {trained.epoch}, on {data or trained.info.data}, {split} ({batches.name} loader)"
+    )
+    out.print(metrics_table(title, {head: metrics.summary() for head, metrics in heads.items()}))
+    if len(classes) <= CONFUSION_CLASSES:
+        out.print(confusion_table(heads[final_head(heads)], classes))
+    if json_file:
+        tree: dict[str, Any] = {
+            head: {**metrics.summary(), "confusion": metrics.confusion.tolist()} for head, metrics in heads.items()
+        }
+        write_atomically(json_file, json.dumps({"run": str(run), "split": split, "classes": classes, "heads": tree}))
+
+
+def run_bench(
+    data: Path | None,
+    arch: str,
+    batch: int | None,
+    seconds: float,
+    settings: tuple[str, ...],
+    device: str,
+    display: Display,
+    out: Console,
+) -> None:
+    """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
+    folder = _ready_data(data, display)
+    with closing(Dataset.open(folder)) as dataset:
+        recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
+        given = [f"train.batch={batch}"] if batch else []
+        recipe = recipes.override(recipe, [*given, *settings])
+        with start(recipe.train, device) as runtime:
+            measured = measure(dataset, recipe, runtime, seconds, display)
+            if runtime.main:
+                out.print(bench_table(measured, recipe, folder, runtime))
+
+
+def _ready_data(data: Path | None, display: Display) -> Path:
+    """Return the data set to use; the demo set is drawn if it is not there yet."""
+    folder = data_folder(data)
+    if folder == DEMO_DATA and not (folder / "dataset.json").exists():
+        convert_dataset("demo", None, folder, display=display)
+    return folder

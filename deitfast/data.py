@@ -1,0 +1,57 @@
+"""A recipe's view of a data set: its training and validation loaders."""
+
+import torch
+
+from deitfast.recipe import Recipe
+from deitfast.runtime import Runtime
+from pipelines.batch import Loader
+from pipelines.errors import Mistake
+from pipelines.loaders.opening import open_loader
+from pipelines.sampler import EvalSampler, TrainSampler, group_size, stratified_subset
+from pipelines.storage.dataset import Dataset
+
+LARGEST_EVALUATION_BATCH = 1024
+"""Images of a rank's batch in evaluation, at most: larger ones only take memory."""
+
+
+def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
+    """Return this rank's loader of the training split.
+
+    Raises:
+        Mistake: the batch does not divide among the ranks, or the split is too small for it.
+    """
+    reader, batch = dataset.split("train"), recipe.train.batch
+    if batch % (runtime.world * recipe.train.accumulate):
+        raise Mistake(
+            f"train.batch {batch} does not divide among {runtime.world} processes x "
+            f"train.accumulate {recipe.train.accumulate}"
+        )
+    subset = None
+    if recipe.train.fraction < 1:
+        subset = stratified_subset(reader.labels, recipe.train.fraction, recipe.augment.seed)
+    sampler = TrainSampler(
+        reader.num_samples,
+        batch,
+        recipe.augment.seed,
+        repeats=recipe.augment.repeats,
+        group=group_size(recipe.augment, batch // runtime.world),
+        rank=runtime.rank,
+        world=runtime.world,
+        subset=subset,
+    )
+    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=True, device=runtime.device)
+
+
+def open_split(dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime) -> Loader:
+    """Return this rank's evaluation loader of a split: every image once over all ranks, the rest masked."""
+    reader = dataset.split(split)
+    batch = max(1, min(recipe.train.batch // runtime.world, LARGEST_EVALUATION_BATCH))
+    sampler = EvalSampler(reader.num_samples, batch, rank=runtime.rank, world=runtime.world)
+    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=False, device=runtime.device)
+
+
+def typical_side(dataset: Dataset) -> int:
+    """Return the median of the training images' shorter sides, in pixels."""
+    reader = dataset.split("train")
+    shorter = torch.minimum(torch.as_tensor(reader.heights), torch.as_tensor(reader.widths))
+    return int(shorter.median())

@@ -1,0 +1,137 @@
+"""The data set commands: convert, info, verify."""
+
+import logging
+import os
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from deitfast.display import Bar, Display
+from pipelines.errors import Mistake
+from pipelines.spec import DatasetSpec
+from pipelines.storage.convert import convert
+from pipelines.storage.sources import open_source
+from pipelines.storage.verify import verify
+
+log = logging.getLogger("deitfast")
+SHOWN_DAMAGES = 20
+"""Damaged samples that `verify` names one by one."""
+
+
+def convert_dataset(
+    kind: str,
+    source: Path | None,
+    output: Path | None,
+    *,
+    max_side: int = 0,
+    quality: int | None = None,
+    val_fraction: float = 0.0,
+    skip_bad: bool = False,
+    workers: int = 0,
+    display: Display,
+) -> tuple[DatasetSpec, Path]:
+    """Convert and return what was written, and where.
+
+    Raises:
+        Mistake: the source is missing or not what `kind` says; damaged files without `skip_bad`; another data set is
+            in `output`.
+        Failure: the disk is full, or the source cannot be read.
+    """
+    source = source or _default_source(kind)
+    output = output or Path("data") / kind
+    bars = _Bars(display)
+    with (
+        bars,
+        closing(open_source(kind, source, val_fraction=val_fraction, scratch=output, progress=bars.listing)) as opened,
+    ):
+        for note in opened.notes:
+            log.info("%s", note)
+        spec = convert(
+            opened,
+            output,
+            max_side=max_side,
+            quality=quality,
+            workers=workers,
+            skip_bad=skip_bad,
+            progress=bars.images,
+        )
+    return spec, output
+
+
+def _default_source(kind: str) -> Path | None:
+    """Return where a source is looked for when none is named.
+
+    Raises:
+        Mistake: there is nothing, or no such rule for this kind.
+    """
+    if kind == "demo":
+        return None
+    if kind != "imagenet":
+        raise Mistake(f"convert {kind} needs a source", expected=f"deitfast convert {kind} ARCHIVE_OR_FOLDER [OUTPUT]")
+    named = os.environ.get("IMAGENET_DIR")
+    path = Path(named or "imagenet")
+    if not path.exists():
+        raise Mistake(
+            "there is no ImageNet to convert",
+            expected="a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or with train/ and val/",
+            found=f"no {path}" + (" ($IMAGENET_DIR)" if named else ", and $IMAGENET_DIR is not set"),
+            remedy="deitfast convert imagenet FOLDER, or set IMAGENET_DIR",
+        )
+    return path
+
+
+class _Bars(ExitStack):
+    """One bar at a time: a new one whenever the work has a new name."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display, self._name = display, ""
+        self._bar: Bar | None = None
+
+    def listing(self, what: str, done: int, total: int) -> None:
+        """Show how far opening the source is."""
+        self._named(what, total).reach(done, total=total)
+
+    def images(self, stage: str, done: int, total: int, size: int) -> None:
+        """Show how many of a split's images are done, and how fast."""
+        bar = self._named(stage, total)
+        bar.reach(done, f"{bar.rate(done):,.0f} images/s, {size / 1e6:,.0f} MB")
+
+    def _named(self, name: str, total: int) -> Bar:
+        if self._bar is None or name != self._name:
+            self.close()
+            self._name, self._bar = name, self.enter_context(self._display.bar(name, total))
+        return self._bar
+
+
+def describe_dataset(spec: DatasetSpec, folder: Path) -> RenderableType:
+    """Return what `deitfast info` shows of a data set."""
+    table = Table(title=f"{folder}: {spec.name}, {len(spec.classes):,} classes", title_justify="left")
+    table.add_column("split")
+    for column in ("images", "of a class", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("how they were stored")
+    for name, split in spec.splits.items():
+        low, high = min(split.counts), max(split.counts)
+        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        stored = ", ".join(f"{count:,} {kind}" for kind, count in split.converted.items() if count)
+        table.add_row(name, f"{split.samples:,}", each, f"{split.size / 1e6:,.1f}", stored)
+    shown = ", ".join(spec.classes[:10]) + (", ..." if len(spec.classes) > 10 else "")
+    return Group(table, f"classes: {shown}", f"source: {spec.source}", f"fingerprint: {spec.fingerprint}")
+
+
+def verify_dataset(folder: Path, display: Display) -> bool:
+    """Check a data set, log what was found, and return whether all of it is whole."""
+    with _Bars(display) as bars:
+        report = verify(folder, progress=bars.images)
+    for damage in report.damages[:SHOWN_DAMAGES]:
+        sample = "" if damage.sample is None else f" sample {damage.sample} ({damage.label})"
+        log.error("%s%s: %s", damage.split or "dataset.json", sample, damage.reason)
+    if len(report.damages) > SHOWN_DAMAGES:
+        log.error("... and %d more", len(report.damages) - SHOWN_DAMAGES)
+    checked = ", ".join(f"{count:,} {name}" for name, count in report.samples.items())
+    verdict = "all whole" if report.whole else f"{len(report.damages):,} damaged"
+    log.info("%s: %s images read, compared with their CRC32 and decoded: %s", folder, checked, verdict)
+    return report.whole

@@ -1,0 +1,115 @@
+"""What a person sees while something long runs: a live bar on a terminal, plain lines elsewhere."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("deitfast")
+LINE_SECONDS = 10.0
+"""Least time between two plain lines of one bar."""
+
+
+class Bar:
+    """One long job's progress."""
+
+    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
+        self._label, self._total, self._done, self._text = label, total, 0, ""
+        self._first: int | None = None
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, text="") if progress else None
+        self._began = self._printed = time.monotonic()
+
+    def advance(self, count: int = 1, text: str | None = None) -> None:
+        """Count `count` more as done and show `text` behind the bar."""
+        self.reach(self._done + count, text)
+
+    def reach(self, done: int, text: str | None = None, total: int | None = None) -> None:
+        """Show `done` as done, of `total` where that is only known now."""
+        self._done, self._text = done, self._text if text is None else text
+        self._total = self._total if total is None else total
+        if self._progress and self._task is not None:
+            self._progress.update(self._task, completed=done, total=self._total, text=self._text)
+        elif time.monotonic() - self._printed >= LINE_SECONDS:
+            self._printed = time.monotonic()
+            log.info("%s: %s", self._label, self._line())
+
+    def rate(self, done: int) -> float:
+        """Return how many a second have been done since the bar appeared, if `done` are done now."""
+        self._first = done if self._first is None else self._first
+        return (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._began
+        left = seconds / self._done * (self._total - self._done) if self._done else 0.0
+        parts = [f"{self._done:,} of {self._total:,}", self._text, f"{duration(left)} left" if left else ""]
+        return ", ".join(part for part in parts if part)
+
+
+class Display:
+    """Hands out bars; knows whether somebody is watching."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        """Write to `console`; `quiet` (ranks other than 0) shows nothing."""
+        self._console, self._quiet = console, quiet
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Bar]:
+        """Show a job of `total` parts until the block ends."""
+        if self._quiet or not self._console.is_terminal:
+            yield Bar(label, total, None)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            yield Bar(label, total, progress)
+
+
+def start_logging(console: Console, *, quiet: bool = False, debug: bool = False) -> None:
+    """Send deitfast's messages to the console: around live bars for a person, unwrapped lines for a program."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    if quiet:
+        log.addHandler(logging.NullHandler())
+    elif console.is_terminal:
+        log.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+    else:
+        log.addHandler(logging.StreamHandler(console.file))
+
+
+@contextmanager
+def logging_to(path: Path | None) -> Iterator[None]:
+    """Copy deitfast's messages, with the time of day, to the end of a file while the block runs."""
+    if path is None:
+        yield
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as a person would say it: 8 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

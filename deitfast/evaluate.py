@@ -1,0 +1,114 @@
+"""Masked evaluation: every validation image once, whatever the batch and the number of processes."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deitfast.metrics import Metrics, measure
+from deitfast.model import joint
+from pipelines.augment.chain import augment
+from pipelines.batch import Loader
+from pipelines.errors import Failure, Mistake
+from pipelines.spec import AugmentSpec
+
+HEADS = ("class", "distillation")
+"""Names of a model's heads, in the order of its outputs."""
+
+
+def final_head(results: Mapping[str, object]) -> str:
+    """Return the name of the model's published prediction: "joint" with two heads, else "class"."""
+    return "joint" if "joint" in results else "class"
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    augment_spec: AugmentSpec,
+    device: torch.device,
+    amp: torch.dtype | None,
+    classes: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Metrics]:
+    """Measure every head over one pass of an evaluation loader; under torch.distributed, over all ranks' shards.
+
+    Every rank must call it and gets the same result. The model's training mode is as before when it returns.
+
+    Args:
+        model: maps pixels [B, 3, S, S] to (class logits,) or (class logits, distillation logits).
+        loader: gives this rank's batches; rows that are not `valid` are ignored.
+        augment_spec: normalisation and size.
+        device: where the model is.
+        amp: autocast dtype; None for float32.
+        classes: width that the heads must have.
+        progress: called after each batch with (batches done, batches in all).
+
+    Returns:
+        "class", and with two heads "distillation" and "joint" (the mean of the logits): see `final_head`.
+
+    Raises:
+        Mistake: heads of another width.
+        Failure: nothing to evaluate, or labels outside the classes.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        heads, labels = _predict(model, loader, augment_spec, device, amp, progress)
+    finally:
+        model.train(was_training)
+    if heads[0].shape[1] != classes:
+        raise Mistake(
+            f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
+            remedy="evaluate on the data set that the model was trained for",
+        )
+    labels = gather(labels)
+    heads = tuple(gather(head) for head in heads)
+    results = {name: measure(head, labels) for name, head in zip(HEADS, heads, strict=False)}
+    if len(heads) > 1:
+        results["joint"] = measure(joint(heads), labels)
+    return results
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Return all ranks' rows [N_rank, ...] one after another, on every rank; without torch.distributed the rows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    device = rows.device if "nccl" in dist.get_backend() else torch.device("cpu")
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
+    most = max(int(count) for count in counts)
+    padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows
+    shards = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shards, padded)
+    return torch.cat([shard[: int(count)] for shard, count in zip(shards, counts, strict=True)])
+
+
+@torch.inference_mode()
+def _predict(
+    model: nn.Module,
+    loader: Loader,
+    augment_spec: AugmentSpec,
+    device: torch.device,
+    amp: torch.dtype | None,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return each head's logits, float32 [N, C], and labels, int64 [N], of this rank's valid rows, on the device."""
+    logits: list[tuple[Tensor, ...]] = []
+    labels: list[Tensor] = []
+    valid: list[Tensor] = []
+    for done, batch in enumerate(loader.epoch(0), start=1):
+        inputs = augment(batch, augment_spec, dtype=amp or torch.float32, train=False)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            heads = model(inputs.pixels)
+        logits.append(tuple(head.float() for head in heads))
+        labels.append(inputs.labels)
+        valid.append(inputs.valid)
+        if progress:
+            progress(done, loader.steps_per_epoch)
+    if not logits:
+        raise Failure("no image to evaluate", expected="a validation split with images")
+    # Masked once at the end: only the device knows a mask's size, and asking for it each batch would stall it.
+    kept = torch.cat(valid)
+    return tuple(torch.cat(parts)[kept] for parts in zip(*logits, strict=True)), torch.cat(labels)[kept]

@@ -1,0 +1,142 @@
+"""From what the user typed to what runs: data set, recipe, teacher, run folder."""
+
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from deitfast import recipe as recipes
+from deitfast.data import typical_side
+from deitfast.recipe import Arch, Recipe
+from deitfast.runlog import RunFolder
+from deitfast.train import TrainJob
+from pipelines.errors import Mistake
+from pipelines.storage.dataset import Dataset
+
+log = logging.getLogger("deitfast")
+DEMO_DATA = Path("data/demo")
+DEMO_TEACHER = Path("runs/demo-teacher")
+DEMO_TEACHER_ARCH: Arch = "resnet18"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of `deitfast train`, as typed; None or empty where they were left out."""
+
+    data: Path | None = None
+    arch: str | None = None
+    recipe: str | None = None
+    distill: str | None = None
+    teacher: Path | None = None
+    out: Path | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    settings: tuple[str, ...] = ()
+    resume: bool = False
+    command: tuple[str, ...] = ()
+
+
+def data_folder(data: Path | None) -> Path:
+    """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set (a line says so)."""
+    if data:
+        return data
+    if named := os.environ.get("DEITFAST_DATA"):
+        log.info("no --data: using $DEITFAST_DATA, %s", named)
+        return Path(named)
+    log.info("no --data and no $DEITFAST_DATA: using the built-in demo set, %s", DEMO_DATA)
+    return DEMO_DATA
+
+
+def plan_training(options: TrainOptions, data: Path) -> TrainJob:
+    """Return the job that `options` ask for on the data set in `data`.
+
+    Raises:
+        Mistake: options that do not fit each other, the data set, or the run that is to be resumed.
+    """
+    with closing(Dataset.open(data)) as dataset:
+        name, side = dataset.spec.name, typical_side(dataset)
+    begun = _begun(options)
+    recipe = _recipe(options, begun.recipe() if begun else None, name, side)
+    if recipe.distill.mode != "none" and not recipe.distill.teacher and name == "demo":
+        recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
+    _check_teacher(recipe, name, side)
+    out = begun.path if begun else options.out or _free_folder(recipe, name)
+    return TrainJob(recipe, data, out, options.resume, options.command)
+
+
+def uses_demo_teacher(recipe: Recipe) -> bool:
+    """Whether the recipe's teacher is the one that deitfast trains itself, on the demo set."""
+    return recipe.distill.mode != "none" and Path(recipe.distill.teacher) == DEMO_TEACHER.resolve()
+
+
+def demo_teacher() -> TrainJob | None:
+    """Return the job that trains (or finishes) the demo set's teacher; None where one is trained already."""
+    folder = RunFolder(DEMO_TEACHER)
+    recipe = recipes.choose(DEMO_TEACHER_ARCH, "demo", 0)
+    if not folder.exists():
+        log.info("no --teacher: training the demo set's own, %s, into %s", DEMO_TEACHER_ARCH, DEMO_TEACHER)
+    elif folder.finished():
+        log.info("no --teacher: using the demo set's own, %s", DEMO_TEACHER)
+        return None
+    else:
+        log.info("no --teacher: finishing the demo set's own, %s", DEMO_TEACHER)
+        recipe = folder.recipe()
+    return TrainJob(recipe, DEMO_DATA, DEMO_TEACHER, resume=True, command=())
+
+
+def _begun(options: TrainOptions) -> RunFolder | None:
+    """Return the run that --resume continues; None without one."""
+    if not options.resume:
+        return None
+    if options.out is None:
+        raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
+    if not (folder := RunFolder(options.out)).exists():
+        log.info("--resume: there is no run in %s yet, starting one", options.out)
+        return None
+    return folder
+
+
+def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int) -> Recipe:
+    """Return the recipe: the named one, the resumed run's, or the one that suits network and data; then overrides."""
+    arch = recipes.known_arch(options.arch) if options.arch else "deit_ti"
+    if options.recipe:
+        recipe = recipes.load(options.recipe)
+    elif begun:
+        recipe = begun
+    else:
+        recipe = recipes.choose(arch, dataset, side)
+        log.info("recipe %s (another: --recipe, see `deitfast recipes`)", recipe.name)
+    named = {
+        "model.arch": options.arch,
+        "distill.mode": options.distill,
+        "distill.teacher": options.teacher.resolve() if options.teacher else None,
+        "train.epochs": options.epochs,
+        "train.batch": options.batch,
+    }
+    given = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return recipes.override(recipe, [*given, *options.settings])
+
+
+def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:
+    distill = recipe.distill
+    if distill.mode != "none" and not distill.teacher:
+        suggestion = recipes.choose("resnet18", dataset, side).name
+        raise Mistake(
+            f"--distill {distill.mode} needs a teacher",
+            expected="--teacher RUN, the folder of a finished run on the same classes",
+            remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
+        )
+    if distill.mode == "none" and distill.teacher:
+        raise Mistake("--teacher without --distill", expected="--distill hard or --distill soft beside it")
+
+
+def _free_folder(recipe: Recipe, dataset: str) -> Path:
+    """Return runs/<data set>-<network>[-<distillation>], numbered where there is such a run already."""
+    mode = recipe.distill.mode
+    stem = f"{dataset}-{recipe.model.arch}" + (f"-{mode}" if mode != "none" else "")
+    number, path = 1, Path("runs") / stem
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path

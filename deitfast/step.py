@@ -1,0 +1,109 @@
+"""The training step: forward, loss, backward, update. The whole state that learning changes lives here."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deitfast.ema import Ema
+from deitfast.losses import PARTS, distilled_loss
+from deitfast.model import build_model
+from deitfast.optim import build_optimiser
+from deitfast.recipe import Recipe
+from deitfast.runtime import Runtime
+from pipelines.augment.chain import ModelInput
+
+
+class Learner:
+    """A model and everything that trains it."""
+
+    def __init__(self, recipe: Recipe, classes: int, runtime: Runtime) -> None:
+        """Build model, optimiser, averaged weights and gradient scaler from the recipe.
+
+        The initialisation depends on `train.seed` alone, so every rank starts from the same weights.
+        """
+        self.recipe, self.runtime = recipe, runtime
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
+        # built on the CPU whatever the device: the same seed gives the same weights everywhere
+        self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.optimiser = build_optimiser(self.model, recipe.optim, recipe.train.batch)
+        self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
+        if runtime.compile:
+            self.model.compile()
+        self.parallel = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
+
+    def step(self, inputs: ModelInput, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
+        """Update the model on one rank's batch.
+
+        Args:
+            inputs: the augmented batch.
+            teacher: int64 [B] labels (hard) or float [B, C] logits (soft); None without distillation.
+            lr: learning rate of this update.
+            seed: of this step's stochastic depth and dropout, so that a resumed run draws what it would have drawn.
+
+        Returns:
+            float32 [3] on the device, detached: total, base and distillation loss, averaged over the batch.
+        """
+        self.parallel.train()
+        torch.manual_seed(seed)
+        pieces = _pieces(inputs, teacher, self.recipe.train.accumulate)
+        losses = torch.zeros(len(PARTS), device=self.runtime.device)
+        for number, (piece, target) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():  # pyright: ignore
+                with self.runtime.autocast():
+                    heads = self.parallel(piece.pixels)
+                total, parts = distilled_loss(heads, piece, target, self.recipe.distill, self.recipe.train.smoothing)
+                self.scaler.scale(total / len(pieces)).backward()
+            losses += torch.stack([parts[name] for name in PARTS]) / len(pieces)
+        self._update(lr)
+        return losses
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        if self.recipe.optim.clip:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that learning has changed, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+
+def _pieces(inputs: ModelInput, teacher: Tensor | None, count: int) -> list[tuple[ModelInput, Tensor | None]]:
+    if count == 1:
+        return [(inputs, teacher)]
+    rows = len(inputs.labels) // count
+    cuts = [slice(i * rows, (i + 1) * rows) for i in range(count)]
+    tensors = ("pixels", "labels", "partner_labels", "share", "valid")
+    return [
+        (
+            replace(inputs, **{name: getattr(inputs, name)[cut] for name in tensors}),
+            None if teacher is None else teacher[cut],
+        )
+        for cut in cuts
+    ]

@@ -1,0 +1,71 @@
+"""Tables on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from deitfast.display import duration
+from deitfast.metrics import Metrics
+from deitfast.runlog import RunFolder
+
+COLUMNS = ("top1", "top5", "precision", "recall", "f1", "auc", "loss")
+CONFUSION_CLASSES = 20
+"""Most classes for which the confusion matrix is printed."""
+
+
+def metrics_table(title: str, heads: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return one row a head; precision, recall and F1 are macro averages, AUC one against the rest."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("head")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for head, summary in heads.items():
+        cells = []
+        for name in COLUMNS:
+            value = summary.get(name)
+            shares = name in ("top1", "top5")
+            cells.append("-" if value is None else f"{value:.2%}" if shares else f"{value:.3f}")
+        table.add_row(head, *cells)
+    return table
+
+
+def confusion_table(metrics: Metrics, classes: tuple[str, ...]) -> Table:
+    """Return the confusion matrix: a row a true class, a column a predicted one."""
+    table = Table(title="confusion matrix (rows: truth, columns: prediction)", title_justify="left")
+    table.add_column("")
+    for number in range(len(classes)):
+        table.add_column(str(number), justify="right")
+    for number, (name, row) in enumerate(zip(classes, metrics.confusion.tolist(), strict=True)):
+        table.add_row(f"{number} {name}", *(str(count) if count else "." for count in row))
+    return table
+
+
+def describe_run(folder: RunFolder) -> RenderableType:
+    """Return what `deitfast info` shows of a run: what it was made of, and its last epoch's figures."""
+    recipe, info, rows = folder.recipe(), folder.info(), folder.metrics()
+    table = Table(title=f"{folder.path}: {recipe.model.arch}", title_justify="left", show_header=False)
+    distill = recipe.distill
+    teacher = f"{distill.mode}, from {distill.teacher}" if distill.mode != "none" else "none"
+    facts: dict[str, Any] = {
+        "recipe": f"{recipe.name}, digest {recipe.digest}",
+        "data": f"{info.data} ({info.dataset}, {len(info.classes)} classes)",
+        "distillation": teacher,
+        "epochs": f"{len(rows)} of {recipe.train.epochs}",
+    }
+    if rows:
+        facts["training time"] = duration(sum(row["seconds"] for row in rows))
+        facts["loss"] = f"{rows[-1]['loss']:.4f}"
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    evaluated = next((row for row in reversed(rows) if "val" in row), None)
+    if evaluated is None:
+        return table
+    titles = {"val": "validation", "val_ema": "validation, averaged weights"}
+    shown = [
+        metrics_table(f"{titles[key]}, epoch {evaluated['epoch']}", evaluated[key])
+        for key in titles
+        if key in evaluated
+    ]
+    return Group(table, *shown)

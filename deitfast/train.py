@@ -1,0 +1,269 @@
+"""Train: from a recipe and a data set to a run's folder. `Run.run` reads top to bottom."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from deitfast import checkpoint
+from deitfast.data import open_split, open_training
+from deitfast.display import Bar, Display, duration, logging_to
+from deitfast.evaluate import evaluate, final_head
+from deitfast.optim import peak_lr
+from deitfast.position import Diverged, Position
+from deitfast.recipe import Recipe, differences
+from deitfast.runlog import RunFolder, RunInfo
+from deitfast.runtime import Runtime
+from deitfast.schedule import learning_rate
+from deitfast.step import Learner
+from deitfast.stopping import Stop, catching_signals
+from deitfast.teacher import Teacher
+from pipelines.augment.chain import augment
+from pipelines.batch import Batch, Loader
+from pipelines.errors import Failure, Mistake
+from pipelines.storage.dataset import Dataset
+
+log = logging.getLogger("deitfast")
+LOOKS_AN_EPOCH = 50
+"""How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
+LEARNS_THE_SAME = ("loader.", "train.checkpoint_minutes", "train.evaluate_every")
+"""Fields that a resumed run may change: they decide how fast, not what, it learns."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train, on what, into which folder."""
+
+    recipe: Recipe
+    data: Path
+    out: Path
+    resume: bool
+    command: tuple[str, ...]
+
+
+def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
+    """Train as `job` says and return the last epoch's row of metrics.jsonl.
+
+    Raises:
+        Mistake: data set, teacher, run folder and recipe do not fit each other.
+        Failure: damaged data or checkpoint, full disk, or a loss that stays non-finite.
+        KeyboardInterrupt: asked to stop; a checkpoint was written.
+    """
+    with closing(Dataset.open(job.data)) as dataset:
+        folder = RunFolder(job.out)
+        run = Run(job, runtime, display, dataset, folder)
+        _open_folder(folder, job, dataset, runtime)
+        with logging_to(folder.log if runtime.main else None):
+            return run.run()
+
+
+def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset, runtime: Runtime) -> None:
+    """Start the run's folder, or make sure that going on in it goes on with the same run."""
+    spec = dataset.spec
+    if not folder.exists():
+        if runtime.main:
+            data = str(job.data.resolve())
+            folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command))
+        return
+    if not job.resume:
+        raise Mistake(f"{folder.path} already holds a run", remedy="continue it with --resume, or give another --out")
+    changed = differences(folder.recipe(), job.recipe)
+    if changed := {key: both for key, both in changed.items() if not key.startswith(LEARNS_THE_SAME)}:
+        raise Mistake(
+            f"--resume with another recipe than {folder.path} was started with",
+            found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
+            remedy="leave the options out, or start a new run with another --out",
+        )
+    if (begun := folder.info().fingerprint) != spec.fingerprint:
+        raise Mistake(
+            f"--resume on another data set than {folder.path} was started on",
+            expected=f"fingerprint {begun}",
+            found=f"{spec.fingerprint} in {job.data}",
+        )
+
+
+class Run:
+    """One call of `train`: what it holds open while it goes on."""
+
+    def __init__(self, job: TrainJob, runtime: Runtime, display: Display, dataset: Dataset, folder: RunFolder) -> None:
+        recipe = job.recipe
+        self.recipe, self.runtime, self.display, self.folder = recipe, runtime, display, folder
+        self.spec = dataset.spec
+        self.teacher = None
+        if recipe.distill.mode != "none":
+            self.teacher = Teacher(recipe, self.spec.classes, runtime)
+        self.loader = open_training(dataset, recipe, runtime)
+        self.validation = open_split(dataset, "val", recipe, runtime) if "val" in self.spec.splits else None
+        self.learner = Learner(recipe, len(self.spec.classes), runtime)
+        self.peak = peak_lr(recipe.optim, recipe.train.batch)
+        self.position = Position.start(runtime.device)
+        self.saved = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Go through the epochs, from wherever the checkpoint stands."""
+        self._greet()
+        if self.folder.checkpoint.exists():
+            self._go_back()
+            log.info("resuming in epoch %d after %d steps", self.position.epoch + 1, self.position.steps)
+        row: dict[str, Any] = {}
+        last: Diverged | None = None
+        with catching_signals() as stop, closing(self.loader):
+            while self.position.epoch < self.recipe.train.epochs:
+                try:
+                    self._train_epoch(stop)
+                except Diverged as event:
+                    self._recover(event, last)
+                    last = event
+                    continue
+                row = self._finish_epoch()
+        if self.validation:
+            self.validation.close()
+        return row
+
+    def _greet(self) -> None:
+        recipe, runtime = self.recipe, self.runtime
+        parameters = sum(parameter.numel() for parameter in self.learner.model.parameters())
+        precision = str(runtime.amp).removeprefix("torch.") if runtime.amp else "float32"
+        how = f"{precision}, compiled" if runtime.compile else precision
+        log.info("%s (%s parameters) on %s, %s", recipe.model.arch, f"{parameters:,}", runtime.device, how)
+        steps = self.loader.steps_per_epoch
+        log.info("%s: %d epochs of %d steps, loader %s", self.folder.path, recipe.train.epochs, steps, self.loader.name)
+        if self.validation is None:
+            log.info("the data set has no validation split: nothing will be evaluated")
+
+    def _train_epoch(self, stop: Stop) -> None:
+        """Run what is left of the current epoch."""
+        position, train = self.position, self.recipe.train
+        steps = self.loader.steps_per_epoch
+        look = max(1, steps // LOOKS_AN_EPOCH)
+        with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
+            for batch in self._timed(self.loader.epoch(position.epoch, position.steps)):
+                position.losses += self._step(batch)
+                position.steps += 1
+                looking = position.steps % look == 0
+                if looking:
+                    self._look(bar)
+                if stop.asked(self.runtime, looking=looking):
+                    self._save()
+                    log.info("stopped in epoch %d after %d steps; --resume goes on", position.epoch + 1, position.steps)
+                    raise KeyboardInterrupt
+                if time.monotonic() - self.saved >= 60 * train.checkpoint_minutes:
+                    self._save()
+        self._save()
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on; count the time in the loader, and in loader and step together."""
+        asked = time.monotonic()
+        for batch in batches:
+            self.position.waited += time.monotonic() - asked
+            yield batch
+            now = time.monotonic()
+            self.position.seconds += now - asked
+            asked = now
+
+    def _step(self, batch: Batch) -> Tensor:
+        """Take one batch through augmentation, teacher and update; return its losses."""
+        position, recipe, runtime = self.position, self.recipe, self.runtime
+        inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=True)
+        targets = self.teacher.targets(inputs.pixels) if self.teacher else None
+        lr = learning_rate(
+            recipe.schedule,
+            self.peak,
+            recipe.train.epochs,
+            self.loader.steps_per_epoch,
+            position.epoch,
+            position.steps,
+        )
+        return self.learner.step(inputs, targets, lr, position.step_seed(recipe.train.seed, runtime.rank))
+
+    def _look(self, bar: Bar) -> None:
+        """Show where the epoch stands; the one place in it that waits for the device."""
+        position = self.position
+        loss = position.means()["loss"]
+        seconds = max(position.seconds, 1e-9)
+        rate, waiting = position.steps * self.recipe.train.batch / seconds, position.waited / seconds
+        bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}")
+
+    def _save(self) -> None:
+        state = {**self.position.state(), **self.learner.state()}
+        if self.runtime.main:
+            checkpoint.save(self.folder.checkpoint, state)
+        self.saved = time.monotonic()
+
+    def _go_back(self) -> None:
+        """Take up the run where its checkpoint stands."""
+        state = checkpoint.load(self.folder.checkpoint, self.runtime.device)
+        self.learner.restore(state)
+        self.position = Position.restore(state, self.runtime.device)
+
+    def _recover(self, event: Diverged, last: Diverged | None) -> None:
+        """Go back to the last good checkpoint; give up where that does not get any further."""
+        again = last is not None and (event.epoch, event.steps) <= (last.epoch, last.steps)
+        if again or not self.folder.checkpoint.exists():
+            raise Failure(
+                f"the loss is not finite at {event}",
+                remedy="start a new run with a lower optim.lr, with optim.clip, or with train.amp=off",
+            ) from event
+        log.warning("the loss is not finite at %s: going back to the last checkpoint", event)
+        self._go_back()
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Evaluate, write the epoch's row, and move on to the next."""
+        position, train = self.position, self.recipe.train
+        if self.runtime.world > 1:
+            dist.all_reduce(position.losses)
+            position.losses /= self.runtime.world
+        images, epoch = position.steps * train.batch, position.epoch + 1
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            **position.means(),
+            "lr": self.learner.optimiser.param_groups[0]["lr"],
+            "images": images,
+            "seconds": round(position.seconds, 3),
+            "images_per_second": round(images / max(position.seconds, 1e-9), 1),
+            "waited_seconds": round(position.waited, 3),
+        }
+        if self.validation and (epoch % train.evaluate_every == 0 or epoch == train.epochs):
+            row |= self._evaluate(self.validation)
+        if self.runtime.main:
+            self.folder.append(row)
+        log.info("%s", describe(row, train.epochs))
+        self.position = Position.start(self.runtime.device, epoch)
+        return row
+
+    def _evaluate(self, loader: Loader) -> dict[str, Any]:
+        """Return the metrics of every head, of the weights as they are and averaged: {"val": {head: ...}, ...}."""
+        models = {"val": self.learner.model}
+        if self.learner.ema:
+            models["val_ema"] = self.learner.ema.model
+        found = {}
+        for name, model in models.items():
+            with self.display.bar("evaluating", loader.steps_per_epoch) as bar:
+                heads = evaluate(
+                    model,
+                    loader,
+                    self.recipe.augment,
+                    self.runtime.device,
+                    self.runtime.amp,
+                    len(self.spec.classes),
+                    lambda done, _, bar=bar: bar.reach(done),
+                )
+            found[name] = {head: metrics.summary() for head, metrics in heads.items()}
+        return found
+
+
+def describe(row: dict[str, Any], epochs: int) -> str:
+    """Return an epoch's row of metrics.jsonl as one line for people."""
+    parts = [f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}"]
+    for name, label in (("val", "top-1"), ("val_ema", "averaged weights")):
+        if name in row:
+            parts.append(f"{label} {row[name][final_head(row[name])]['top1']:.2%}")
+    waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)
+    parts.append(f"{row['images_per_second']:,.0f} images/s, waiting {waiting:.0%}, {duration(row['seconds'])}")
+    return ", ".join(parts)
