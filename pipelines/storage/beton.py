@@ -1,0 +1,194 @@
+"""FFCV's dataset file, version 2: its layout, and a reader of three fields (image, label, crc32) that copies nothing.
+
+Layout, little-endian: header; one descriptor a field; one metadata row a sample; zeros up to a page boundary; pages of
+image data, no sample crossing from one page into the next; the allocation table (sample, offset, size) up to the end
+of the file. Page n of FFCV is the bytes from n x page size on, counted from the start of the file.
+"""
+
+import contextlib
+import mmap
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.errors import Failure
+
+VERSION = 2
+MIN_PAGE = 1 << 21
+MAX_PAGE = 1 << 31  # the header holds the page size in 32 bits
+JPEG, RAW = 0, 1
+"""How a sample is stored: an encoded JPEG, or uint8 [height, width, 3]."""
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
+)
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("crc32", "<i8")], align=True)
+PLACE = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
+
+IMAGE_FIELD, INT_FIELD = 2, 1  # FFCV's type identifiers of RGBImageField and IntField
+FIELDS = np.array([(IMAGE_FIELD, b"image", b""), (INT_FIELD, b"label", b""), (INT_FIELD, b"crc32", b"")], dtype=FIELD)
+PREAMBLE = HEADER.itemsize + FIELDS.nbytes
+"""Bytes before the first sample's metadata."""
+REMEDY = "convert the dataset again, or copy the file again from where it is whole"
+
+
+def index_end(samples: int) -> int:
+    """Return the first byte after the metadata of so many samples."""
+    return PREAMBLE + samples * SAMPLE.itemsize
+
+
+class BetonReader:
+    """Random access to the samples of one .beton file through a read-only memory map.
+
+    Opening checks the whole index (header, fields, metadata, allocation table) for consistency, so that no later
+    access can leave the file; image data is compared with its CRC32 only by `checked_sample`.
+
+    Args:
+        path: the file.
+
+    Raises:
+        Failure: the file is missing, cut, longer than its index says, or not a .beton with these three fields.
+    """
+
+    num_samples: int
+    page_size: int
+    labels: np.ndarray
+    """int64 [N]."""
+    heights: np.ndarray
+    """int32 [N], pixels."""
+    widths: np.ndarray
+    """int32 [N], pixels."""
+    modes: np.ndarray
+    """uint8 [N]: JPEG or RAW."""
+    offsets: np.ndarray
+    """int64 [N]: first byte of the sample in the file."""
+    sizes: np.ndarray
+    """int64 [N]: bytes of the sample."""
+    crcs: np.ndarray
+    """uint32 [N]: CRC32 of the sample's bytes."""
+    index_crc32: int
+    """CRC32 of header, field descriptors, metadata and allocation table, in this order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._closed = False
+        self._map = self._open()
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.file_size = len(self._bytes)
+        header = self._read_header()
+        self.num_samples, self.page_size, table = int(header["samples"]), int(header["page_size"]), int(header["table"])
+        metadata = self._bytes[PREAMBLE : index_end(self.num_samples)].view(SAMPLE)
+        places = self._bytes[table:].view(PLACE)
+        self._check_places(metadata, places, table)
+        self._take(metadata, places)
+        self._check_values(metadata["crc32"])
+        crc = zlib.crc32(self._bytes[: index_end(self.num_samples)].data)
+        self.index_crc32 = zlib.crc32(self._bytes[table:].data, crc)
+
+    def sample(self, index: int) -> np.ndarray:
+        """Return the stored bytes of one sample: a read-only uint8 view [size] of the file."""
+        if self._closed:
+            raise ValueError(f"{self.path}: this reader is closed")
+        start = self.offsets[index]
+        return self._bytes[start : start + self.sizes[index]]
+
+    def checked_sample(self, index: int) -> np.ndarray:
+        """Return `sample(index)` once its CRC32 is right.
+
+        Raises:
+            Failure: the bytes are not those that were written.
+        """
+        data = self.sample(index)
+        found = zlib.crc32(data.data)
+        if found != self.crcs[index]:
+            raise Failure(
+                f"{self.path}: sample {index} is damaged",
+                expected=f"CRC32 {self.crcs[index]:08x} over {self.sizes[index]:,} bytes at {self.offsets[index]:,}",
+                found=f"CRC32 {found:08x}",
+                remedy="`deitfast verify` lists everything damaged; then " + REMEDY,
+            )
+        return data
+
+    def close(self) -> None:
+        """Let go of the file. Views already handed out stay valid; may be called twice."""
+        self._closed = True
+        self._bytes = np.zeros(0, dtype=np.uint8)
+        with contextlib.suppress(BufferError):  # views are out there: the map goes when the last of them does
+            self._map.close()
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise Failure(f"{self.path}: no such file", remedy=REMEDY) from None
+        except ValueError:  # mmap's word for a file of no bytes
+            raise self._damaged(f"at least {PREAMBLE} bytes", "an empty file") from None
+        except OSError as error:
+            raise Failure(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _damaged(self, expected: str, found: str) -> Failure:
+        return Failure(f"{self.path}: not a whole .beton file", expected=expected, found=found, remedy=REMEDY)
+
+    def _require(self, holds: bool, expected: str, found: object) -> None:
+        if not holds:
+            raise self._damaged(expected, str(found))
+
+    def _read_header(self) -> np.void:
+        self._require(self.file_size >= PREAMBLE, f"at least {PREAMBLE} bytes", f"{self.file_size} bytes")
+        header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
+        self._require(header["version"] == VERSION, f"format version {VERSION}", header["version"])
+        page, samples, table = int(header["page_size"]), int(header["samples"]), int(header["table"])
+        allowed = MIN_PAGE <= page <= MAX_PAGE and page & (page - 1) == 0
+        self._require(allowed, f"a page size that is a power of two from {MIN_PAGE} on", page)
+        self._require(header["fields"] == len(FIELDS), f"{len(FIELDS)} fields", header["fields"])
+        fields = self._bytes[HEADER.itemsize : PREAMBLE].view(FIELD)
+        same = (fields["type"] == FIELDS["type"]).all() and (fields["name"] == FIELDS["name"]).all()
+        found = ", ".join(f"{f['name'].decode('ascii', 'replace')} (type {f['type']})" for f in fields)
+        self._require(bool(same), "fields image (type 2), label (type 1), crc32 (type 1)", found)
+        self._require(samples >= 1, "at least one sample", samples)
+        size = table + samples * PLACE.itemsize
+        self._require(self.file_size == size, f"{size:,} bytes for {samples:,} samples", f"{self.file_size:,} bytes")
+        self._require(index_end(samples) <= table, "the allocation table after the metadata", f"at byte {table:,}")
+        return header
+
+    def _check_places(self, metadata: np.ndarray, places: np.ndarray, table: int) -> None:
+        """Check that every sample lies between metadata and table, alone, in order and inside one page."""
+        n, limit = self.num_samples, np.uint64(table)
+        numbered = (places["sample"] == np.arange(n, dtype=np.uint64)).all()
+        self._require(bool(numbered), "an allocation table in the samples' order", "another order")
+        agree = (places["offset"] == metadata["image"]["offset"]).all()
+        self._require(bool(agree), "metadata and allocation table that agree", "different offsets")
+        bounded = (places["offset"] <= limit) & (places["size"] <= limit) & (places["size"] > 0)
+        self._require(bool(bounded.all()), "samples inside the file", f"sample {int(np.argmin(bounded))} outside it")
+        offsets, sizes = places["offset"].astype(np.int64), places["size"].astype(np.int64)
+        ends = offsets + sizes
+        starts = np.concatenate([[index_end(n)], ends[:-1]])
+        apart = (offsets >= starts) & (ends <= table)
+        self._require(bool(apart.all()), "samples one after the other", f"sample {int(np.argmin(apart))} overlaps")
+        whole = offsets // self.page_size == (ends - 1) // self.page_size
+        self._require(bool(whole.all()), "each sample inside one page", f"sample {int(np.argmin(whole))} crosses pages")
+
+    def _take(self, metadata: np.ndarray, places: np.ndarray) -> None:
+        """Keep the index as contiguous columns."""
+        image = metadata["image"]
+        self.labels = metadata["label"].astype(np.int64)
+        self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
+        self.modes = image["mode"].astype(np.uint8)
+        self.offsets, self.sizes = places["offset"].astype(np.int64), places["size"].astype(np.int64)
+        self.crcs = metadata["crc32"].astype(np.uint32)
+
+    def _check_values(self, crcs: np.ndarray) -> None:
+        """Check what the metadata says about each image."""
+        known = (self.modes == JPEG) | (self.modes == RAW)
+        self._require(bool(known.all()), "images stored as JPEG (0) or raw (1)", f"mode {int(self.modes.max())}")
+        sides = np.minimum(self.heights, self.widths)
+        self._require(bool((sides > 0).all()), "images with a height and a width", "a side of 0 pixels")
+        pixels = self.heights.astype(np.int64) * self.widths * 3
+        full = (self.modes == JPEG) | (self.sizes == pixels)
+        self._require(bool(full.all()), "raw images of height x width x 3 bytes", "another size")
+        self._require(bool((self.labels >= 0).all()), "labels from 0 on", f"label {int(self.labels.min())}")
+        self._require(bool((crcs >> 32 == 0).all()), "CRCs of 32 bits", "longer ones")

@@ -1,0 +1,155 @@
+"""Converts a source of images into a dataset folder: in parallel, atomically, and going on where it was stopped.
+
+For each split: workers transcode, this process writes their results in the source's order to `<split>.beton.partial`
+and, behind the data, to `<split>.journal`. When all is written the index is added, the file is read back, and only
+then it gets its name. `dataset.json` comes last. The bytes depend on the source and the options, on nothing else.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.errors import Mistake
+from pipelines.spec import DatasetSpec
+from pipelines.storage.convert_split import Job, check_counts, convert_split, journal_path
+from pipelines.storage.dataset import (
+    FORMAT,
+    SPEC_FILE,
+    Dataset,
+    dataset_fingerprint,
+    read_spec,
+    write_atomically,
+    write_spec,
+)
+from pipelines.storage.entry import Source
+from pipelines.storage.pool import usable_cores
+from pipelines.storage.transcode import Codec
+from pipelines.storage.verify import Progress
+
+SKIPPED_FILE = "skipped.txt"
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    source: Source,
+    output: Path,
+    *,
+    max_side: int = 0,
+    quality: int | None = None,
+    workers: int = 0,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> DatasetSpec:
+    """Convert a source into the dataset folder `output`; does nothing if exactly that is there already.
+
+    Args:
+        source: the images.
+        output: the folder to make, or to go on with.
+        max_side: shrink longer images to this longest side in pixels; 0: none.
+        quality: JPEG quality; None: re-encode (at 95) only what must be. See `transcode.Codec`.
+        workers: processes; 0: one a usable core; 1: this one.
+        skip_bad: leave out files that are no whole images and list them in skipped.txt, rather than stop at the first.
+        progress: called with (stage, done, total, bytes written) as work gets done.
+
+    Returns:
+        What was written to dataset.json.
+
+    Raises:
+        Mistake: a bad file, a class without images, or `output` holds something else.
+        Failure: the disk is full or a file cannot be read. The same command then goes on where this one stopped.
+    """
+    _check_source(source)
+    job = Job(
+        source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
+        progress or (lambda *_: None), _listing(source),
+    )  # fmt: skip
+    with _locked(job.output):
+        if (job.output / SPEC_FILE).exists():
+            return _already_there(job)
+        converted = {split: convert_split(job, split) for split in source.splits}
+        splits = {split: spec for split, (spec, _) in converted.items()}
+        fingerprint = dataset_fingerprint(source.classes, {name: spec.fingerprint for name, spec in splits.items()})
+        spec = DatasetSpec(
+            format=FORMAT, name=source.kind, classes=source.classes, splits=splits, codec=job.codec_spec,
+            source=job.described, fingerprint=fingerprint,
+        )  # fmt: skip
+        if skipped := [line for _, lines in converted.values() for line in lines]:
+            write_atomically(job.output / SKIPPED_FILE, "".join(f"{line}\n" for line in skipped))
+        write_spec(job.output, spec)
+        _remove_leftovers(job)
+    return spec
+
+
+def _check_source(source: Source) -> None:
+    """Refuse a source that cannot become a dataset."""
+    if not source.splits or not any(source.splits.values()):
+        raise Mistake(f"{source.origin}: no images found", remedy="see `deitfast convert --help` for what is expected")
+    for split, entries in source.splits.items():
+        if not entries:
+            raise Mistake(f"{source.origin}: no images in split {split}")
+    counts = np.bincount([entry.label for entry in source.splits.get("train", ())], minlength=len(source.classes))
+    if "train" in source.splits:
+        check_counts(source, "train", counts)
+
+
+def _listing(source: Source) -> str:
+    """Return a digest of what the source holds by name, label and size; where it lies does not matter."""
+    digest = hashlib.blake2b(json.dumps([source.kind, source.classes]).encode(), digest_size=8)
+    for split, entries in source.splits.items():
+        digest.update(f"\0{split}\0{len(entries)}".encode())
+        for entry in entries:
+            digest.update(f"\0{entry.name}\0{entry.label}\0{entry.size}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other conversions out of it; the lock goes with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"{folder}: another conversion is writing here", remedy="wait for it, or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            log.debug("%s: not locked: %s", folder, error.strerror)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _already_there(job: Job) -> DatasetSpec:
+    """Return the finished dataset's spec if it is what was asked for."""
+    spec = read_spec(job.output)
+    asked = (job.source.kind, job.source.classes, job.codec_spec, job.described)
+    if (spec.name, spec.classes, spec.codec, spec.source) != asked:
+        raise Mistake(
+            f"{job.output}: holds another dataset already",
+            expected=f"{job.source.kind} from {job.described}, {job.codec_spec}",
+            found=f"{spec.name} from {spec.source}, {spec.codec}",
+            remedy="give another output folder, or remove this one",
+        )
+    dataset = Dataset(job.output, spec)
+    for split in spec.splits:
+        dataset.split(split)
+    dataset.close()
+    _remove_leftovers(job)
+    log.info("%s: this dataset is there already; nothing to do", job.output)
+    return spec
+
+
+def _remove_leftovers(job: Job) -> None:
+    for split in job.source.splits:
+        journal_path(job, split).unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""Converts one split: results of the workers in the source's order, journalled, then the index, then the name."""
+
+import contextlib
+import errno
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import __version__ as pillow_version
+from PIL import features
+
+from pipelines.errors import Failure, Mistake
+from pipelines.spec import SplitSpec
+from pipelines.storage.beton import BetonReader
+from pipelines.storage.dataset import content_fingerprint, sync_folder
+from pipelines.storage.entry import Entry, Source
+from pipelines.storage.journal import Journal
+from pipelines.storage.pool import in_order
+from pipelines.storage.transcode import BadImageError, Codec, Sample, count_kinds, transcode
+from pipelines.storage.verify import Progress, damaged_samples
+from pipelines.storage.writer import BetonWriter
+
+BATCH_IMAGES, BATCH_BYTES = 64, 2 << 20
+"""A worker's task: so many images, or so many bytes of them."""
+FLUSH_BYTES, FLUSH_SECONDS = 64 << 20, 2.0
+"""How much data, and how much time, a kill can undo."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `convert` was asked for."""
+
+    source: Source
+    output: Path
+    codec: Codec
+    workers: int
+    skip_bad: bool
+    progress: Progress
+    listing: str
+    """Digest of the source's kind, classes and entries."""
+
+    @property
+    def key(self) -> str:
+        """Names everything that the bytes depend on: another key, another conversion."""
+        libraries = {"pillow": pillow_version, "libjpeg": features.version("libjpeg_turbo") or features.version("jpg")}
+        return json.dumps({"listing": self.listing, "codec": asdict(self.codec), **libraries}, sort_keys=True)
+
+    @property
+    def described(self) -> str:
+        """The source, for people; equal only for an equal listing."""
+        return f"{self.source.origin} (listing {self.listing})"
+
+    @property
+    def codec_spec(self) -> dict[str, int]:
+        """The codec as dataset.json has it; quality 0: not asked for."""
+        return {"max_side": self.codec.max_side, "quality": self.codec.quality or 0}
+
+
+def journal_path(job: Job, split: str) -> Path:
+    """Return where a split's journal is until dataset.json is published."""
+    return job.output / f"{split}.journal"
+
+
+def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
+    """Convert one split, or finish what an interrupted run left; return its spec and what was skipped."""
+    entries = job.source.splits[split]
+    final, unfinished = job.output / f"{split}.beton", job.output / f"{split}.beton.partial"
+    if final.exists():
+        if not journal_path(job, split).exists():
+            raise Mistake(f"{final}: in the way, and not of this conversion", remedy="remove it, or convert elsewhere")
+        final.replace(unfinished)  # killed after this split and before the last: its index is checked once more
+    data_size = unfinished.stat().st_size if unfinished.exists() else 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_room(job, split, unfinished))
+        journal = Journal(journal_path(job, split), job.key, data_size)
+        stack.callback(journal.close)
+        writer = BetonWriter(unfinished, len(entries), sum(entry.size for entry in entries), journal.records)
+        stack.callback(writer.close)
+        _fill(job, split, writer, journal)
+        records = journal.all_records()
+        labels = records["label"][records["stored"]]
+        check_counts(job.source, split, np.bincount(labels, minlength=len(job.source.classes)))
+        if not len(labels):
+            raise Mistake(f"{job.source.origin}: split {split} has no whole image")
+        writer.finish(records)
+    spec = _read_back(job, split, unfinished, records)
+    unfinished.replace(final)
+    sync_folder(job.output)
+    return spec, [f"{entries[number].name}\t{reason}" for number, reason in sorted(journal.reasons.items())]
+
+
+def check_counts(source: Source, split: str, counts: np.ndarray) -> None:
+    """Refuse a training split that has no image of some class."""
+    empty = [name for name, count in zip(source.classes, counts, strict=True) if count == 0]
+    if split == "train" and empty:
+        raise Mistake(
+            f"{source.origin}: {len(empty)} of {len(source.classes)} classes have no whole image to train on",
+            expected="at least one image of each class",
+            found="none of " + ", ".join(empty[:20]) + (", ..." if len(empty) > 20 else ""),
+            remedy="add images, or remove the class",
+        )
+
+
+def convert_batch(source: Source, codec: Codec, entries: Sequence[Entry]) -> list[Sample | str]:
+    """Read and transcode some entries: a worker's task. A string says why an image is bad."""
+    outcomes: list[Sample | str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        for entry in entries:
+            try:
+                outcomes.append(transcode(_read(source, entry), entry.name, codec))
+            except BadImageError as reason:
+                outcomes.append(str(reason))
+    return outcomes
+
+
+def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
+    try:
+        return source.read(entry)
+    except OSError as error:
+        raise Failure(
+            f"{entry.name}: cannot be read: {error.strerror or error}",
+            remedy="make it readable and run the same command again; it goes on where it stopped",
+        ) from error
+
+
+def _fill(job: Job, split: str, writer: BetonWriter, journal: Journal) -> None:
+    """Transcode and write whatever entries of the split the journal does not have yet."""
+    entries, done = job.source.splits[split], len(journal.records)
+    if journal.reasons and not job.skip_bad:
+        number, reason = min(journal.reasons.items())
+        raise _bad(entries[number], reason)
+    if done:
+        log.info("%s: going on after %d of %d images of %s", job.output, done, len(entries), split)
+    job.progress(split, done, len(entries), 0)
+    batches = list(_batches(entries, done))
+    work = partial(convert_batch, replace(job.source, splits={}), job.codec)
+    start = flushed_end = writer.end
+    flushed_at = time.monotonic()
+    workers = max(1, min(job.workers, len(batches)))
+    with contextlib.closing(in_order(work, batches, workers)) as results:
+        for outcomes in results:
+            numbers = range(done, done + len(outcomes))
+            done = numbers.stop
+            _write(job, split, numbers, outcomes, writer, journal)
+            job.progress(split, done, len(entries), writer.end - start)
+            if writer.end - flushed_end >= FLUSH_BYTES or time.monotonic() - flushed_at >= FLUSH_SECONDS:
+                _flush(writer, journal)
+                flushed_end, flushed_at = writer.end, time.monotonic()
+    _flush(writer, journal)
+
+
+def _write(
+    job: Job, split: str, numbers: range, outcomes: Sequence[Sample | str], writer: BetonWriter, journal: Journal
+) -> None:
+    """Append a batch's samples to the data and to the journal, in order."""
+    entries = job.source.splits[split]
+    for number, outcome in zip(numbers, outcomes, strict=True):
+        label = entries[number].label
+        if isinstance(outcome, Sample):
+            offset = writer.append(outcome.data)
+            size = len(outcome.data)
+            record = (
+                True, outcome.mode, int(outcome.kind), outcome.width, outcome.height, label, outcome.crc32, size, offset
+            )  # fmt: skip
+            journal.add(record, number, "")
+        elif job.skip_bad:
+            journal.add((False, 0, 0, 0, 0, label, 0, 0, 0), number, outcome)
+        else:
+            _flush(writer, journal)
+            raise _bad(entries[number], outcome)
+
+
+def _flush(writer: BetonWriter, journal: Journal) -> None:
+    """Have the data on the disk, then the journal that speaks of it."""
+    writer.sync()
+    journal.flush()
+
+
+def _bad(entry: Entry, reason: str) -> Mistake:
+    return Mistake(
+        f"{entry.name}: {reason}",
+        expected="a whole image",
+        remedy="mend or remove it, or leave out all such files with --skip-bad; what was converted so far is kept",
+    )
+
+
+def _batches(entries: Sequence[Entry], start: int) -> Iterator[Sequence[Entry]]:
+    """Cut the entries from `start` on into the workers' tasks."""
+    size = 0
+    for number in range(start, len(entries)):
+        size += entries[number].size
+        if number + 1 - start >= BATCH_IMAGES or size >= BATCH_BYTES:
+            yield entries[start : number + 1]
+            start, size = number + 1, 0
+    if start < len(entries):
+        yield entries[start:]
+
+
+def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSpec:
+    """Read the finished file again, all of it, and describe it; its name is still the unfinished one."""
+    reader = BetonReader(path)
+    stage = f"{split}: reading back"
+    damages = damaged_samples(reader, decode=False, workers=job.workers, stage=stage, progress=job.progress)
+    stored = records[records["stored"]]
+    if damages or not np.array_equal(reader.crcs, stored["crc32"]):
+        path.unlink()
+        raise Failure(
+            f"{path}: what was written does not read back",
+            found=f"{len(damages)} damaged samples, the first: {damages[0]}" if damages else "another index",
+            remedy="check the disk and its file system; the same command starts this split anew",
+        )
+    converted = count_kinds(stored["kind"])
+    if skipped := len(records) - len(stored):
+        converted["skipped"] = skipped
+    spec = SplitSpec(
+        file=f"{split}.beton",
+        samples=reader.num_samples,
+        counts=tuple(np.bincount(reader.labels, minlength=len(job.source.classes)).tolist()),
+        size=reader.file_size,
+        index_crc32=reader.index_crc32,
+        fingerprint=content_fingerprint(reader),
+        converted=converted,
+    )
+    reader.close()
+    return spec
+
+
+@contextlib.contextmanager
+def _room(job: Job, split: str, path: Path) -> Iterator[None]:
+    """Turn a full disk into a Failure that says how much room the rest of the split needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        planned = sum(entry.size for entry in job.source.splits[split])
+        written = path.stat().st_blocks * 512 if path.exists() else 0
+        free = shutil.disk_usage(path.parent).free
+        raise Failure(
+            f"{path}: no room to go on writing ({error.strerror})",
+            expected=f"about {max(0, planned - written) / 2**20:,.0f} MiB more for split {split}",
+            found=f"{free / 2**20:,.0f} MiB free",
+            remedy="make room and run the same command again; it goes on where it stopped",
+        ) from None

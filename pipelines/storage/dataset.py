@@ -1,0 +1,176 @@
+"""One dataset, one folder: `dataset.json` beside a .beton file for each split."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.errors import Failure, Mistake
+from pipelines.spec import DatasetSpec
+from pipelines.storage.beton import BetonReader
+
+FORMAT = 1
+"""Version of dataset.json that this program writes and reads."""
+SPEC_FILE = "dataset.json"
+
+CONTENT = np.dtype([("label", "<i8"), ("height", "<i4"), ("width", "<i4"), ("mode", "u1"), ("crc32", "<u4")])
+
+
+class Dataset:
+    """A converted dataset, opened for reading.
+
+    Args:
+        folder: where dataset.json is.
+        spec: what it says.
+    """
+
+    def __init__(self, folder: Path, spec: DatasetSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+        self._readers: dict[str, BetonReader] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Dataset":
+        """Open the dataset in `folder`; its files are opened by `split`.
+
+        Raises:
+            Mistake: there is no dataset here, or one of another version.
+            Failure: dataset.json is damaged.
+        """
+        folder = Path(folder)
+        return cls(folder, read_spec(folder))
+
+    def split(self, name: str) -> BetonReader:
+        """Return the reader of one split, opened once and checked against dataset.json.
+
+        Raises:
+            Mistake: there is no such split.
+            Failure: its file is missing or not the one that was converted.
+        """
+        if name not in self.spec.splits:
+            has = ", ".join(self.spec.splits)
+            raise Mistake(f"{self.folder}: this dataset has no split {name!r}", expected=f"one of: {has}")
+        if name not in self._readers:
+            self._readers[name] = self._open_split(name)
+        return self._readers[name]
+
+    def close(self) -> None:
+        """Close the splits' files. May be called twice."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def _open_split(self, name: str) -> BetonReader:
+        split = self.spec.splits[name]
+        path = self.folder / split.file
+        remedy = "`deitfast verify` says what is damaged; convert again, or copy the file from where it is whole"
+        if path.is_file() and path.stat().st_size != split.size:
+            raise Failure(
+                f"{path}: not the file that {SPEC_FILE} describes",
+                expected=f"{split.size:,} bytes",
+                found=f"{path.stat().st_size:,} bytes",
+                remedy=remedy,
+            )
+        reader = BetonReader(path)
+        if reader.index_crc32 != split.index_crc32 or reader.num_samples != split.samples:
+            reader.close()
+            raise Failure(
+                f"{path}: its index is damaged or another dataset's",
+                expected=f"{split.samples:,} samples, index CRC32 {split.index_crc32:08x}",
+                found=f"{reader.num_samples:,} samples, index CRC32 {reader.index_crc32:08x}",
+                remedy=remedy,
+            )
+        return reader
+
+
+def content_fingerprint(reader: BetonReader) -> str:
+    """Return a split's fingerprint: blake2b over (label, height, width, mode, crc32) of every sample in order."""
+    rows = np.zeros(reader.num_samples, dtype=CONTENT)
+    rows["label"], rows["height"], rows["width"] = reader.labels, reader.heights, reader.widths
+    rows["mode"], rows["crc32"] = reader.modes, reader.crcs
+    return hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+
+
+def dataset_fingerprint(classes: tuple[str, ...], splits: Mapping[str, str]) -> str:
+    """Return a dataset's fingerprint from its class names and the fingerprints of its splits."""
+    text = json.dumps({"classes": classes, "splits": dict(splits)}, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def write_spec(folder: Path, spec: DatasetSpec) -> None:
+    """Publish dataset.json: there is the whole new one or none, whenever this is interrupted."""
+    write_atomically(folder / SPEC_FILE, json.dumps(asdict(spec), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under another name, have it on the disk, and rename it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the folder's entries (after a rename) on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_spec(folder: Path) -> DatasetSpec:
+    """Read and check dataset.json. Raises as `Dataset.open` does."""
+    path = folder / SPEC_FILE
+    remedy = "make one with `deitfast convert`, or give the folder of one"
+    if not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder", expected="the folder of a converted dataset", remedy=remedy)
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except FileNotFoundError:
+        raise Mistake(f"{folder}: not a converted dataset", expected=f"a {SPEC_FILE} in it", remedy=remedy) from None
+    except OSError as error:
+        raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # JSON's and UTF-8's errors
+        raise _damaged(path, "JSON text", str(error)) from None
+    version = data.get("format") if isinstance(data, dict) else None
+    if version != FORMAT:
+        raise Mistake(
+            f"{path}: this program cannot read this dataset",
+            expected=f"format {FORMAT}",
+            found=f"format {version}" if version is not None else "no format",
+            remedy="convert it again with this version of deitfast",
+        )
+    try:
+        spec = TypeAdapter(DatasetSpec).validate_json(text)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise _damaged(path, "the keys and values that convert writes", found) from None
+    _check_consistency(path, spec)
+    return spec
+
+
+def _damaged(path: Path, expected: str, found: str) -> Failure:
+    return Failure(f"{path}: damaged or edited", expected=expected, found=found, remedy="convert the dataset again")
+
+
+def _check_consistency(path: Path, spec: DatasetSpec) -> None:
+    """Check what dataset.json says twice."""
+    for name, split in spec.splits.items():
+        if len(split.counts) != len(spec.classes) or sum(split.counts) != split.samples:
+            expected = f"{split.samples} samples of {len(spec.classes)} classes in {name}'s counts"
+            raise _damaged(path, expected, f"{sum(split.counts)} of {len(split.counts)}")
+        if Path(split.file).name != split.file:
+            raise _damaged(path, f"the name of a file in the folder as {name}'s file", repr(split.file))
+    fingerprint = dataset_fingerprint(spec.classes, {name: s.fingerprint for name, s in spec.splits.items()})
+    if fingerprint != spec.fingerprint:
+        raise _damaged(path, f"fingerprint {fingerprint} of these classes and splits", spec.fingerprint)

@@ -1,0 +1,150 @@
+"""Looks for damage in a converted dataset and lists all of it."""
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.errors import Failure, Mistake
+from pipelines.spec import DatasetSpec, SplitSpec
+from pipelines.storage.beton import JPEG, BetonReader
+from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, read_spec
+from pipelines.storage.pool import usable_cores
+from pipelines.storage.transcode import BadImageError, stored_size
+
+Progress = Callable[[str, int, int, int], None]
+"""Called with (stage, images done, images in all, bytes done); the stage is a split's name, or begins with it."""
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was written."""
+
+    split: str
+    """Empty for dataset.json itself."""
+    sample: int | None
+    """Number of the sample in the split; None for the file as a whole."""
+    label: str
+    """Name of the sample's class, empty if there is none."""
+    reason: str
+    """What was expected and found."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` looked at and what it found."""
+
+    folder: Path
+    samples: dict[str, int]
+    """Samples checked in each split."""
+    size: int
+    """Bytes of image data checked."""
+    decoded: bool
+    """Whether every image was decoded, or only its CRC32 compared."""
+    damages: tuple[Damage, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damages
+
+
+def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Progress | None = None) -> Report:
+    """Check a dataset: each file's size and index, each sample's CRC32 and, if asked, that it decodes to its size.
+
+    Args:
+        folder: the dataset's folder.
+        decode: decode every JPEG and compare its height and width with the index.
+        workers: threads; 0 takes the usable cores.
+        progress: called as work gets done.
+
+    Returns:
+        The report; damage is in it, never raised.
+
+    Raises:
+        Mistake: there is no dataset here.
+    """
+    folder = Path(folder)
+    try:
+        spec = read_spec(folder)
+    except Mistake:
+        raise
+    except Failure as failure:
+        return Report(folder, {}, 0, decode, (Damage("", None, "", str(failure)),))
+    damages: list[Damage] = []
+    samples, size = {}, 0
+    for name, split in spec.splits.items():
+        try:
+            reader = BetonReader(folder / split.file)
+        except Failure as failure:
+            damages.append(Damage(name, None, "", str(failure)))
+            continue
+        damages += [Damage(name, None, "", reason) for reason in _index_damage(reader, split)]
+        found = damaged_samples(reader, decode=decode, workers=workers, stage=name, progress=progress)
+        damages += [Damage(name, number, _label(spec, reader, number), reason) for number, reason in found]
+        samples[name] = reader.num_samples
+        size += int(reader.sizes.sum())
+        reader.close()
+    return Report(folder, samples, size, decode, tuple(damages))
+
+
+def damaged_samples(
+    reader: BetonReader, *, decode: bool, workers: int = 0, stage: str = "", progress: Progress | None = None
+) -> list[tuple[int, str]]:
+    """Return (number, reason) of every damaged sample of an open file, in order. Arguments as `verify` has them."""
+    total, size = reader.num_samples, 0
+    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    damages: list[tuple[int, str]] = []
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        for chunk, found in zip(chunks, pool.map(lambda chunk: _check(reader, chunk, decode), chunks), strict=True):
+            damages += found
+            size += int(reader.sizes[chunk.start : chunk.stop].sum())
+            if progress:
+                progress(stage, chunk.stop, total, size)
+    return damages
+
+
+def _check(reader: BetonReader, numbers: range, decode: bool) -> list[tuple[int, str]]:
+    checked = ((number, _sample_damage(reader, number, decode)) for number in numbers)
+    return [(number, reason) for number, reason in checked if reason]
+
+
+def _sample_damage(reader: BetonReader, number: int, decode: bool) -> str:
+    try:
+        data = reader.checked_sample(number)
+        if decode and reader.modes[number] == JPEG:
+            expected = int(reader.heights[number]), int(reader.widths[number])
+            found = stored_size(data.tobytes())
+            if found != expected:
+                return f"expected {expected[0]} x {expected[1]} pixels, decoded {found[0]} x {found[1]}"
+    except Failure as failure:
+        return f"expected {failure.expected}, found {failure.found}"
+    except BadImageError as reason:
+        return f"does not decode: {reason}"
+    return ""
+
+
+def _index_damage(reader: BetonReader, split: SplitSpec) -> list[str]:
+    """Compare a file's index with what dataset.json says of it."""
+    counts = np.bincount(reader.labels, minlength=len(split.counts)) if reader.labels.max() < 2**24 else None
+    pairs = {
+        "size of the file": (split.size, reader.file_size),
+        "number of samples": (split.samples, reader.num_samples),
+        "CRC32 of the index": (f"{split.index_crc32:08x}", f"{reader.index_crc32:08x}"),
+        "fingerprint": (split.fingerprint, content_fingerprint(reader)),
+    }
+    found = [f"{what}: {SPEC_FILE} says {says}, the file {has}" for what, (says, has) in pairs.items() if says != has]
+    if counts is None or tuple(counts) != split.counts:
+        found.append(f"images of each class: not as {SPEC_FILE} counts them")
+    return found
+
+
+def _label(spec: DatasetSpec, reader: BetonReader, number: int) -> str:
+    label = int(reader.labels[number])
+    return spec.classes[label] if label < len(spec.classes) else f"class {label}"
