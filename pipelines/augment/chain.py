@@ -1,0 +1,163 @@
+"""From a batch of crops and what was drawn for it to the model's input, on the batch's device.
+
+The order is the recipe's: flip, two operations of RandAugment, normalise, erase, mix. All that is random has been drawn
+on the host (`pipelines.views`); one copy carries it to the device, and the host never waits for an answer.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.augment import ops
+from pipelines.augment.erase import erase
+from pipelines.batch import Batch
+from pipelines.packed import UNIT
+from pipelines.spec import AugmentSpec
+from pipelines.views import COLUMNS, OPERATIONS, SLICES, ViewParams
+
+SLOTS = COLUMNS["operation"]
+"""Operations of RandAugment that an image may get, one after the other."""
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a step needs of a batch: the very tensor that the student and the teacher see, and its mixed target."""
+
+    pixels: Tensor
+    """[B, 3, S, S] in the model's dtype, normalised, channels-last in memory."""
+    labels: Tensor
+    """int64 [B]: each row's own label."""
+    partner_labels: Tensor
+    """int64 [B]: the label of the row that it is mixed with."""
+    share: Tensor
+    """float32 [B]: weight of `labels` in the target; `partner_labels` have the rest."""
+    valid: Tensor
+    """bool [B]: False for rows that only fill up evaluation's last batch."""
+    params: ViewParams
+    """What was drawn for each row, on the host: names the (sample, view) that a cached target belongs to."""
+
+
+def augment(batch: Batch, spec: AugmentSpec, *, dtype: torch.dtype, train: bool) -> ModelInput:
+    """Make the model's input of a batch; `batch` itself stays as it is.
+
+    Everything up to the mixture is computed in uint8 or float32, and cast at the end.
+
+    Args:
+        batch: crops, labels and drawn parameters.
+        spec: the recipe's augmentation; gives the normalisation and the seed of erasing's noise.
+        dtype: of the pixels.
+        train: False normalises and does nothing else, whatever was drawn.
+    """
+    if not train:
+        own = torch.ones_like(batch.labels, dtype=torch.float32)
+        return _input(batch, normalise(batch.images, spec), dtype, batch.labels, own)
+    drawn = _send(batch.params, batch.images.device)
+    images = torch.where(_per_image(drawn.columns["flip"] == 1), batch.images.flip(2), batch.images)
+    for slot in drawn.slots:
+        for name, rows, arguments in slot:
+            ops.apply(name, images, rows, arguments)
+    pixels = normalise(images, spec)
+    columns = drawn.columns
+    if drawn.erased:
+        erase(pixels, columns["erase"], columns["sample"], columns["view"], spec, drawn.erased)
+    share = columns["share"].float() / UNIT
+    if drawn.mixed:
+        mix(pixels, columns["partner"], share, columns["box"])
+    return _input(batch, pixels, dtype, batch.labels[columns["partner"]], share)
+
+
+def normalise(images: Tensor, spec: AugmentSpec) -> Tensor:
+    """(pixel / 255 - mean) / std as float32 [B, S, S, 3] from uint8 [B, S, S, 3]."""
+    mean, std = _normalisation(spec.mean, spec.std, images.device)
+    return (images - mean).div_(std)
+
+
+def mix(pixels: Tensor, partners: Tensor, share: Tensor, boxes: Tensor) -> None:
+    """Mix each row with its partner as that is before mixing, in place.
+
+    MixUp: own x share + partner x (1 - share). CutMix, where a row has a box: the partner inside it, own outside.
+
+    Args:
+        pixels: float32 [B, S, S, 3].
+        partners: row of the partner, int64 [B].
+        share: a row's own share, float32 [B].
+        boxes: top, left, height, width of what CutMix takes from the partner: int64 [B, 4]; height 0 for MixUp.
+    """
+    top, left, height, width = (_per_image(edge) for edge in boxes.unbind(1))
+    at = torch.arange(pixels.shape[1], device=pixels.device)
+    y, x = at.view(-1, 1, 1), at.view(1, -1, 1)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    theirs = torch.where(height > 0, inside.float(), 1 - _per_image(share))
+    pixels.lerp_(pixels.index_select(0, partners), theirs)  # lerp is exact at weights 0 and 1
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A batch's drawn parameters on the device, and what of them the host must know to start the right kernels."""
+
+    columns: dict[str, Tensor]
+    """Every column of COLUMNS, int64 [B] or [B, width]."""
+    slots: list[list[tuple[str, Tensor, Tensor]]]
+    """For each slot: operation, its rows int64 [K], their arguments float64 [K, 2]."""
+    erased: int
+    """Pixels to erase."""
+    mixed: bool
+    """Whether any row is mixed."""
+
+
+def _send(params: ViewParams, device: torch.device) -> _Drawn:
+    """Group the rows by operation and compute the arguments on the host; carry all of it over in one copy.
+
+    It travels as float64 [B, 25 + 3 a slot]: float64 holds every int32 exactly.
+    """
+    extra = np.zeros((len(params), SLOTS, 3))
+    groups = [_group(params.operation[:, slot], params.magnitude[:, slot], extra[:, slot]) for slot in range(SLOTS)]
+    host = torch.from_numpy(np.concatenate([params.table, extra.reshape(len(params), -1)], axis=1))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    sent = host.to(device, non_blocking=True)
+    table, orders = sent[:, : params.table.shape[1]].long(), sent[:, params.table.shape[1] :].unflatten(1, (SLOTS, 3))
+    slots = []
+    for slot, group in enumerate(groups):
+        rows, arguments = orders[:, slot, 0].long(), orders[:, slot, 1:]
+        slots.append([(name, rows[some], arguments[some]) for name, some in group])
+    columns = {name: table[:, SLICES[name]].squeeze(1) for name in COLUMNS}  # squeeze: [B, 1] is [B], as on the host
+    erased = int((params.erase[:, 2] * params.erase[:, 3]).sum())
+    mixed = bool((params.share < UNIT).any() or params.box.any())
+    return _Drawn(columns, slots, erased, mixed)
+
+
+def _group(operations: np.ndarray, magnitudes: np.ndarray, lines: np.ndarray) -> list[tuple[str, slice]]:
+    """Sort a slot's rows by operation; write row and arguments into `lines` [B, 3]; name each operation's lines."""
+    order = np.argsort(operations, kind="stable")
+    lines[:, 0] = order
+    ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS)), side="right")
+    groups = []
+    for index, name in enumerate(OPERATIONS[1:], start=1):
+        some = slice(int(ends[index - 1]), int(ends[index]))
+        if some.start < some.stop:
+            lines[some, 1:] = ops.arguments(name, magnitudes[order[some]] / UNIT)
+            groups.append((name, some))
+    return groups
+
+
+def _input(batch: Batch, pixels: Tensor, dtype: torch.dtype, partner_labels: Tensor, share: Tensor) -> ModelInput:
+    """NHWC pixels as an NCHW view in `dtype`: that is channels-last."""
+    cast = pixels.to(dtype).permute(0, 3, 1, 2)
+    return ModelInput(cast, batch.labels, partner_labels, share, batch.valid, batch.params)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1]."""
+    return values.view(-1, 1, 1, 1)
+
+
+@lru_cache(maxsize=8)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in pixel values, float32 [3]; kept on the device, as copying them would wait."""
+    scaled = [[255 * value for value in values] for values in (mean, std)]
+    first, second = torch.tensor(scaled, dtype=torch.float32, device=device)
+    return first, second

@@ -1,0 +1,239 @@
+"""The whole way from crops and drawn parameters to the model's input, against a plain reading of the recipe."""
+
+import numpy as np
+import pytest
+import timm_oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import draws, fixed
+from pipelines.augment import ops
+from pipelines.augment.chain import ModelInput, augment, mix, normalise
+from pipelines.batch import Batch
+from pipelines.packed import pack
+from pipelines.spec import AugmentSpec
+from pipelines.views import COLUMNS, OPERATIONS, ViewParams
+
+SPEC = AugmentSpec(size=32, seed=(3 << 40) + 11)
+
+
+def empty(rows: int) -> ViewParams:
+    """Parameters that do nothing."""
+    params = ViewParams(np.zeros((rows, sum(COLUMNS.values())), np.int32))
+    params.partner[:] = np.arange(rows)
+    params.share[:] = 65536
+    return params
+
+
+def drawn(rng: np.random.Generator, rows: int, size: int) -> ViewParams:
+    """Draw parameters that are valid, cover everything, and follow no recipe."""
+    params = empty(rows)
+    params.sample[:] = rng.integers(0, 2**31, rows)
+    params.view[:] = rng.integers(0, 2**31, rows)
+    params.flip[:] = rng.integers(0, 2, rows)
+    params.operation[:] = rng.integers(0, len(OPERATIONS), (rows, 2)) * (rng.random((rows, 2)) < 0.8)
+    params.magnitude[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 2))
+    params.partner[:] = rng.permutation(rows)
+    params.share[:] = rng.integers(0, 65537, rows)
+    for name, share in (("erase", 0.5), ("box", 0.5)):
+        corners = np.sort(rng.integers(0, size + 1, (rows, 2, 2)), axis=1)
+        boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
+        params[name][:] = boxes * (rng.random((rows, 1)) < share)
+    return params
+
+
+def batch_of(images: np.ndarray, params: ViewParams) -> Batch:
+    rows = len(images)
+    labels = torch.arange(rows) * 7 % 10
+    return Batch(torch.from_numpy(images), labels, torch.arange(rows) < rows - 1, params)
+
+
+def drawn_batch(seed: int, rows: int = 12, size: int = 32) -> Batch:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
+    images[::2] //= 3
+    return batch_of(images, drawn(rng, rows, size))
+
+
+def taken(batch: Batch, rows: np.ndarray) -> Batch:
+    """The batch's rows in another order, with partners renumbered to match."""
+    params = ViewParams(batch.params.table[rows])
+    new_row = np.argsort(rows)
+    params.partner[:] = new_row[params.partner]
+    return Batch(batch.images[rows], batch.labels[rows], batch.valid[rows], params)
+
+
+def train(batch: Batch, spec: AugmentSpec = SPEC, dtype: torch.dtype = torch.float32) -> ModelInput:
+    return augment(batch, spec, dtype=dtype, train=True)
+
+
+def read_plainly(batch: Batch, spec: AugmentSpec) -> np.ndarray:
+    """The recipe as one would write it down for one image after the other: float64 [B, S, S, 3]."""
+    p = {name: batch.params[name] for name in COLUMNS}
+    table = fixed.normal_table().tolist()
+    ready = []
+    for row, image in enumerate(batch.images.numpy()):
+        if p["flip"][row]:
+            image = image[:, ::-1]
+        for index, magnitude in zip(p["operation"][row], p["magnitude"][row], strict=True):
+            if index:
+                image = timm_oracle.apply(OPERATIONS[index], image, magnitude / 65536)
+        image = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
+        top, left, height, width = p["erase"][row]
+        for y in range(top, top + height):
+            for x in range(left, left + width):
+                place = int(p["sample"][row]), int(p["view"][row]), y * spec.size + x
+                image[y, x] = np.array(draws.erase_noise(*place, pack(spec), table)) / 65536
+        ready.append(image)
+    mixed = []
+    for row, image in enumerate(ready):
+        partner, share = ready[p["partner"][row]], p["share"][row] / 65536
+        top, left, height, width = p["box"][row]
+        if height:
+            image = image.copy()
+            image[top : top + height, left : left + width] = partner[top : top + height, left : left + width]
+        else:
+            image = image * share + partner * (1 - share)
+        mixed.append(image)
+    return np.stack(mixed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chain_is_the_recipe_read_plainly(seed):
+    batch = drawn_batch(seed)
+    got = train(batch).pixels.permute(0, 2, 3, 1).numpy()
+    within = 1e-5 if timm_oracle.ROUNDING == 0 else 1 / 255 / min(SPEC.std)
+    np.testing.assert_allclose(got, read_plainly(batch, SPEC), rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("name", ops.TABLE)
+@pytest.mark.parametrize("slot", [0, 1])
+def test_an_operation_inside_the_chain_is_the_operation_alone(name, slot):
+    params = empty(3)
+    params.operation[:, slot] = OPERATIONS.index(name), 0, OPERATIONS.index(name)
+    params.magnitude[:, slot] = 9 * 65536, 9 * 65536, -8 * 65536
+    images = np.random.default_rng(1).integers(0, 200, (3, 32, 32, 3), dtype=np.uint8)
+    alone = torch.from_numpy(images.copy())
+    ops.apply(name, alone, torch.tensor([0, 2]), torch.from_numpy(ops.arguments(name, np.array([9.0, -8.0]))))
+    got = train(batch_of(images, params)).pixels
+    assert torch.equal(got, normalise(alone, SPEC).permute(0, 3, 1, 2))
+    assert torch.equal(alone[1], torch.from_numpy(images[1]))
+
+
+def test_the_second_operation_sees_the_first():
+    """Invert then SolarizeAdd is not SolarizeAdd then Invert."""
+    params = empty(2)
+    first, second = OPERATIONS.index("Invert"), OPERATIONS.index("SolarizeAdd")
+    params.operation[:] = [(first, second), (second, first)]
+    params.magnitude[:] = 9 * 65536
+    got = train(batch_of(np.full((2, 32, 32, 3), 200, np.uint8), params)).pixels[:, 0, 0, 0]
+    expected = normalise(torch.tensor([55 + 99, 255 - 200], dtype=torch.uint8).view(2, 1, 1, 1), SPEC)[:, 0, 0, 0]
+    assert torch.equal(got, expected)
+
+
+def test_input_has_the_asked_dtype_channels_last_and_targets():
+    batch = drawn_batch(5)
+    images, table = batch.images.clone(), batch.params.table.copy()
+    got = train(batch, dtype=torch.bfloat16)
+    assert got.pixels.shape == (12, 3, 32, 32)
+    assert got.pixels.dtype == torch.bfloat16
+    assert got.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got.pixels, train(batch).pixels.to(torch.bfloat16)), "cast before it was mixed"
+    assert torch.equal(got.partner_labels, batch.labels[batch.params.partner])
+    assert np.array_equal(got.share.numpy(), batch.params.share / 65536)
+    assert got.valid is batch.valid
+    assert got.params is batch.params
+    assert torch.equal(batch.images, images), "the loader's images were written to"
+    assert np.array_equal(batch.params.table, table)
+
+
+def test_evaluation_only_normalises():
+    batch = drawn_batch(6)
+    got = augment(batch, SPEC, dtype=torch.float32, train=False)
+    expected = (batch.images.numpy() / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+    np.testing.assert_allclose(got.pixels.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(got.share, torch.ones(12))
+    assert torch.equal(got.partner_labels, batch.labels)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9))
+def test_rows_may_stand_in_any_order(seed, rows):
+    batch = drawn_batch(seed, rows)
+    order = np.random.default_rng(seed).permutation(rows)
+    whole, again, shuffled = train(batch), train(batch), train(taken(batch, order))
+    assert torch.equal(whole.pixels, again.pixels)
+    assert torch.equal(whole.pixels[order], shuffled.pixels)
+    assert torch.equal(whole.partner_labels[order], shuffled.partner_labels)
+    assert torch.equal(whole.share[order], shuffled.share)
+
+
+def erased_whole(rows: int, seed: int, size: int = 32) -> torch.Tensor:
+    """Noise over the whole of every row, as the chain gives it: [rows, 3, size, size]."""
+    params = empty(rows)
+    params.sample[:] = np.arange(rows)
+    params.erase[:] = 0, 0, size, size
+    images = np.zeros((rows, size, size, 3), np.uint8)
+    return train(batch_of(images, params), AugmentSpec(size=size, seed=seed)).pixels
+
+
+def test_noise_is_standard_normal_and_independent():
+    pixels = erased_whole(40, seed=1).double()
+    n = pixels.numel()
+    assert abs(pixels.mean()) < 5 / n**0.5
+    assert abs(pixels.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((pixels.abs() < 1).double().mean() - 0.682689) < 5 * (0.217 / n) ** 0.5
+    for a, b in (
+        (pixels[:, 0], pixels[:, 1]),
+        (pixels[:-1], pixels[1:]),
+        (pixels[..., :-1], pixels[..., 1:]),
+        (pixels[..., :-1, :], pixels[..., 1:, :]),
+    ):
+        assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
+
+
+def test_noise_belongs_to_seed_sample_view_and_pixel_alone():
+    whole = erased_whole(3, seed=1)
+    assert torch.equal(whole[:2], erased_whole(2, seed=1)), "the batch's size matters"
+    assert not torch.equal(whole, erased_whole(3, seed=1 + 2**32)), "the seed's high word does not matter"
+    params = empty(2)
+    params.sample[:] = 2
+    params.view[:] = 0, 1
+    params.erase[:] = 5, 9, 7, 4
+    got = train(batch_of(np.zeros((2, 32, 32, 3), np.uint8), params), AugmentSpec(size=32, seed=1)).pixels
+    box = (slice(None), slice(5, 12), slice(9, 13))
+    assert torch.equal(got[0][box], whole[2][box]), "the box matters"
+    assert not torch.equal(got[1][box], whole[2][box]), "the view does not matter"
+    black = got[0, :, 0, 0].view(3, 1, 1)
+    outside = torch.ones(32, 32, dtype=torch.bool)
+    outside[box[1:]] = False
+    assert (got[0] == black)[:, outside].all()
+
+
+def test_cutmix_share_is_what_the_box_leaves():
+    """With the share that the recipe corrects to, the mean of a mixed pair of flat images says how much is whose."""
+    pixels = torch.stack([torch.zeros(16, 16, 3), torch.ones(16, 16, 3)])
+    box = torch.tensor([[2, 3, 8, 4]] * 2)
+    share = torch.tensor([1 - 32 / 256] * 2)
+    mix(pixels, torch.tensor([1, 0]), share, box)
+    assert pixels.mean((1, 2, 3)).tolist() == [32 / 256, 1 - 32 / 256]
+    assert pixels[0, 2:10, 3:7].min() == 1
+
+
+def test_nothing_waits_for_the_device():
+    """A meta tensor has no values, so that whatever would have to read one on the host raises."""
+    batch = drawn_batch(8, rows=40)
+    assert set(batch.params.operation.ravel()) == set(range(len(OPERATIONS)))
+    away = Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.valid.to("meta"), batch.params)
+    got = train(away, dtype=torch.bfloat16)
+    assert got.pixels.shape == (40, 3, 32, 32)
+    assert got.pixels.device == got.partner_labels.device == got.share.device == torch.device("meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same():
+    batch = drawn_batch(9, rows=64, size=224)
+    spec = AugmentSpec(size=224, seed=2)
+    away = Batch(batch.images.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.params)
+    torch.testing.assert_close(train(away, spec).pixels.cpu(), train(batch, spec).pixels, rtol=0, atol=1e-5)

@@ -1,0 +1,125 @@
+"""RandAugment's operations against timm and Pillow, pixel for pixel."""
+
+import numpy as np
+import pytest
+import timm_oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from pipelines.augment import ops
+from pipelines.augment.ops_affine import FILL
+
+MAGNITUDES = np.array([0.0, 1 / 3, 2.5, 5.0, 7.4999, 9.0, 9.99, 10.0])
+SIGNED = np.round(np.concatenate([MAGNITUDES, -MAGNITUDES]) * 65536) / 65536
+SIZES = [(32, 32), (29, 20), (1, 9), (9, 1), (2, 3), (3, 3), (1, 1)]  # at 20 px and m = 5 borders are hit exactly
+
+
+def pictures(height: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw one image, uint8 [height, width, 3], of every kind that some operation treats in its own way."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * x * y + 1), x - y], -1) * 90 + 120
+    noise = rng.integers(0, 256, (height, width, 3))
+    images = {
+        "noise": noise,
+        "photo": np.clip(waves + rng.normal(0, 6, waves.shape) + 70 * (rng.random((height, width, 1)) < 0.05), 0, 255),
+        "flat": np.full((height, width, 3), (37, 0, 255)),
+        "two values": np.where(noise < 128, 90, 91),
+        "narrow": noise % 40 + 100,
+        "black and white": noise // 128 * 255,
+        "grey": np.repeat(noise[..., :1], 3, -1),
+        "one pixel off": np.full((height, width, 3), 200),
+    }
+    images["one pixel off"][0, 0] = 3, 250, 199
+    return {kind: image.astype(np.uint8) for kind, image in images.items()}
+
+
+def apply(name: str, images: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    batch = torch.from_numpy(images.copy())
+    ops.apply(name, batch, torch.arange(len(images)), torch.from_numpy(ops.arguments(name, magnitudes)))
+    return batch.numpy()
+
+
+def assert_timms(name: str, images: np.ndarray, magnitudes: np.ndarray) -> None:
+    expected = np.stack([timm_oracle.apply(name, i, m) for i, m in zip(images, magnitudes, strict=True)])
+    worst = np.abs(apply(name, images, magnitudes).astype(int) - expected).reshape(len(images), -1).max(1)
+    assert worst.max() <= timm_oracle.ROUNDING, f"{name} at m = {magnitudes[worst.argmax()]}: off by {worst.max()}"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ops.TABLE)
+def test_operation_is_timms(name, size):
+    images = np.repeat(np.stack(list(pictures(*size).values())), len(SIGNED), axis=0)
+    assert_timms(name, images, np.tile(SIGNED, len(images) // len(SIGNED)))
+
+
+@pytest.mark.parametrize("name", ops.TABLE)
+def test_operation_is_timms_at_224(name):
+    images = pictures(224, 224)
+    assert_timms(name, np.stack([images["photo"], images["noise"]] * 2), np.array([9.0, -9.0, -8.437, 9.731]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(list(ops.TABLE)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    magnitude=st.integers(-10 * 65536, 10 * 65536),
+    seed=st.integers(0, 1000),
+)
+def test_operation_is_timms_anywhere(name, size, magnitude, seed):
+    images = np.stack(list(pictures(size[0], size[1], seed).values()))
+    assert_timms(name, images, np.full(len(images), magnitude / 65536))
+
+
+def test_table_is_the_recipes():
+    assert tuple(ops.TABLE) == timm_oracle.NAMES[1:]
+    assert timm_oracle.FILL == FILL
+
+
+@pytest.mark.parametrize("name", sorted(set(ops.TABLE) - {"Rotate"}))
+def test_arguments_are_timms(name):
+    """At magnitudes that every step of an integer argument lies between, and at either side of each."""
+    magnitudes = np.concatenate([np.arange(-10 * 65536, 10 * 65536 + 1, 641), np.arange(-2560, 2561) * 256]) / 65536
+    expected = [(timm_oracle.arguments(name, magnitude) or (0,))[0] for magnitude in magnitudes.tolist()]
+    assert ops.arguments(name, magnitudes)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Posterize", 1), ("Solarize", 26), ("SolarizeAdd", 99), ("Color", 1.81), ("ShearX", 0.27), ("TranslateY", 0.405)],
+)
+def test_arguments_at_the_papers_magnitude(name, expected):
+    assert ops.arguments(name, np.array([9.0]))[0, 0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_rotation_turns_against_the_clock():
+    """A positive angle brings the top to the left, as Image.rotate does."""
+    image = np.zeros((1, 33, 33, 3), np.uint8)
+    image[:, :4] = 255
+    turned = apply("Rotate", image, np.array([10.0]))[0, ..., 0].astype(int)
+    assert turned[8, 2] == 255
+    assert turned[8, 30] == 0
+
+
+def test_posterize_to_no_bits_is_black_where_pillow_refuses():
+    image = pictures(8, 8)["noise"]
+    assert not apply("Posterize", image[None], np.array([10.0])).any()
+    with pytest.raises(ValueError, match="bits must be between"):
+        ImageOps.posterize(Image.fromarray(image), 0)
+
+
+@pytest.mark.parametrize("name", ops.TABLE)
+def test_only_the_named_rows_change_and_pieces_do_not_matter(name, monkeypatch):
+    images = np.stack(list(pictures(20, 20).values()))
+    rows = torch.tensor([6, 0, 3])
+    arguments = torch.from_numpy(ops.arguments(name, np.array([9.0, -8.0, 10.0])))
+    whole, pieces = torch.from_numpy(images.copy()), torch.from_numpy(images.copy())
+    ops.apply(name, whole, rows, arguments)
+    monkeypatch.setattr(ops, "PIXELS_AT_ONCE_CPU", 1)
+    ops.apply(name, pieces, rows, arguments)
+    others = [1, 2, 4, 5, 7]
+    assert np.array_equal(whole.numpy()[others], images[others])
+    assert not np.array_equal(whole.numpy()[rows], images[rows])
+    assert torch.equal(whole, pieces)
