@@ -1,0 +1,212 @@
+"""From (epoch, step) to a batch on the host: what every decoding loader shares."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipelines.batch import Batch
+from pipelines.errors import Failure
+from pipelines.loaders.prefetch import prefetched
+from pipelines.sampler import EvalSampler, Rows, TrainSampler
+from pipelines.spec import AugmentSpec, LoaderSpec
+from pipelines.storage.beton import RAW, BetonReader
+from pipelines.views import ViewParams, draw_eval, draw_train
+
+CHUNK = 8
+"""Images that a worker takes at once: a queue's round trip costs 20 us, decoding an image about 800."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides which batches a loader makes and where they go."""
+
+    reader: BetonReader
+    augment: AugmentSpec
+    spec: LoaderSpec
+    sampler: TrainSampler | EvalSampler
+    train: bool
+    """Draw windows at random (train) or take the recipe's centre (evaluation)."""
+    device: torch.device
+
+    @property
+    def workers(self) -> int:
+        """Decoding threads: as asked for, or one for each core that this process may use."""
+        return self.spec.workers or available_cores()
+
+    def draw(self, epoch: int, step: int) -> tuple[Rows, ViewParams]:
+        """Return one step's rows and everything drawn for them."""
+        rows = self.sampler.rows(epoch, step)
+        draw = draw_train if self.train else draw_eval
+        return rows, draw(self.augment, rows, self.reader.heights[rows.samples], self.reader.widths[rows.samples])
+
+    def stored(self, sample: int) -> np.ndarray:
+        """Return a sample's stored bytes, uint8 [n], checked against their CRC32 where the spec asks for it.
+
+        Raises:
+            Failure: the bytes are not those that were converted.
+        """
+        return self.reader.checked_sample(sample) if self.spec.check else self.reader.sample(sample)
+
+    def canvas(self, rows: int) -> torch.Tensor:
+        """Return zeros, uint8 [rows, S, S, 3], in page-locked memory where the device is CUDA."""
+        side = self.augment.size
+        return torch.zeros(rows, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def batch(self, images: torch.Tensor, rows: Rows, params: ViewParams) -> Batch:
+        """Return the batch of `rows` with `images`, uint8 [B, S, S, 3], on whatever device they are."""
+        labels = torch.from_numpy(self.reader.labels[rows.samples])
+        return Batch(images, labels, torch.from_numpy(rows.valid), params)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Codec(Protocol):
+    """Decodes and resizes for one thread at a time."""
+
+    def decode(self, data: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Return a window of a JPEG, uint8 [height, width, 3].
+
+        Raises:
+            ValueError: `data` is no JPEG that can be decoded.
+        """
+        ...
+
+    def resize(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """Resize uint8 [h, w, 3] into uint8 [H, W, 3], bicubic and antialiased as PIL does it."""
+        ...
+
+
+class HostLoader:
+    """Decodes on the host with worker threads, each image once a batch however many of its views the batch holds."""
+
+    def __init__(self, name: str, plan: Plan, codec: Callable[[], Codec]) -> None:
+        self.name, self.plan, self.steps_per_epoch = name, plan, plan.sampler.steps_per_epoch
+        self._codecs: SimpleQueue[Codec] = SimpleQueue()  # a worker borrows one for the time of a chunk
+        for _ in range(plan.workers):
+            self._codecs.put(codec())
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
+        return prefetched(lambda: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
+
+    def close(self) -> None:
+        """Nothing outlives an iteration: each one joins its own threads."""
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix=f"deitfast-{self.name}")
+        try:
+            for step in range(start_step, self.steps_per_epoch):
+                yield self._batch(pool, *self.plan.draw(epoch, step))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, pool: ThreadPoolExecutor, rows: Rows, params: ViewParams) -> Batch:
+        images = self.plan.canvas(len(rows.samples))
+        geometry, out = Geometry.of(params), images.numpy()
+        work = by_sample(rows)
+        chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
+        for _ in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out), chunks):
+            pass
+        return self.plan.batch(images, rows, params)
+
+    def _render_chunk(self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray) -> None:
+        codec = self._codecs.get()
+        try:
+            for sample, views in chunk:
+                self._render_sample(codec, sample, views, geometry, out)
+        finally:
+            self._codecs.put(codec)
+
+    def _render_sample(
+        self, codec: Codec, sample: int, views: np.ndarray, geometry: "Geometry", out: np.ndarray
+    ) -> None:
+        top, left, height, width = geometry.union(views)
+        pixels = decoded(self.plan, codec, sample, top, left, height, width)
+        for row in views:
+            y, x, h, w = geometry.window[row] - (top, left, 0, 0)
+            crop = pixels[y : y + h, x : x + w]
+            fit(codec, crop, geometry.resized[row], geometry.offset[row], out[row])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The columns of `ViewParams` that a decoder needs, as int64 arrays of a row each."""
+
+    window: np.ndarray
+    """[B, 4]: top, left, height, width in the stored image."""
+    resized: np.ndarray
+    """[B, 2]: height and width that the window is resized to."""
+    offset: np.ndarray
+    """[B, 2]: top and left of the output in the resized window."""
+
+    @classmethod
+    def of(cls, params: ViewParams) -> "Geometry":
+        """Return the geometry of a batch."""
+        return cls(*(params[name].astype(np.int64) for name in ("window", "resized", "offset")))
+
+    def union(self, rows: np.ndarray) -> tuple[int, int, int, int]:
+        """Return the smallest window (top, left, height, width) that holds the windows of `rows`."""
+        windows = self.window[rows]
+        top, left = windows[:, :2].min(0)
+        bottom, right = (windows[:, :2] + windows[:, 2:]).max(0)
+        return int(top), int(left), int(bottom - top), int(right - left)
+
+
+def by_sample(rows: Rows) -> list[tuple[int, np.ndarray]]:
+    """Return (sample, its rows in the batch) for every sample that `rows` really ask for, in rising order."""
+    wanted = np.flatnonzero(rows.valid)
+    samples, starts = np.unique(rows.samples[wanted], return_inverse=True)
+    order = np.argsort(starts, kind="stable")
+    counts = np.bincount(starts, minlength=len(samples))
+    return list(zip(samples.tolist(), np.split(wanted[order], np.cumsum(counts))[:-1], strict=True))
+
+
+def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Return a window of a stored image, uint8 [height, width, 3].
+
+    Raises:
+        Failure: the stored bytes are damaged or cannot be decoded; the message names the sample.
+    """
+    data = plan.stored(sample)
+    if plan.reader.modes[sample] == RAW:
+        image = data.reshape(int(plan.reader.heights[sample]), int(plan.reader.widths[sample]), 3)
+        return image[top : top + height, left : left + width]
+    try:
+        return codec.decode(data, top, left, height, width)
+    except (ValueError, OSError) as error:
+        raise Failure(
+            f"sample {sample} of {plan.reader.path} cannot be decoded",
+            expected=f"a JPEG of {plan.reader.widths[sample]} x {plan.reader.heights[sample]} pixels",
+            found=str(error),
+            remedy="run deitfast verify on the data set and convert it again",
+        ) from error
+
+
+def fit(codec: Codec, crop: np.ndarray, resized: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
+    """Resize `crop`, uint8 [h, w, 3], to `resized` and write the S x S at `offset` to `out`; black is there already."""
+    height, width = int(resized[0]), int(resized[1])
+    whole = (height, width) == out.shape[:2] and not offset.any()
+    if crop.shape[:2] != (height, width):
+        target = out if whole else np.empty((height, width, 3), np.uint8)
+        codec.resize(crop, target)
+        crop = target
+    if crop is not out:
+        paste(crop, int(offset[0]), int(offset[1]), out)
+
+
+def paste(image: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
+    """Copy the part of `image` seen through an S x S frame at (top, left) to `out`; leave the rest of `out` alone."""
+    side = len(out)
+    y0, y1 = max(top, 0), min(top + side, image.shape[0])
+    x0, x1 = max(left, 0), min(left + side, image.shape[1])
+    if y0 < y1 and x0 < x1:
+        out[y0 - top : y1 - top, x0 - left : x1 - left] = image[y0:y1, x0:x1]

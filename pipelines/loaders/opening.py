@@ -1,0 +1,132 @@
+"""Which loader: one visible match over its name, and what of them this machine can run."""
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from pipelines.batch import Loader
+from pipelines.errors import Mistake
+from pipelines.loaders.assemble import Codec, HostLoader, Plan
+from pipelines.sampler import EvalSampler, TrainSampler
+from pipelines.spec import AugmentSpec, LoaderSpec
+from pipelines.storage.beton import BetonReader
+
+NAMES = ("resident", "cpu", "ffcv", "reference")
+NEEDS = {
+    "cpu": ("nvidia.nvimgcodec", "pipelines.loaders.cpu"),
+    "ffcv": ("ffcv", "pipelines.loaders.ffcv"),
+}
+"""The package that a loader needs, and the module of ours that imports it."""
+RESIDENT_SIDE = 64
+"""Largest side that `auto` keeps resident, in pixels."""
+RESIDENT_SHARE = 4
+"""`auto` keeps a split resident where it takes at most one part in this many of the free memory."""
+
+
+def open_loader(
+    reader: BetonReader,
+    augment: AugmentSpec,
+    spec: LoaderSpec,
+    sampler: TrainSampler | EvalSampler,
+    *,
+    train: bool,
+    device: torch.device,
+) -> Loader:
+    """Open the loader that `spec.name` names.
+
+    Args:
+        reader: the split.
+        augment: size and draws of the crops.
+        spec: name, workers, prefetch, check.
+        sampler: which rows, in which order, for this rank.
+        train: draw windows at random; else the recipe's centre crop.
+        device: where batches go.
+
+    Raises:
+        Mistake: the loader does not work on this machine or with this split; the message says why.
+        Failure: a sample is damaged (resident only; the others meet it in `epoch`).
+    """
+    plan = Plan(reader, augment, spec, sampler, train, device)
+    match choose(reader, device) if spec.name == "auto" else spec.name:
+        case "resident":
+            from pipelines.loaders.resident import ResidentLoader
+
+            return ResidentLoader(plan, _region_codec() if not why_not("cpu") else _pillow_codec())
+        case "cpu":
+            _require("cpu")
+            return HostLoader("cpu", plan, _region_codec())
+        case "ffcv":
+            _require("ffcv")
+            from pipelines.loaders.ffcv import FfcvLoader
+
+            return FfcvLoader(plan)
+        case "reference":
+            return HostLoader("reference", plan, _pillow_codec())
+        case name:
+            raise Mistake(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
+
+
+def choose(reader: BetonReader, device: torch.device) -> str:
+    """Return what `auto` stands for: resident for small images of one size that fit, else cpu, else reference."""
+    from pipelines.loaders.resident import one_size
+
+    size = one_size(reader)
+    if size is not None and max(size) <= RESIDENT_SIDE:
+        needed = reader.num_samples * size[0] * size[1] * 3
+        if needed * RESIDENT_SHARE <= min(free_memory(device), free_memory(torch.device("cpu"))):
+            return "resident"
+    return "reference" if why_not("cpu") else "cpu"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device (on the host: what its kernel can hand out)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the latter only
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available() -> dict[str, str]:
+    """Return every loader's name with the reason why it does not work on this machine, "" where it does."""
+    return {name: why_not(name) for name in NAMES}
+
+
+def why_not(name: str) -> str:
+    """Return the reason why a loader does not work on this machine, "" where it does."""
+    if name not in NEEDS:
+        return ""
+    package, module = NEEDS[name]
+    try:
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+        import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (ImportError, OSError, AttributeError) as error:
+        return f"{package} cannot be imported: {error}"
+    return ""
+
+
+def _require(name: str) -> None:
+    reason = why_not(name)
+    if reason:
+        raise Mistake(
+            f"the {name} loader does not work here",
+            found=reason,
+            remedy="--set loader.name=auto; deitfast doctor says which loaders work",
+        )
+
+
+def _region_codec() -> Callable[[], Codec]:
+    from pipelines.loaders.cpu import RegionCodec
+
+    return RegionCodec
+
+
+def _pillow_codec() -> Callable[[], Codec]:
+    from pipelines.loaders.reference import PillowCodec
+
+    return PillowCodec

@@ -1,0 +1,115 @@
+"""Batches made ahead of their consumer by one background thread, and carried to the device beside its work."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+
+import torch
+from torch import Tensor
+
+from pipelines.batch import Batch
+
+
+def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of `make()` on `device`, produced in a background thread at most `ahead` of the consumer.
+
+    The iterator that `make` returns is created, advanced and closed in that thread alone, so it may hold worker
+    threads of its own. On CUDA it runs under a side stream, and the copy to the device overlaps with the step.
+
+    However the iteration ends (exhausted, exception, `close`, `break`, garbage collection, Ctrl-C), the thread is
+    told to stop and joined; it finishes at most the batch that it is working on.
+
+    Raises:
+        Exception: whatever `make` or its iterator raised, in the order of the batches.
+    """
+    lane = _Lane(device)
+    arrived: SimpleQueue[_Parcel | BaseException | None] = SimpleQueue()
+    slots, stop = Semaphore(ahead), Event()
+    thread = Thread(target=_produce, args=(make, lane, arrived, slots, stop), name="deitfast-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (parcel := arrived.get()) is not None:
+            if isinstance(parcel, BaseException):
+                raise parcel
+            slots.release()
+            batch = lane.receive(parcel)
+            del parcel
+            yield batch
+            del batch  # the consumer may have dropped it: do not hold a batch more than asked for
+    finally:
+        stop.set()
+        slots.release()
+        thread.join()
+
+
+def _produce(
+    make: Callable[[], Iterator[Batch]],
+    lane: "_Lane",
+    arrived: "SimpleQueue[_Parcel | BaseException | None]",
+    slots: Semaphore,
+    stop: Event,
+) -> None:
+    try:
+        with lane.context():
+            batches = make()
+            try:
+                while True:
+                    slots.acquire()
+                    if stop.is_set() or (batch := next(batches, None)) is None:
+                        break
+                    arrived.put(lane.send(batch))
+                    del batch
+            finally:
+                close = getattr(batches, "close", None)
+                if close is not None:
+                    close()
+        arrived.put(None)
+    except BaseException as error:  # handed to the consumer, which is waiting for it
+        arrived.put(error)
+
+
+class _Lane:
+    """The way to a device. On CUDA: a side stream, so that copies overlap with the step; else a plain copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def context(self) -> AbstractContextManager:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def send(self, batch: Batch) -> "_Parcel":
+        batch = _each(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        if self.stream is None:
+            return _Parcel(batch, None)
+        sent = torch.cuda.Event()
+        sent.record(self.stream)
+        return _Parcel(batch, sent)
+
+    def receive(self, parcel: "_Parcel") -> Batch:
+        if parcel.sent is not None:
+            consumer = torch.cuda.current_stream(self.device)
+            consumer.wait_event(parcel.sent)
+            _each(parcel.batch, lambda tensor: _used_by(tensor, consumer))
+        return parcel.batch
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A batch on its way, and the event that its copy to the device is done with (CUDA)."""
+
+    batch: Batch
+    sent: torch.cuda.Event | None
+
+
+def _used_by(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    """Keep the side stream's allocator from handing the memory out again before `stream` is done with it."""
+    tensor.record_stream(stream)
+    return tensor
+
+
+def _each(batch: Batch, apply: Callable[[Tensor], Tensor]) -> Batch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: apply(value) for name, value in tensors.items() if isinstance(value, Tensor)})

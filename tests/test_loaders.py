@@ -1,0 +1,392 @@
+"""One contract, held against every loader: which images, which pixels, in which order, and how it ends."""
+
+import io
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.batch import Batch, Loader
+from pipelines.errors import Failure, Mistake
+from pipelines.loaders import opening
+from pipelines.loaders.opening import available, choose, open_loader
+from pipelines.loaders.prefetch import prefetched
+from pipelines.sampler import EvalSampler, TrainSampler
+from pipelines.spec import AugmentSpec, LoaderSpec
+from pipelines.storage.beton import BetonReader
+from pipelines.storage.writer import RECORD, BetonWriter
+
+CPU = torch.device("cpu")
+REASONS = available()
+LOADERS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(REASONS[name]), reason=REASONS[name] or "works here"))
+    for name in ("resident", "cpu", "ffcv", "reference")
+]
+SIZE, BATCH = 32, 12
+RESIZED = AugmentSpec(size=SIZE, crop="resized", repeats=3, mix_group=4, seed=7)
+PADDED = AugmentSpec(size=SIZE, crop="padded", repeats=2, mix_group=4, seed=7)
+MEAN_BOUND = {"resident": 0.0, "cpu": 0.1, "ffcv": 4.0, "reference": 0.0}
+"""Largest mean difference from `reference`, in levels of 255, for each loader on these photographs."""
+
+
+def photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Draw something with the spectrum of a photograph: octaves of noise, each half as strong as the one before."""
+    total = np.full((height, width, 3), 128.0)
+    for octave in range(1, 7):
+        noise = Image.fromarray(rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8))
+        total += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) - 128) * 0.5**octave * 1.6
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+def write_beton(path: Path, images: list[tuple[Image.Image, bytes | None]]) -> BetonReader:
+    """Write (image, its JPEG, or None to store it raw) with label 100 + index."""
+    writer = BetonWriter(path, len(images), 1, np.zeros(0, RECORD))
+    records = np.zeros(len(images), RECORD)
+    for index, (image, encoded) in enumerate(images):
+        data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
+        offset = writer.append(data)
+        records[index] = (
+            *(True, mode, 0, image.width, image.height),
+            *(100 + index, zlib.crc32(data), len(data), offset),
+        )
+    writer.finish(records)
+    writer.close()
+    return BetonReader(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+    """29 images of odd sizes: JPEGs of all subsamplings, some progressive, one turned by EXIF, three stored raw."""
+    rng, images = np.random.default_rng(0), []
+    for index in range(29):
+        image = photo(rng, int(rng.integers(24, 150)), int(rng.integers(24, 150)))
+        options = {"subsampling": index % 3, "progressive": index % 5 == 0}
+        images.append((image, None if index % 10 == 9 else jpeg(image, **options)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images[1] = (images[1][0], jpeg(images[1][0], exif=turned))
+    return write_beton(tmp_path_factory.mktemp("photos") / "photos.beton", images)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+    """29 images of 32 x 32, every fifth a JPEG."""
+    rng, images = np.random.default_rng(1), []
+    for index in range(29):
+        image = photo(rng, 32, 32)
+        images.append((image, jpeg(image) if index % 5 == 0 else None))
+    return write_beton(tmp_path_factory.mktemp("small") / "small.beton", images)
+
+
+def open_train(
+    name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object
+) -> Loader:
+    sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
+    loader = LoaderSpec(**{"name": name, "workers": 2, **more})
+    return open_loader(reader, spec, loader, sampler, train=True, device=CPU)
+
+
+def open_eval(name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1) -> Loader:
+    sampler = EvalSampler(reader.num_samples, BATCH, rank, world)
+    return open_loader(reader, spec, LoaderSpec(name=name, workers=2), sampler, train=False, device=CPU)
+
+
+def fits(name: str, reader: BetonReader) -> bool:
+    return name != "resident" or len(set(reader.heights)) == 1
+
+
+def both(name: str, photos: BetonReader, small: BetonReader) -> list[tuple[BetonReader, AugmentSpec]]:
+    """The data sets and crops that a loader takes."""
+    pairs = [(photos, RESIZED), (photos, PADDED), (small, PADDED), (small, RESIZED)]
+    return [pair for pair in pairs if fits(name, pair[0])]
+
+
+def difference(batches: list[Batch], others: list[Batch]) -> torch.Tensor:
+    """Absolute differences, int32 [N, S, S, 3], over the valid rows."""
+    valid = torch.cat([batch.valid for batch in batches])
+    one, other = (torch.cat([batch.images for batch in some]).int() for some in (batches, others))
+    return (one - other).abs()[valid]
+
+
+def assert_equal(some: list[Batch], others: list[Batch]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.valid, other.valid)
+        np.testing.assert_array_equal(one.params.table, other.params.table)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not left, f"threads left behind: {left}"
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_are_what_the_contract_says(name: str, photos: BetonReader, small: BetonReader) -> None:
+    for reader, spec in both(name, photos, small):
+        loader = open_train(name, reader, spec)
+        batches = list(loader.epoch(1))
+        assert loader.name == name
+        assert len(batches) == loader.steps_per_epoch
+        for batch in batches:
+            assert batch.images.shape == (BATCH, SIZE, SIZE, 3)
+            assert batch.images.dtype == torch.uint8
+            assert batch.labels.dtype == torch.int64
+            assert batch.valid.dtype == torch.bool
+            assert batch.valid.all()
+            np.testing.assert_array_equal(batch.labels, 100 + batch.params.sample)
+        loader.close()
+        loader.close()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_each_view_comes_once_and_images_as_often_as_asked(name: str, small: BetonReader) -> None:
+    loader = open_train(name, small, PADDED)
+    tables = [batch.params.table[:, :2] for epoch in range(2) for batch in loader.epoch(epoch)]
+    views = np.concatenate(tables)
+    assert len(np.unique(views, axis=0)) == len(views)
+    _, counts = np.unique(views[: len(views) // 2, 0], return_counts=True)
+    assert counts.max() == PADDED.repeats
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_pixels_are_the_references(name: str, photos: BetonReader, small: BetonReader) -> None:
+    for reader, spec in both(name, photos, small):
+        for make in (open_train, open_eval):
+            batches = list(make(name, reader, spec).epoch(0))
+            others = list(make("reference", reader, spec).epoch(0))
+            for one, other in zip(batches, others, strict=True):
+                np.testing.assert_array_equal(one.params.table, other.params.table)
+            assert difference(batches, others).float().mean() <= MEAN_BOUND[name]
+
+
+@pytest.mark.parametrize("name", [p for p in LOADERS if p.values[0] != "reference"])
+def test_padded_crops_of_raw_images_are_copies(name: str, small: BetonReader) -> None:
+    raw = np.flatnonzero(small.modes == 1)
+    batch = next(iter(open_train(name, small, PADDED).epoch(0)))
+    seen = 0
+    for row, sample in enumerate(batch.params.sample):
+        if sample in raw:
+            image = np.pad(small.sample(sample).reshape(32, 32, 3), ((4, 4), (4, 4), (0, 0)))
+            top, left = batch.params.offset[row] + 4
+            np.testing.assert_array_equal(batch.images[row], image[top : top + SIZE, left : left + SIZE])
+            seen += 1
+    assert seen
+
+
+def test_reference_is_pillow(photos: BetonReader) -> None:
+    """The oracle itself, against the recipe spelled out: crop, bicubic resize (width first), nothing else."""
+    for batch in open_train("reference", photos, RESIZED).epoch(0):
+        for row, sample in enumerate(batch.params.sample):
+            top, left, height, width = batch.params.window[row].tolist()
+            if photos.modes[sample] == 1:
+                size = (int(photos.heights[sample]), int(photos.widths[sample]), 3)
+                image = Image.fromarray(photos.sample(sample).reshape(size))
+            else:
+                image = Image.open(io.BytesIO(photos.sample(sample).tobytes()))
+            assert image.size == (photos.widths[sample], photos.heights[sample])
+            crop = image.crop((left, top, left + width, top + height))
+            wide = crop.resize((SIZE, height), Image.Resampling.BICUBIC)
+            np.testing.assert_array_equal(batch.images[row], wide.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_evaluation_shows_everything_once_and_masks_the_rest(name: str, small: BetonReader) -> None:
+    for world in (1, 2):
+        seen = []
+        for rank in range(world):
+            for batch in open_eval(name, small, RESIZED, rank, world).epoch(0):
+                assert len(batch.images) == BATCH
+                assert not batch.images[~batch.valid].any()
+                assert batch.labels.min() >= 100
+                seen += batch.params.sample[batch.valid.numpy()].tolist()
+        assert sorted(seen) == list(range(small.num_samples))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_ranks_share_an_epoch(name: str, small: BetonReader) -> None:
+    shards = []
+    for rank in range(2):
+        batches = open_train(name, small, PADDED, rank, 2).epoch(0)
+        shards.append({tuple(view) for batch in batches for view in batch.params.table[:, :2].tolist()})
+    whole = TrainSampler(small.num_samples, 2 * BATCH, PADDED.seed, PADDED.repeats, PADDED.mix_group)
+    rows = [whole.rows(0, step) for step in range(whole.steps_per_epoch)]
+    expected = {pair for row in rows for pair in zip(row.samples.tolist(), row.views.tolist(), strict=True)}
+    assert not shards[0] & shards[1]
+    assert shards[0] | shards[1] == expected
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_batch_depends_on_epoch_and_step_alone(name: str, photos: BetonReader, small: BetonReader) -> None:
+    reader, spec = both(name, photos, small)[0]
+    loader = open_train(name, reader, spec)
+    whole = list(loader.epoch(1))
+    assert_equal(list(loader.epoch(1)), whole)
+    assert_equal(list(loader.epoch(1, start_step=1)), whole[1:])
+    assert_equal(list(open_train(name, reader, spec, workers=1, prefetch=5, check=False).epoch(1)), whole)
+    assert list(loader.epoch(1, start_step=loader.steps_per_epoch)) == []
+    other = list(loader.epoch(2))
+    assert not np.array_equal(other[0].params.table, whole[0].params.table)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_batch_stays_while_it_is_held(name: str, small: BetonReader) -> None:
+    loader = open_train(name, small, PADDED, prefetch=1)
+    held, copies = [], []
+    for epoch in range(4):
+        for batch in loader.epoch(epoch):
+            held.append(batch.images)
+            copies.append(batch.images.clone())
+    assert len(held) >= 8
+    assert all(torch.equal(one, other) for one, other in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("how", ["break", "close", "raise"])
+def test_breaking_off_leaves_no_thread(name: str, how: str, small: BetonReader) -> None:
+    loader = open_train(name, small, PADDED, prefetch=1)
+    before = threading.active_count()
+    batches = loader.epoch(0)
+    first = next(batches)
+    time.sleep(0.05)  # let it fill its queues
+    assert threading.active_count() > before
+    if how == "raise":
+        with pytest.raises(KeyboardInterrupt):
+            batches.throw(KeyboardInterrupt)
+    elif how == "close":
+        batches.close()
+    else:
+        del batches
+    assert threading.active_count() == before
+    assert torch.equal(next(iter(loader.epoch(0))).images, first.images)
+
+
+def damaged(reader: BetonReader, folder: Path, sample: int) -> BetonReader:
+    """Copy a file with one bit of one sample flipped."""
+    content = bytearray(reader.path.read_bytes())
+    content[int(reader.offsets[sample] + reader.sizes[sample] // 2)] ^= 1
+    path = folder / "damaged.beton"
+    path.write_bytes(content)
+    return BetonReader(path)
+
+
+def within(seconds: float, work) -> BaseException | None:
+    """Run `work` in a thread and return what it raised; fail instead of hanging."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"no answer within {seconds} s"
+    return raised[0] if raised else None
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_damaged_sample_is_named(name: str, tmp_path: Path, small: BetonReader) -> None:
+    reader = damaged(small, tmp_path, 17)
+    error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
+    assert isinstance(error, Failure)
+    assert "sample 17" in str(error)
+    assert str(reader.path) in str(error)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_jpeg_that_is_none_is_named(name: str, tmp_path: Path) -> None:
+    image = photo(np.random.default_rng(0), 32, 32)
+    images: list[tuple[Image.Image, bytes | None]] = [(image, jpeg(image)) for _ in range(4)]
+    images[2] = (image, b"no JPEG, whatever its CRC32 says")
+    reader = write_beton(tmp_path / "none.beton", images)
+    error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
+    assert isinstance(error, Failure)
+    assert "sample 2 " in str(error)
+
+
+@pytest.mark.skipif(bool(REASONS["ffcv"]), reason=REASONS["ffcv"] or "works here")
+def test_ffcv_leaves_torchs_threads_alone(small: BetonReader) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        list(open_train("ffcv", small, PADDED, workers=1).epoch(0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_resident_refuses_images_of_several_sizes(photos: BetonReader) -> None:
+    with pytest.raises(Mistake, match=r"images of one size(.|\n)*loader.name=cpu"):
+        open_train("resident", photos, RESIZED)
+
+
+def test_auto_is_resident_for_small_images_that_fit(
+    photos: BetonReader, small: BetonReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(small, CPU) == "resident"
+    assert open_train("auto", small, PADDED).name == "resident"
+    assert choose(photos, CPU) == ("reference" if REASONS["cpu"] else "cpu")
+    monkeypatch.setattr(opening, "free_memory", lambda device: 4 * small.num_samples * 32 * 32 * 3 - 1)
+    assert choose(small, CPU) != "resident"
+    monkeypatch.setitem(opening.NEEDS, "cpu", ("no_such_package", ""))
+    assert choose(small, CPU) == "reference"
+
+
+def test_a_loader_that_does_not_work_says_why(small: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(opening.NEEDS, "ffcv", ("no_such_package", ""))
+    assert available()["ffcv"] == "no_such_package is not installed"
+    assert available()["reference"] == ""
+    with pytest.raises(Mistake, match="no_such_package is not installed"):
+        open_train("ffcv", small, PADDED)
+
+
+def one_batch() -> Batch:
+    from pipelines.views import ViewParams
+
+    empty = torch.zeros(1)
+    return Batch(empty, empty, empty, ViewParams(np.zeros((1, 25), np.int32)))
+
+
+def test_prefetching_stays_within_its_bound() -> None:
+    made = []
+
+    def source() -> Iterator[Batch]:
+        for step in range(20):
+            made.append(step)
+            yield one_batch()
+
+    batches = prefetched(source, 3, CPU)
+    for taken in range(1, 6):
+        next(batches)
+        time.sleep(0.05)
+        assert len(made) == taken + 3
+
+
+def test_prefetching_hands_on_what_came_before_an_exception() -> None:
+    def source() -> Iterator[Batch]:
+        yield one_batch()
+        yield one_batch()
+        raise ValueError("third")
+
+    batches = prefetched(source, 4, CPU)
+    assert [next(batches).images.item() for _ in range(2)] == [0, 0]
+    with pytest.raises(ValueError, match="third"):
+        next(batches)
