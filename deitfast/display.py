@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("deitfast")
+log.setLevel(logging.INFO)
 LINE_SECONDS = 10.0
 """Least time between two plain lines of one bar."""
 
@@ -76,11 +77,10 @@ class Display:
             yield Bar(label, total, progress)
 
 
-def start_logging(console: Console, *, quiet: bool = False, debug: bool = False) -> None:
+def start_logging(console: Console, *, quiet: bool = False) -> None:
     """Send deitfast's messages to the console: around live bars for a person, unwrapped lines for a program."""
     log.handlers.clear()
     log.propagate = False
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
     if quiet:
         log.addHandler(logging.NullHandler())
     elif console.is_terminal:

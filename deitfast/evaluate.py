@@ -85,7 +85,7 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat([shard[: int(count)] for shard, count in zip(shards, counts, strict=True)])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _predict(
     model: nn.Module,
     loader: Loader,

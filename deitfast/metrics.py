@@ -32,7 +32,7 @@ class Metrics:
     f1: float
     """Macro F1: the mean of the classes' F1."""
     auc: float
-    """Macro one-vs-rest area under the ROC curve; NaN where no class has both positives and negatives."""
+    """Macro one-vs-rest area under the ROC curve; NaN where no class has positives and negatives, or logits are NaN."""
     auc_classes: int
     """Classes that `auc` is a mean over: those with positives and negatives."""
     confusion: Tensor
@@ -65,7 +65,7 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
         )
     logits = logits.float()
     log_total = logits.logsumexp(dim=1)
-    losses = log_total - logits.gather(1, labels[:, None]).squeeze(1)
+    loss = float((log_total - logits.gather(1, labels[:, None]).squeeze(1)).cpu().double().mean())
     best = logits.topk(min(5, classes), dim=1).indices
     predicted = logits.argmax(dim=1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes).cpu()
@@ -75,11 +75,11 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
         samples=count,
         top1=int(confusion.diagonal().sum()) / count,
         top5=int((best == labels[:, None]).any(dim=1).sum()) / count,
-        loss=float(losses.cpu().double().mean()),
+        loss=loss,
         precision=precision,
         recall=recall,
         f1=f1,
-        auc=float(areas.mean()) if len(areas) else math.nan,
+        auc=float(areas.mean()) if len(areas) and math.isfinite(loss) else math.nan,
         auc_classes=len(areas),
         confusion=confusion,
     )
@@ -98,7 +98,7 @@ def _macro(confusion: np.ndarray) -> tuple[float, float, float]:
 def _one_vs_rest_auc(logits: Tensor, log_total: Tensor, labels: Tensor) -> np.ndarray:
     """Return the exact AUC, float64, of each class that has positives and negatives.
 
-    The score is the class's log-probability (which separates what float32 probabilities near 0 and 1 no longer do).
+    The score is the class's log-probability, which still ranks where the float32 probability has vanished.
     With n positives, m negatives and, for positive i, l_i scores below and e_i scores equal to its own (itself among
     them): AUC = (sum_i (l_i + e_i / 2) - n^2 / 2) / (n m), the Mann-Whitney statistic; a tie counts one half, and
     n^2 / 2 is what the positives contribute among themselves.
@@ -111,7 +111,7 @@ def _one_vs_rest_auc(logits: Tensor, log_total: Tensor, labels: Tensor) -> np.nd
     for first in range(0, classes, CLASSES_AT_ONCE):
         chunk = slice(first, min(first + CLASSES_AT_ONCE, classes))
         scores = (logits[:, chunk] - log_total[:, None]).T.contiguous()
-        # Positives of each class side by side, [chunk, most positives]; a class with fewer repeats some, masked below.
+        # Positives of each class side by side, [chunk, most positives]; short ones run on into the next, masked below.
         column = torch.arange(max(1, int(positives[chunk].max())), device=logits.device)
         rows = by_class[(start[chunk, None] + column).clamp(max=count - 1)]
         own = scores.gather(1, rows)

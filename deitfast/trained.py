@@ -20,7 +20,7 @@ class TrainedModel:
     recipe: Recipe
     info: RunInfo
     epoch: int
-    """Epochs that were finished when its weights were saved."""
+    """Epoch, from 1, in which its weights were saved."""
 
 
 def load_run(folder: Path, device: torch.device, *, ema: bool = False) -> TrainedModel:
@@ -43,4 +43,4 @@ def load_run(folder: Path, device: torch.device, *, ema: bool = False) -> Traine
     ).to(device)
     checkpoint.restore_model(model, state, run.checkpoint, ema=ema)
     model.eval().requires_grad_(False)
-    return TrainedModel(model, recipe, info, state["epoch"])
+    return TrainedModel(model, recipe, info, state["epoch"] + 1)

@@ -1,0 +1,59 @@
+"""Checkpoints: whole or not at all."""
+
+import pytest
+import torch
+from torch import nn
+
+from deitfast import checkpoint
+from pipelines.errors import Failure, Mistake
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_saved_is_loaded(tmp_path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save(file, {"epoch": 3, "model": {"weight": torch.arange(4.0)}})
+    state = checkpoint.load(file, CPU)
+    assert state["epoch"] == 3
+    assert torch.equal(state["model"]["weight"], torch.arange(4.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save(file, {"epoch": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deitfast.checkpoint.os.fsync", full)
+    with pytest.raises(Failure, match="No space left"):
+        checkpoint.save(file, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(file, CPU)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(Mistake, match="there is no checkpoint"):
+        checkpoint.load(file, CPU)
+    checkpoint.save(file, {"epoch": 1, "model": {"weight": torch.zeros(1000)}})
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Failure, match="is damaged"):
+        checkpoint.load(file, CPU)
+    file.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(Failure, match="is damaged"):
+        checkpoint.load(file, CPU)
+    torch.save({"epoch": 1}, file)
+    with pytest.raises(Mistake, match="another format"):
+        checkpoint.load(file, CPU)
+
+
+def test_weights_of_another_model_are_refused(tmp_path) -> None:
+    state = {"model": nn.Linear(3, 2).state_dict(), "ema": None}
+    with pytest.raises(Mistake, match="belongs to another model"):
+        checkpoint.restore_model(nn.Linear(4, 2), state, tmp_path)
+    with pytest.raises(Mistake, match="no averaged weights"):
+        checkpoint.restore_model(nn.Linear(3, 2), state, tmp_path, ema=True)
