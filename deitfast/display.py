@@ -11,7 +11,9 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("deitfast")
-log.setLevel(logging.INFO)
+LOGGERS = (log, logging.getLogger("pipelines"))
+for _logger in LOGGERS:
+    _logger.setLevel(logging.INFO)
 LINE_SECONDS = 10.0
 """Least time between two plain lines of one bar."""
 
@@ -79,14 +81,15 @@ class Display:
 
 def start_logging(console: Console, *, quiet: bool = False) -> None:
     """Send deitfast's messages to the console: around live bars for a person, unwrapped lines for a program."""
-    log.handlers.clear()
-    log.propagate = False
     if quiet:
-        log.addHandler(logging.NullHandler())
+        handler: logging.Handler = logging.NullHandler()
     elif console.is_terminal:
-        log.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     else:
-        log.addHandler(logging.StreamHandler(console.file))
+        handler = logging.StreamHandler(console.file)
+    for logger in LOGGERS:
+        logger.handlers = [handler]
+        logger.propagate = False
 
 
 @contextmanager
@@ -97,11 +100,13 @@ def logging_to(path: Path | None) -> Iterator[None]:
         return
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    for logger in LOGGERS:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        for logger in LOGGERS:
+            logger.removeHandler(handler)
         handler.close()
 
 

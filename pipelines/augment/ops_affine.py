@@ -4,7 +4,7 @@ Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2]
 same shape on the same device. A matrix maps the centre (x + .5, y + .5) of an output pixel to its source point; pixels
 whose source point lies outside the image become FILL. Nothing synchronises with the host.
 
-Source: Pillow's Geometry.c. Coordinates and interpolation are float64 in Pillow's order of operations, because both ends
+Source: Pillow's Geometry.c. Coordinates and interpolation are float64 in Pillow's order of operations, as both ends
 are sharp: a source point on the image's border is inside or outside, and Pillow truncates what it interpolated. The
 usual sum of four weighted pixels falls just below the integer in flat areas, and would darken them by 1/255.
 """

@@ -1,0 +1,179 @@
+"""The command line as a user meets it: exit codes, short messages, nothing left half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deitfast.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, without the user's own settings."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("IMAGENET_DIR", "DEITFAST_DATA", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run deitfast in this process; return exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+def test_help_comes_at_once() -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "deitfast", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for command in ("convert", "info", "verify", "train", "eval", "bench", "doctor", "recipes"):
+        assert command in done.stdout
+    for heavy in ("torch", "numpy", "numba", "PIL", "pydantic"):
+        assert f" {heavy}\n" not in done.stderr, f"--help imports {heavy}"
+    assert time.monotonic() - began < 10  # a loaded machine's bound; what keeps it short is checked above
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["convert", "imagenet"], "there is no ImageNet to convert"),
+        (["convert", "cifar10"], "convert cifar10 needs a source"),
+        (["convert", "mnist", "x"], "no kind of data set called mnist"),
+        (["convert", "folder", "missing"], "missing"),
+        (["info", "missing"], "missing"),
+        (["verify", "missing"], "missing"),
+        (["eval", "missing"], "there is no run in missing"),
+        (["train", "--data", "missing"], "missing"),
+        (["train", "--resume"], "name its folder with --out"),
+        (["train", "--nonsense"], "No such option"),
+        (["nonsense"], "No such command"),
+        (["recipes", "nonsense"], "there is no recipe nonsense"),
+        (["bench", "--data", "missing"], "missing"),
+    ],
+)
+def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], says: str) -> None:
+    code, _, err = call(capsys, *arguments)
+    assert code == 2, err
+    assert says in err
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--set", "augment.sise=32"], "did you mean augment.size?"),
+        (["--arch", "alexnet"], "there is no network called alexnet"),
+        (["--distill", "hard"], "--distill hard needs a teacher"),
+        (["--distill", "loud"], "distill.mode"),
+        (["--teacher", "somewhere"], "--teacher without --distill"),
+        (["--distill", "hard", "--teacher", "nowhere"], "there is no run in"),
+        (["--recipe", "nowhere.toml"], "there is no recipe nowhere.toml"),
+        (["--device", "abacus"], "--device abacus is no device"),
+        (["--batch", "4096"], "batch"),
+    ],
+)
+def test_options_that_do_not_fit_leave_no_run_behind(capsys, tiny_small: Path, options: list[str], says: str) -> None:
+    code, _, err = call(capsys, "train", "--data", tiny_small, "--batch", 64, "--out", "run", *options)
+    assert code == 2, err
+    assert says in err
+    assert not Path("run").exists()
+
+
+def test_a_damaged_data_set_fails_with_1(capsys, tiny_small: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in tiny_small.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    beton = damaged / "train.beton"
+    content = bytearray(beton.read_bytes())
+    content[-4000 if len(content) > 8000 else len(content) // 2] ^= 0xFF
+    beton.write_bytes(content)
+    code, _, err = call(capsys, "verify", damaged)
+    assert code == 1
+    assert "damaged" in err
+    beton.write_bytes(content[: len(content) // 2])
+    code, _, err = call(capsys, "train", "--data", damaged, "--batch", 64, "--out", "run")
+    assert code == 1
+    assert "train.beton" in err
+
+
+def test_a_user_converts_trains_evaluates_and_goes_on(capsys, tiny_small: Path) -> None:
+    small = ["--data", tiny_small, "--batch", 16, "--set", "augment.mix_group=8", "--set", "model.patch=16"]
+    assert call(capsys, "train", *small, "--arch", "vit_ti", "--epochs", 1, "--out", "teacher")[0] == 0
+    distilled = ["train", *small, "--distill", "hard", "--teacher", "teacher", "--epochs", 1, "--out", "student"]
+    code, out, _ = call(capsys, *distilled)
+    assert code == 0
+    assert "joint" in out
+    code, out, _ = call(capsys, "eval", "student", "--json", "metrics.json", "--loader", "reference")
+    assert code == 0
+    assert "confusion matrix" in out
+    heads = json.loads(Path("metrics.json").read_text())["heads"]
+    assert set(heads) == {"class", "distillation", "joint"}
+    assert sum(map(sum, heads["joint"]["confusion"])) == 20
+    code, _, err = call(capsys, *distilled)
+    assert code == 2
+    assert "--resume" in err
+    assert call(capsys, "train", "--out", "student", "--data", tiny_small, "--resume")[0] == 0
+    code, out, _ = call(capsys, "info", "student")
+    assert code == 0
+    assert "1 of 1" in out
+    assert call(capsys, "info", tiny_small)[0] == 0
+
+
+def test_recipes_and_doctor_speak(capsys) -> None:
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0
+    assert "deit_ti_imagenet" in out
+    code, out, _ = call(capsys, "recipes", "deit_ti_cifar10")
+    assert code == 0
+    assert "mix_group = 64" in out
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "loader" in out
+
+
+def test_unforeseen_errors_are_short_and_exit_with_1(capsys, monkeypatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("wires crossed")
+
+    monkeypatch.setattr("deitfast.doctor.examine", broken)
+    code, _, err = call(capsys, "doctor")
+    assert code == 1
+    assert "wires crossed" in err
+    assert "--debug" in err
+    with pytest.raises(RuntimeError, match="wires crossed"):
+        main(["doctor", "--debug"])
+
+
+def test_ctrl_c_saves_and_a_resumed_run_goes_on(tiny_small: Path) -> None:
+    command = [sys.executable, "-m", "deitfast", "train", "--data", str(tiny_small), "--out", "run", "--batch", "16"]
+    command += ["--set", "augment.mix_group=8", "--set", "model.patch=16", "--set", "train.evaluate_every=1000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "--epochs", "1000"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not Path("run/metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on" in err
+    assert "Traceback" not in err
+    epochs = len(Path("run/metrics.jsonl").read_text().splitlines())
+    assert 1 <= epochs < 1000
+    assert not list(Path("run").glob("*.partial"))
