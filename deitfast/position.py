@@ -11,7 +11,7 @@ from torch import Tensor
 from deitfast.losses import PARTS
 
 
-class Diverged(Exception):  # noqa: N818 - an event that training recovers from; it is an error when it comes again
+class Diverged(Exception):
     """The loss was not finite."""
 
     def __init__(self, epoch: int, steps: int) -> None:

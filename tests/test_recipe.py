@@ -48,7 +48,7 @@ def test_every_field_changes_the_digest() -> None:
     ],
 )
 def test_bad_settings_are_refused_by_name(setting: str, named: str) -> None:
-    with pytest.raises(Mistake, match=".") as caught:
+    with pytest.raises(Mistake) as caught:
         recipes.override(Recipe(), [setting])
     assert named in str(caught.value)
 

@@ -92,6 +92,17 @@ def test_everything_else_agrees_everywhere_and_with_the_table(index, spec):
     assert everywhere("mix", index, packed, tables) == {(mixed.share[0], *mixed.box[0].tolist())}
 
 
+def test_trying_one_after_the_other_gives_the_same_boxes():
+    """The table's short cut against all ten tries in a row, where many are needed and some are in vain."""
+    rows, packed, tables = rows_of(np.arange(3000)), pack(HARD), tables_for(HARD)
+    sides = np.full(3000, 300), np.full(3000, 500)
+    params = draw_train(HARD, rows, *sides)
+    window = draws.window(rows.samples, rows.views, *sides, packed, tables)[:4]
+    assert (np.stack(window, 1) == params.window).all()
+    assert (np.stack(draws.erase_box(rows.samples, rows.views, packed, tables), 1) == params.erase).all()
+    assert 0 < (params.erase[:, 2] == 0).mean() < 0.9
+
+
 @given(index, st.integers(0, 2**24))
 @settings(deadline=None, max_examples=50)
 def test_noise_agrees_everywhere(index, pixel):
@@ -306,6 +317,18 @@ def test_operations_follow_the_recipe():
     assert not params.magnitude[~applied].any()
 
 
+def test_a_view_has_nothing_in_one_draw_that_tells_another():
+    params = draw(replace(DEIT, erasing=0.5), 40_000)
+    area = params.window[:, 2] * params.window[:, 3]
+    applied, which, magnitude = params.operation > 0, params.operation % 3, params.magnitude
+    numbers = [area, params.window[:, 0], params.flip, params.erase[:, 2] > 0, *applied.T, *which.T, *magnitude.T]
+    between = np.corrcoef(numbers)
+    unrelated = np.ones_like(between, dtype=bool)
+    unrelated[0, 1] = unrelated[1, 0] = False  # a large window lies high
+    unrelated[4:, 4:] = np.arange(6)[:, None] % 2 != np.arange(6) % 2  # one operation's three numbers are related
+    assert np.abs(between[unrelated]).max() < 0.025  # five standard deviations
+
+
 def test_magnitudes_are_normal_and_clipped():
     params = draw(DEIT, 40_000)
     sizes = np.abs(params.magnitude[params.operation > 0]) / 65536
@@ -413,6 +436,14 @@ def test_cutmix_boxes_and_shares_are_distributed_as_those_of_timm():
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
     assert stats.ks_2samp(params.share[::2] / 65536, [share for _, share in drawn]).pvalue > 1e-3
+
+
+def test_cutmix_boxes_in_a_tiny_output_are_as_frequent_as_those_of_timm():
+    np.random.seed(1)
+    drawn = [cutmix_bbox_and_lam((8, 8), lam)[0] for lam in np.random.default_rng(1).beta(1, 1, 20_000)]
+    theirs = np.array([(y, x, y1 - y, x1 - x) if y1 > y and x1 > x else (0,) * 4 for y, y1, x, x1 in drawn])
+    ours = draw(replace(DEIT, size=8, mixup=0.0), 80_000).box[::2]
+    assert frequencies(ours, theirs) > 1e-3
 
 
 @given(st.integers(0, 2**62), st.sampled_from([8, 33, 224, 4096]))
