@@ -3,24 +3,22 @@
 import io
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from betons import jpeg, photo, write_beton
 from PIL import Image
 
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders import opening
 from pipelines.loaders.opening import available, choose, open_loader
-from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import BetonReader
-from pipelines.storage.writer import RECORD, BetonWriter
 
 CPU = torch.device("cpu")
 REASONS = available()
@@ -33,37 +31,6 @@ RESIZED = AugmentSpec(size=SIZE, crop="resized", repeats=3, mix_group=4, seed=7)
 PADDED = AugmentSpec(size=SIZE, crop="padded", repeats=2, mix_group=4, seed=7)
 MEAN_BOUND = {"resident": 0.0, "cpu": 0.1, "ffcv": 4.0, "reference": 0.0}
 """Largest mean difference from `reference`, in levels of 255, for each loader on these photographs."""
-
-
-def photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Draw something with the spectrum of a photograph: octaves of noise, each half as strong as the one before."""
-    total = np.full((height, width, 3), 128.0)
-    for octave in range(1, 7):
-        noise = Image.fromarray(rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8))
-        total += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) - 128) * 0.5**octave * 1.6
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, **options)
-    return buffer.getvalue()
-
-
-def write_beton(path: Path, images: list[tuple[Image.Image, bytes | None]]) -> BetonReader:
-    """Write (image, its JPEG, or None to store it raw) with label 100 + index."""
-    writer = BetonWriter(path, len(images), 1, np.zeros(0, RECORD))
-    records = np.zeros(len(images), RECORD)
-    for index, (image, encoded) in enumerate(images):
-        data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
-        offset = writer.append(data)
-        records[index] = (
-            *(True, mode, 0, image.width, image.height),
-            *(100 + index, zlib.crc32(data), len(data), offset),
-        )
-    writer.finish(records)
-    writer.close()
-    return BetonReader(path)
 
 
 @pytest.fixture(scope="session")
@@ -357,37 +324,3 @@ def test_a_loader_that_does_not_work_says_why(small: BetonReader, monkeypatch: p
     assert available()["reference"] == ""
     with pytest.raises(Mistake, match="no_such_package is not installed"):
         open_train("ffcv", small, PADDED)
-
-
-def one_batch() -> Batch:
-    from pipelines.views import ViewParams
-
-    empty = torch.zeros(1)
-    return Batch(empty, empty, empty, ViewParams(np.zeros((1, 25), np.int32)))
-
-
-def test_prefetching_stays_within_its_bound() -> None:
-    made = []
-
-    def source() -> Iterator[Batch]:
-        for step in range(20):
-            made.append(step)
-            yield one_batch()
-
-    batches = prefetched(source, 3, CPU)
-    for taken in range(1, 6):
-        next(batches)
-        time.sleep(0.05)
-        assert len(made) == taken + 3
-
-
-def test_prefetching_hands_on_what_came_before_an_exception() -> None:
-    def source() -> Iterator[Batch]:
-        yield one_batch()
-        yield one_batch()
-        raise ValueError("third")
-
-    batches = prefetched(source, 4, CPU)
-    assert [next(batches).images.item() for _ in range(2)] == [0, 0]
-    with pytest.raises(ValueError, match="third"):
-        next(batches)
