@@ -110,7 +110,7 @@ class TrainSampler:
     def rows(self, epoch: int, step: int) -> Rows:
         """Return this rank's rows of a step, in 0..steps_per_epoch - 1 of an epoch from 0.
 
-        May be called from several threads; the first call of a pass sorts its keys (.3 s for ImageNet).
+        May be called from several threads; the first call of a pass sorts its keys (.4 s for ImageNet).
         """
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} is not in 0..{self.steps_per_epoch - 1}")

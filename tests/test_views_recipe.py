@@ -1,0 +1,178 @@
+"""What is drawn for flips, RandAugment, erasing and mixing has the recipe's distributions, and timm's."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from drawn import DEIT, draw, frequencies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.random_erasing import RandomErasing
+
+from pipelines.spec import AugmentSpec
+from pipelines.views import OPERATIONS, SLICES
+
+# --- flips and operations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_flips_happen_as_often_as_asked(probability):
+    share = draw(replace(DEIT, flip=probability), 20_000).flip.mean()
+    assert share == pytest.approx(probability, abs=0.012 if 0 < probability < 1 else 0)
+
+
+def test_operations_follow_the_recipe():
+    params = draw(DEIT, 40_000)
+    assert OPERATIONS[0] == "none"
+    assert len(OPERATIONS) == 16
+    applied = params.operation > 0
+    assert applied.mean() == pytest.approx(0.5, abs=0.01)
+    assert (~applied).all(1).mean() == pytest.approx(0.25, abs=0.01)
+    assert stats.chisquare(np.bincount(params.operation[applied])[1:]).pvalue > 1e-3
+    both = params.operation[applied.all(1)]
+    assert stats.chi2_contingency(np.histogram2d(*both.T, bins=15)[0]).pvalue > 1e-3
+    magnitudes = params.magnitude[applied]
+    assert (magnitudes < 0).mean() == pytest.approx(0.5, abs=0.01)
+    assert not params.magnitude[~applied].any()
+
+
+def test_a_view_has_nothing_in_one_draw_that_tells_another():
+    params = draw(replace(DEIT, erasing=0.5), 40_000)
+    area = params.window[:, 2] * params.window[:, 3]
+    applied, which, magnitude = params.operation > 0, params.operation % 3, params.magnitude
+    numbers = [area, params.window[:, 0], params.flip, params.erase[:, 2] > 0, *applied.T, *which.T, *magnitude.T]
+    between = np.corrcoef(numbers)
+    stream = np.array([0, 0, 1, 2, 3, 4, 3, 4, 3, 4])  # what one stream and slot draw may well be related
+    unrelated = stream[:, None] != stream
+    assert np.abs(between[unrelated]).max() < 0.025  # five standard deviations
+
+
+def test_magnitudes_are_normal_and_clipped():
+    params = draw(DEIT, 40_000)
+    sizes = np.abs(params.magnitude[params.operation > 0]) / 65536
+    assert (sizes == 10).mean() == pytest.approx(stats.norm.sf(2), abs=0.004)
+    unclipped = sizes[sizes < 10]
+    assert stats.kstest(unclipped, stats.truncnorm(-18, 2, 9, 0.5).cdf).pvalue > 1e-3
+    low = draw(replace(DEIT, magnitude=0.0), 4000)
+    sizes = np.abs(low.magnitude[low.operation > 0])
+    assert (sizes == 0).mean() == pytest.approx(0.5, abs=0.04)
+    fixed_size = draw(replace(DEIT, magnitude_std=0.0), 100)
+    assert set(np.abs(fixed_size.magnitude[fixed_size.operation > 0]).tolist()) == {9 << 16}
+
+
+def test_operations_can_be_switched_off():
+    assert not draw(replace(DEIT, policy="none"), 1000).operation.any()
+    assert draw(replace(DEIT, operation_probability=1.0), 1000).operation.all()
+
+
+# --- erasing ---------------------------------------------------------------------------------------------------------
+
+
+def timm_boxes(spec: AugmentSpec, count: int) -> np.ndarray:
+    """Return boxes of timm's RandomErasing, [n, 4], read from where it changed zeros."""
+    eraser = RandomErasing(1.0, *spec.erasing_area, *spec.erasing_ratio, mode="pixel", device="cpu")
+    boxes = []
+    for _ in range(count):
+        image = torch.zeros(1, spec.size, spec.size)
+        eraser(image)
+        y, x = (image[0].any(axis).nonzero()[:, 0] for axis in (1, 0))
+        boxes.append([y[0], x[0], len(y), len(x)] if len(y) else [0, 0, 0, 0])
+    return np.array(boxes)
+
+
+def test_erased_boxes_are_distributed_as_those_of_timm():
+    random.seed(1)
+    torch.manual_seed(1)
+    spec = replace(DEIT, size=64, erasing=1.0)
+    ours, theirs = draw(spec, 10_000).erase, timm_boxes(spec, 1500)
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    assert stats.ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > 1e-3
+
+
+def test_boxes_in_a_tiny_output_are_as_frequent_as_those_of_timm():
+    random.seed(2)
+    torch.manual_seed(2)
+    spec = replace(DEIT, size=8, erasing=1.0, erasing_area=(0.3, 1.0), erasing_ratio=(0.8, 3.0))
+    assert frequencies(draw(spec, 40_000).erase, timm_boxes(spec, 8000)) > 1e-3
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_erasing_happens_as_often_as_asked(probability):
+    erased = draw(replace(DEIT, erasing=probability), 20_000).erase[:, 2] > 0
+    assert erased.mean() == pytest.approx(probability, abs=0.012 if 0 < probability < 1 else 0)
+
+
+@given(st.integers(0, 2**62), st.sampled_from([8, 32, 224, 4096]), st.floats(0.001, 0.9))
+@settings(deadline=None, max_examples=50)
+def test_erased_boxes_lie_inside_the_output(seed, size, area):
+    spec = replace(DEIT, seed=seed, size=size, erasing=1.0, erasing_area=(area, 1.0))
+    top, left, h, w = draw(spec, 50).erase.T
+    assert ((top >= 0) & (left >= 0) & (top + h <= size) & (left + w <= size)).all()
+    assert ((h > 0) == (w > 0)).all()
+    assert not (top + left)[h == 0].any()
+
+
+def test_boxes_that_never_fit_are_given_up():
+    spec = replace(DEIT, erasing=1.0, erasing_area=(1.0, 1.0), erasing_ratio=(1.0, 1.0))
+    assert not draw(spec, 200).erase.any()
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_group_share_their_mixing_and_groups_differ():
+    params = draw(DEIT, 64 * 40, group=64)
+    mixing = params.table[:, SLICES["share"].start :].reshape(40, 64, 5)
+    assert (mixing == mixing[:, :1]).all()
+    assert len(np.unique(mixing[:, 0], axis=0)) > 30
+
+
+def test_modes_are_mixed_as_asked():
+    cut = draw(DEIT, 20_000).box[::2, 2] > 0
+    assert cut.mean() == pytest.approx(0.5, abs=0.02)
+    assert (draw(replace(DEIT, mixup=0.0), 400).share < 65536).mean() > 0.9
+    assert not draw(replace(DEIT, cutmix=0.0), 400).box.any()
+    assert (draw(replace(DEIT, cutmix=0.0, mixup=0.0), 400).share == 65536).all()
+    assert (draw(replace(DEIT, mix_probability=0.0), 400).share == 65536).all()
+    half = draw(replace(DEIT, mix_probability=0.5, cutmix=0.0), 8000).share[::2] < 65536
+    assert half.mean() == pytest.approx(0.5, abs=0.035)
+
+
+def test_mixup_shares_are_beta():
+    shares = draw(replace(DEIT, cutmix=0.0), 40_000).share[::2] / 65536
+    assert stats.kstest(shares, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+def test_cutmix_boxes_and_shares_are_distributed_as_those_of_timm():
+    rng = np.random.default_rng(0)
+    np.random.seed(0)
+    params = draw(replace(DEIT, mixup=0.0), 20_000)
+    drawn = [cutmix_bbox_and_lam((224, 224), lam) for lam in rng.beta(1, 1, 4000)]
+    theirs = np.array([(y, x, y1 - y, x1 - x) if y1 - y and x1 - x else (0,) * 4 for (y, y1, x, x1), _ in drawn])
+    ours = params.box[::2]
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    assert stats.ks_2samp(params.share[::2] / 65536, [share for _, share in drawn]).pvalue > 1e-3
+
+
+def test_cutmix_boxes_in_a_tiny_output_are_as_frequent_as_those_of_timm():
+    np.random.seed(1)
+    drawn = [cutmix_bbox_and_lam((8, 8), lam)[0] for lam in np.random.default_rng(1).beta(1, 1, 20_000)]
+    theirs = np.array([(y, x, y1 - y, x1 - x) if y1 > y and x1 > x else (0,) * 4 for y, y1, x, x1 in drawn])
+    ours = draw(replace(DEIT, size=8, mixup=0.0), 80_000).box[::2]
+    assert frequencies(ours, theirs) > 1e-3
+
+
+@given(st.integers(0, 2**62), st.sampled_from([8, 33, 224, 4096]))
+@settings(deadline=None, max_examples=30)
+def test_cutmix_shares_are_what_the_box_leaves(seed, size):
+    params = draw(replace(DEIT, seed=seed, size=size, mixup=0.0), 200)
+    top, left, h, w = params.box.astype(np.int64).T
+    assert ((top >= 0) & (left >= 0) & (top + h <= size) & (left + w <= size)).all()
+    assert np.abs(params.share / 65536 - (1 - h * w / size**2)).max() <= 2**-17
+    assert ((params.share == 65536) <= (h * w <= size**2 / 65536)).all()
