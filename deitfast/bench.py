@@ -16,12 +16,20 @@ from deitfast.display import Display
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
 from deitfast.step import Learner
-from pipelines.augment.chain import augment
+from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
 from pipelines.storage.dataset import Dataset
 
 REPEATS = 5
 """Measurements of each stage, after a warm-up."""
+LOADER, STEP, TRAIN = "loader", "step", "all together"
+PARTS = {
+    "all": (LOADER, "augmentation", STEP, TRAIN),
+    "loader": (LOADER,),
+    "step": (STEP,),
+    "train": (TRAIN,),
+}
+"""What can be measured, and the stages of it."""
 
 
 @dataclass(frozen=True)
@@ -39,53 +47,56 @@ class Measured:
 
 
 def measure(
-    dataset: Dataset, recipe: Recipe, runtime: Runtime, seconds: float, display: Display
+    dataset: Dataset, recipe: Recipe, runtime: Runtime, part: str, seconds: float, display: Display
 ) -> tuple[list[Measured], str]:
-    """Return the rates of loader, augmentation and step, each alone, then of all together; and the loader's name.
+    """Return the rates of the stages in `part`, and the loader's name.
 
     Args:
         dataset: read through the page cache: repeated measurements find its files in memory if they fit.
         recipe: distillation is left out: a teacher in the loop is another model's cost.
         runtime: device and precision.
+        part: all, or one of PARTS.
         seconds: least time of one measurement.
         display: shows how far it is.
     """
-    batch = recipe.train.batch // runtime.world
-    with closing(open_training(dataset, recipe, runtime)) as loader:
-        learner = Learner(recipe, len(dataset.spec.classes), runtime)
-        held = next(batches(loader))
-        inputs = augment(held, recipe.augment, dtype=runtime.pixels, train=True)
-
-        def step_alone() -> None:
-            learner.step(inputs, None, 1e-6, 0)
-
-        endless = batches(loader)
-
-        def together() -> None:
-            fresh = augment(next(endless), recipe.augment, dtype=runtime.pixels, train=True)
-            learner.step(fresh, None, 1e-6, 0)
-
-        stages: dict[str, Callable[[], object]] = {
-            "loader": lambda: next(endless),
-            "augmentation": lambda: augment(held, recipe.augment, dtype=runtime.pixels, train=True),
-            "step": step_alone,
-            "all together": together,
-        }
+    names = PARTS[part]
+    with closing(open_training(dataset, recipe, runtime)) as loader, closing(_batches(loader)) as fresh:
+        stages = _stages(recipe, runtime, len(dataset.spec.classes), fresh, names)
         found = []
-        with display.bar("measuring", len(stages) * (REPEATS + 1)) as bar:
-            for name, work in stages.items():
+        with display.bar("measuring", len(names) * (REPEATS + 1)) as bar:
+            for name in names:
                 rates = []
                 for repeat in range(REPEATS + 1):
-                    rate = _rate(work, batch, seconds, runtime)
+                    rate = _rate(stages[name], recipe.train.batch // runtime.world, seconds, runtime)
                     bar.advance(1, f"{name} {rate:,.0f} images/s")
                     if repeat:  # the first is the warm-up
                         rates.append(rate)
                 found.append(Measured(name, tuple(rates)))
-        endless.close()
         return found, loader.name
 
 
-def batches(loader: Loader) -> Generator[Batch]:
+def _stages(
+    recipe: Recipe, runtime: Runtime, classes: int, fresh: Generator[Batch], names: tuple[str, ...]
+) -> dict[str, Callable[[], object]]:
+    """Return what to call, over and over, for each stage."""
+    if names == (LOADER,):
+        return {LOADER: lambda: next(fresh)}
+    learner = Learner(recipe, classes, runtime)
+    held = next(fresh)
+
+    def augmented(batch: Batch) -> ModelInput:
+        return augment(batch, recipe.augment, dtype=runtime.pixels, train=True)
+
+    inputs = augmented(held)
+    return {
+        LOADER: lambda: next(fresh),
+        "augmentation": lambda: augmented(held),
+        STEP: lambda: learner.step(inputs, None, 1e-6, 0),
+        TRAIN: lambda: learner.step(augmented(next(fresh)), None, 1e-6, 0),
+    }
+
+
+def _batches(loader: Loader) -> Generator[Batch]:
     """Yield a loader's batches, epoch after epoch."""
     for epoch in itertools.count():
         yield from loader.epoch(epoch)
@@ -121,7 +132,9 @@ def bench_table(measured: tuple[list[Measured], str], recipe: Recipe, data: Path
         table.add_column(column, justify="right")
     for stage in stages:
         table.add_row(stage.stage, *(f"{rate:,.0f}" for rate in (stage.median, min(stage.rates), max(stage.rates))))
-    slowest = min(stages[:-1], key=lambda stage: stage.median)
-    table.caption = f"median of {REPEATS} measurements; {slowest.stage} is the slowest stage"
+    table.caption = f"median of {REPEATS} measurements"
+    if len(stages) > 1:
+        slowest = min(stages[:-1], key=lambda stage: stage.median)
+        table.caption += f"; {slowest.stage} is the slowest stage"
     table.caption_justify = "left"
     return table

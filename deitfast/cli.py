@@ -169,6 +169,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, e
 
 @app.command()
 def bench(
+    part: Annotated[str, typer.Argument(help="all, loader, step or train (loader and step together).")] = "all",
     data: Data = None,
     arch: Annotated[str, typer.Option(help="Network of the step.")] = "deit_ti",
     batch: Annotated[int | None, typer.Option(help="Images in a batch. Default: the recipe's.")] = None,
@@ -181,7 +182,7 @@ def bench(
     """Measure loader and step, each alone and both together, in images/s."""
     from deitfast.commands import run_bench
 
-    run_bench(data, arch, batch, seconds, tuple(settings or ()), device, _display(), out)
+    run_bench(part, data, arch, batch, seconds, tuple(settings or ()), device, _display(), out)
 
 
 @app.command()

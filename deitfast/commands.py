@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from deitfast import recipe as recipes
-from deitfast.bench import bench_table, measure
+from deitfast.bench import PARTS, bench_table, measure
 from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
@@ -20,6 +20,7 @@ from deitfast.tables import CONFUSION_CLASSES, confusion_table, describe_run, me
 from deitfast.teacher import require_classes
 from deitfast.train import train
 from deitfast.trained import load_run
+from pipelines.errors import Mistake
 from pipelines.storage.dataset import Dataset
 
 
@@ -84,6 +85,7 @@ def run_evaluation(
 
 
 def run_bench(
+    part: str,
     data: Path | None,
     arch: str,
     batch: int | None,
@@ -94,13 +96,15 @@ def run_bench(
     out: Console,
 ) -> None:
     """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
+    if part not in PARTS:
+        raise Mistake(f"bench has no part called {part}", expected=", ".join(PARTS))
     folder = _ready_data(data, display)
     with closing(Dataset.open(folder)) as dataset:
         recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
         given = [f"train.batch={batch}"] if batch else []
         recipe = recipes.override(recipe, [*given, *settings])
         with start(recipe.train, device) as runtime:
-            measured = measure(dataset, recipe, runtime, seconds, display)
+            measured = measure(dataset, recipe, runtime, part, seconds, display)
             if runtime.main:
                 out.print(bench_table(measured, recipe, folder, runtime))
 

@@ -14,7 +14,7 @@ log = logging.getLogger("deitfast")
 LOGGERS = (log, logging.getLogger("pipelines"))
 for _logger in LOGGERS:
     _logger.setLevel(logging.INFO)
-LINE_SECONDS = 10.0
+LINE_SECONDS = 20.0
 """Least time between two plain lines of one bar."""
 
 

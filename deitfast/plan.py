@@ -36,6 +36,11 @@ class TrainOptions:
     resume: bool = False
     command: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is opened."""
+        if self.resume and self.out is None:
+            raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
+
 
 def data_folder(data: Path | None) -> Path:
     """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set (a line says so)."""
@@ -87,10 +92,8 @@ def demo_teacher() -> TrainJob | None:
 
 def _begun(options: TrainOptions) -> RunFolder | None:
     """Return the run that --resume continues; None without one."""
-    if not options.resume:
+    if not options.resume or options.out is None:
         return None
-    if options.out is None:
-        raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
     if not (folder := RunFolder(options.out)).exists():
         log.info("--resume: there is no run in %s yet, starting one", options.out)
         return None

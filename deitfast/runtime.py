@@ -89,6 +89,10 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype for `train.amp` on a device."""
     if amp == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if amp == "auto" and device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
+        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return torch.bfloat16 if fast else None  # elsewhere bf16 is emulated, slower than float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
