@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
+INTERRUPTED = 130
 KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo")
 
 Data = Annotated[
@@ -216,13 +217,16 @@ def _run(arguments: list[str]) -> int:
 def _run_quietly(arguments: list[str]) -> int:
     """Run without tracebacks: every error becomes a short message and an exit code."""
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
+            err.print("interrupted")
+        return code
     except Failure as error:
         err.print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         err.print("interrupted")
-        return 130
+        return INTERRUPTED
     except ClickException as error:  # pyright: ignore[reportGeneralTypeIssues]
         error.show()  # pyright: ignore[reportAttributeAccessIssue]
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]

@@ -174,6 +174,7 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on(tiny_small: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume goes on" in err
+    assert err.endswith("interrupted\n")
     assert "Traceback" not in err
     epochs = len(Path("run/metrics.jsonl").read_text().splitlines())
     assert 1 <= epochs < 1000

@@ -1,14 +1,14 @@
 """Which loader: one visible match over its name, and what of them this machine can run."""
 
-import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from pipelines.batch import Loader
-from pipelines.errors import Mistake
+from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
@@ -85,8 +85,10 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device (on the host: what its kernel can hand out)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the latter only
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):  # what the page cache would give back counts as free
+            return int(line.split()[1]) * 1024
+    raise Failure("/proc/meminfo does not say how much memory is available")
 
 
 def available() -> dict[str, str]:
