@@ -1,6 +1,8 @@
 """What the commands train, eval and bench do once their options are read."""
 
 import json
+import os
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from deitfast.teacher import require_classes
 from deitfast.train import train
 from deitfast.trained import load_run
 from pipelines.errors import Mistake
-from pipelines.storage.dataset import Dataset
+from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
@@ -110,8 +112,12 @@ def run_bench(
 
 
 def _ready_data(data: Path | None, display: Display) -> Path:
-    """Return the data set to use; the demo set is drawn if it is not there yet."""
+    """Return the data set to use; the demo set is drawn, by rank 0, if it is not there yet."""
     folder = data_folder(data)
-    if folder == DEMO_DATA and not (folder / "dataset.json").exists():
-        convert_dataset("demo", None, folder, display=display)
+    if folder == DEMO_DATA:
+        written = folder / SPEC_FILE
+        if os.environ.get("RANK", "0") == "0" and not written.exists():
+            convert_dataset("demo", None, folder, display=display)
+        while not written.exists():
+            time.sleep(0.1)
     return folder

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deitfast.recipe import TrainSpec
 from pipelines.errors import Mistake
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Runtime:
     def main(self) -> bool:
         """Whether this rank writes files and draws progress."""
         return self.rank == 0
+
+    def agree(self, value: T) -> T:
+        """Return rank 0's value on every rank; every rank must ask, and waits until rank 0 does."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which models run forward."""

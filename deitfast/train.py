@@ -56,20 +56,21 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
     with closing(Dataset.open(job.data)) as dataset:
-        folder = RunFolder(job.out)
+        folder = RunFolder(runtime.agree(job.out))
         run = Run(job, runtime, display, dataset, folder)
-        _open_folder(folder, job, dataset, runtime)
+        if runtime.main:
+            _open_folder(folder, job, dataset)
+        runtime.agree(None)  # nobody goes on before the folder is open
         with logging_to(folder.log if runtime.main else None):
             return run.run()
 
 
-def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset, runtime: Runtime) -> None:
+def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset) -> None:
     """Start the run's folder, or make sure that going on in it goes on with the same run."""
     spec = dataset.spec
     if not folder.exists():
-        if runtime.main:
-            data = str(job.data.resolve())
-            folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command))
+        data = str(job.data.resolve())
+        folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command))
         return
     if not job.resume:
         raise Mistake(f"{folder.path} already holds a run", remedy="continue it with --resume, or give another --out")
