@@ -146,7 +146,7 @@ def assemble(
     elif val_fraction:
         splits["train"], splits["val"] = split_off(splits["train"], val_fraction, train.folder)
     else:
-        workspace.notes.append("there is no validation split; a validation fraction of .1 would make one")
+        workspace.notes.append("there is no validation split; --val-fraction .1 makes one")
     return OpenedSource(kind, str(origin), tuple(labels), splits, ignored, tuple(workspace.notes), workspace.unpacked)
 
 
