@@ -80,14 +80,16 @@ class OptimSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class ScheduleSpec:
-    """Learning rate against time: linear warm-up, then half a cosine over all epochs."""
+    """Learning rate against time: linear warm-up, then half a cosine over all epochs, or the peak to the end."""
 
+    shape: Literal["cosine", "constant"] = "cosine"
+    """What follows warm-up: half a cosine from the peak to `min_lr`, or the peak (the paper's fine-tuning)."""
     warmup_epochs: float = Field(default=5.0, ge=0)
     """Epochs of warm-up, inside the run's epochs."""
     warmup_lr: float = Field(default=1e-6, ge=0)
     """Learning rate at the first step; not scaled by the batch."""
     min_lr: float = Field(default=1e-5, ge=0)
-    """Learning rate at the end; not scaled by the batch."""
+    """Learning rate at the end of a cosine; not scaled by the batch."""
     per: Literal["step", "epoch"] = "step"
     """step: a new rate every step; epoch: the reference's, which runs epochs 0 and 1 at warmup_lr."""
 
@@ -186,9 +188,27 @@ def head(name: str) -> str:
 def load(name: str) -> Recipe:
     """Return the recipe of that name, or the one in the TOML file of that path.
 
+    A file may begin with `extends = "NAME"` and hold only what differs from that built-in recipe. One level: what is
+    extended extends nothing itself.
+
     Raises:
         Mistake: no such recipe or file, unreadable TOML, an unknown key or a bad value (all of them named).
     """
+    tree, origin = _tree(name)
+    if base := tree.pop("extends", None):
+        if base not in names() or "extends" in (below := _tree(base)[0]):
+            plain = [each for each in names() if "extends" not in _tree(each)[0]]
+            raise Mistake(f"{origin} cannot extend {base}", expected=f"extends to be one of: {', '.join(plain)}")
+        merged = {
+            key: {**below[key], **value} if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+            for key, value in tree.items()
+        }
+        tree = below | merged
+    return build(tree, origin)
+
+
+def _tree(name: str) -> tuple[dict[str, Any], str]:
+    """Return what a recipe's file says, and how errors call it."""
     if name in names():
         text, origin = (_BUILT_IN / f"{name}.toml").read_text(), f"recipe {name}"
     elif (path := Path(name)).is_file():
@@ -196,7 +216,7 @@ def load(name: str) -> Recipe:
     else:
         raise Mistake(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
     try:
-        return build(tomllib.loads(text), origin)
+        return tomllib.loads(text), origin
     except tomllib.TOMLDecodeError as error:
         raise Mistake(f"{origin} is not TOML", found=str(error)) from None
 

@@ -15,6 +15,45 @@ def test_built_in_recipes_load_and_say_what_to_expect(name: str) -> None:
     assert "deitfast train" in recipes.head(name)
 
 
+def test_the_384_recipe_is_the_papers_fine_tuning() -> None:
+    found = recipes.differences(recipes.load("deit_b_imagenet"), recipes.load("deit_b_384_finetune"))
+    assert {key: now for key, (_, now) in found.items()} == {
+        "name": "deit_b_384_finetune",
+        "augment.size": 384,
+        "optim.lr": 5e-6,
+        "optim.weight_decay": 1e-8,
+        "schedule.shape": "constant",
+        "train.epochs": 30,
+        "train.batch": 512,
+    }
+
+
+@pytest.mark.parametrize("size", ["ti", "s", "b"])
+def test_a_vit_recipe_is_the_deit_recipe_without_a_token(size: str) -> None:
+    found = recipes.differences(recipes.load(f"deit_{size}_imagenet"), recipes.load(f"vit_{size}_imagenet"))
+    assert set(found) == {"name", "model.arch"}
+
+
+def test_a_file_holds_what_differs_from_the_recipe_it_extends(tmp_path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "deit_ti_cifar10"\nname = "mine"\n[augment]\nerasing = 0.0\n[distill]\nmode = "hard"')
+    found = recipes.differences(recipes.load("deit_ti_cifar10"), recipes.load(str(file)))
+    assert {key: now for key, (_, now) in found.items()} == {
+        "name": "mine",
+        "augment.erasing": 0.0,
+        "distill.mode": "hard",
+    }
+    assert "extends" not in recipes.dump(recipes.load(str(file)))
+    for base in ("deit_s_imagenet", "nowhere", "mine", 3):
+        file.write_text(f"extends = {base!r}")
+        with pytest.raises(Mistake, match=f"cannot extend {base}") as caught:
+            recipes.load(str(file))
+        assert "deit_ti_imagenet" in caught.value.expected
+    file.write_text('extends = "deit_ti_cifar10"\n[augment]\nsise = 32')
+    with pytest.raises(Mistake, match=r"augment\.sise: unknown key"):
+        recipes.load(str(file))
+
+
 @given(size=st.sampled_from([32, 64, 224]), erasing=st.floats(0, 1), seed=st.integers(0, 2**63 - 1))
 def test_dump_reads_back_to_an_equal_recipe(tmp_path_factory, size: int, erasing: float, seed: int) -> None:
     recipe = recipes.override(Recipe(), [f"augment.size={size}", f"augment.erasing={erasing!r}", f"train.seed={seed}"])
@@ -80,6 +119,9 @@ def test_files_with_errors_are_refused_by_name(tmp_path) -> None:
         ("deit_ti", "imagenet", 375, "deit_ti_imagenet"),
         ("deit_b", "folder", 500, "deit_ti_imagenet"),
         ("vit_s", "cifar100", 32, "deit_ti_cifar10"),
+        ("deit_ti", "cifar100", 32, "deit_ti_cifar100"),
+        ("deit_s", "imagenet", 375, "deit_s_imagenet"),
+        ("regnet_y_16gf", "imagenet", 375, "regnet_y_16gf_imagenet"),
         ("deit_ti", "demo", 48, "deit_ti_demo"),
         ("resnet50", "folder", 64, "resnet18_cifar10"),
     ],

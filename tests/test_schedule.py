@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
+from deitfast import recipe as recipes
 from deitfast.optim import peak_lr
 from deitfast.recipe import OptimSpec, ScheduleSpec
 from deitfast.schedule import learning_rate
@@ -70,6 +71,18 @@ def test_rates_stay_between_their_bounds(epochs, steps, warmup, data):
     epoch, step = data.draw(st.integers(0, epochs - 1)), data.draw(st.integers(0, steps - 1))
     rate = learning_rate(schedule, PEAK, epochs, steps, epoch, step)
     assert 1e-6 <= rate <= PEAK * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("per", ["step", "epoch"])
+def test_a_constant_rate_is_the_references_fine_tuning(per):
+    """The reference's command for 384 px has --lr 5e-6 --min-lr 5e-6, which makes its cosine flat."""
+    recipe = recipes.override(recipes.load("deit_b_384_finetune"), [f"schedule.per={per}"])
+    peak = peak_lr(recipe.optim, recipe.train.batch)
+    flat = ScheduleSpec(min_lr=peak, per=per)
+    rates = [learning_rate(recipe.schedule, peak, 30, 100, epoch, 50) for epoch in range(30)]
+    assert rates == pytest.approx([learning_rate(flat, peak, 30, 100, epoch, 50) for epoch in range(30)], rel=1e-12)
+    assert set(rates[6:]) == {5e-6}
+    assert max(rates[:5]) < 5e-6
 
 
 def test_without_warmup_it_starts_at_the_peak():
