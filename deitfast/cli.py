@@ -122,6 +122,12 @@ def train(
         int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
     ] = None,
     settings: Settings = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Start from these weights: a run or a file (DeiT, timm, Hugging Face).")
+    ] = None,
+    finetune: Annotated[
+        Path | None, typer.Option(help="Start from these weights at another size or with other classes.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -130,29 +136,50 @@ def train(
     from deitfast.plan import TrainOptions
 
     options = TrainOptions(
-        data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv)
-    )
+        data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
+        weights=weights, finetune=finetune,
+    )  # fmt: skip
     run_training(options, device, _display(), out)
 
 
 @app.command("eval")
 def eval_(
-    run: Annotated[Path, typer.Argument(help="The run whose network to evaluate.")],
+    run: Annotated[Path | None, typer.Argument(help="The run whose network to evaluate.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Evaluate a file of weights (DeiT, timm, Hugging Face, export) instead.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="The file's network. Default: as its shapes tell.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,
     loader: Annotated[str, typer.Option(help="auto, resident, cpu, ffcv or reference.")] = "auto",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the reference loader's predictions on the same images.")
+    ] = False,
+    settings: Settings = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Also write the metrics and confusion matrices here.")
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Evaluate a trained network: every head's top-1, top-5, precision, recall, F1, AUC and confusion matrix."""
-    from deitfast.commands import run_evaluation
+    from deitfast.commands import EvalOptions, run_evaluation
 
-    run_evaluation(
-        run, data, split=split, ema=ema, loader=loader, json_file=json_, device=device, display=_display(), out=out
-    )
+    options = EvalOptions(run, weights, arch, data, split, ema, loader, check, tuple(settings or ()), json_)
+    run_evaluation(options, device, _display(), out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run whose network to write.")],
+    output: Annotated[Path, typer.Argument(help="FILE.safetensors, or a folder for weights and config.json.")],
+    format_: Annotated[str, typer.Option("--format", help="timm.")] = "timm",
+    ema: Annotated[bool, typer.Option("--ema", help="Write the averaged weights.")] = False,
+) -> None:
+    """Write a trained network for other programs: safetensors under timm's names."""
+    from deitfast.commands import run_export
+
+    run_export(run, output, format_, ema=ema, out=out)
 
 
 @app.command()

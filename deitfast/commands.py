@@ -1,27 +1,32 @@
-"""What the commands train, eval and bench do once their options are read."""
+"""What the commands train, eval, export and bench do once their options are read."""
 
 import json
 import os
 import time
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from deitfast import recipe as recipes
 from deitfast.bench import PARTS, bench_table, measure
 from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
-from deitfast.evaluate import evaluate, final_head
+from deitfast.evaluate import agreement, final_head, measured, predict
+from deitfast.export import FORMATS, export_timm
 from deitfast.plan import DEMO_DATA, TrainOptions, data_folder, demo_teacher, plan_training, uses_demo_teacher
+from deitfast.recipe import Recipe, TrainSpec
 from deitfast.runlog import RunFolder, write_atomically
-from deitfast.runtime import start
-from deitfast.tables import CONFUSION_CLASSES, confusion_table, describe_run, metrics_table
+from deitfast.runtime import Runtime, start
+from deitfast.tables import CONFUSION_CLASSES, agreement_table, confusion_table, describe_run, metrics_table
 from deitfast.teacher import require_classes
 from deitfast.train import train
-from deitfast.trained import load_run
+from deitfast.trained import TrainedModel, load_file, load_run
 from pipelines.errors import Mistake
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
@@ -39,51 +44,99 @@ def run_training(options: TrainOptions, device: str, display: Display, out: Cons
             out.print(describe_run(RunFolder(job.out)))
 
 
-def run_evaluation(
-    run: Path,
-    data: Path | None,
-    *,
-    split: str,
-    ema: bool,
-    loader: str,
-    json_file: Path | None,
-    device: str,
-    display: Display,
-    out: Console,
-) -> None:
-    """Evaluate a run's network and print its metrics; write them to `json_file` as well."""
-    folder = RunFolder(run)
-    recipe = recipes.override(folder.recipe(), [f"loader.name={loader}"])
-    with start(recipe.train, device) as runtime:
-        trained = load_run(run, runtime.device, ema=ema)
-        with closing(Dataset.open(data or Path(trained.info.data))) as dataset:
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of `deitfast eval`, as typed; None or empty where they were left out."""
+
+    run: Path | None = None
+    weights: Path | None = None
+    arch: str | None = None
+    data: Path | None = None
+    split: str = "val"
+    ema: bool = False
+    loader: str = "auto"
+    check: bool = False
+    settings: tuple[str, ...] = ()
+    json_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is opened."""
+        if (self.run is None) == (self.weights is None):
+            raise Mistake("eval needs one network", expected="a run's folder, or --weights FILE")
+        if self.run and (self.arch or self.settings):
+            raise Mistake("--arch and --set go with --weights", expected="a run is evaluated as its recipe says")
+        if self.weights and self.data is None:
+            raise Mistake("--weights without --data", expected="--data FOLDER, a converted data set")
+
+    def load(self, device: torch.device) -> TrainedModel:
+        """Return the network to evaluate."""
+        if self.weights:
+            arch = recipes.known_arch(self.arch) if self.arch else None
+            return load_file(self.weights, arch, self.settings, device, ema=self.ema)
+        return load_run(self.run or Path(), device, ema=self.ema)
+
+    def data_folder(self) -> Path:
+        """Return the data set: the one named, else the run's own."""
+        return self.data or Path(RunFolder(self.run or Path()).info().data)
+
+
+def run_evaluation(options: EvalOptions, device: str, display: Display, out: Console) -> None:
+    """Evaluate a run's network, or one in a file, and print its metrics; write them to `json_file` as well."""
+    amp = RunFolder(options.run).recipe().train if options.run else TrainSpec()
+    with start(amp, device) as runtime:
+        trained, folder = options.load(runtime.device), options.data_folder()
+        recipe = recipes.override(trained.recipe, [f"loader.name={options.loader}"])
+        owner = str(options.run or options.weights)
+        with closing(Dataset.open(folder)) as dataset:
             classes = dataset.spec.classes
-            require_classes(f"run {run}", trained.info.classes, classes)
-            batches = open_split(dataset, split, recipe, runtime)
-            with closing(batches), display.bar(f"evaluating {split}", batches.steps_per_epoch) as bar:
-                heads = evaluate(
-                    trained.model,
-                    batches,
-                    recipe.augment,
-                    runtime.device,
-                    runtime.amp,
-                    len(classes),
-                    lambda done, _: bar.reach(done),
-                )
-        if not runtime.main:
-            return
-    weights = "averaged weights" if ema else "weights"
-    title = (
-        f"{run}, {weights} of epoch {trained.epoch}, on {data or trained.info.data}, {split} ({batches.name} loader)"
-    )
-    out.print(metrics_table(title, {head: metrics.summary() for head, metrics in heads.items()}))
+            require_classes(owner, trained.classes or classes, classes)
+            if trained.outputs != len(classes):
+                raise Mistake(f"{owner} tells {trained.outputs} classes apart, the data set has {len(classes)}")
+            name, heads, labels = _predict(trained, dataset, options.split, recipe, runtime, display)
+            checked = None
+            if options.check:
+                slow = recipes.override(recipe, ["loader.name=reference"])
+                _, others, _ = _predict(trained, dataset, options.split, slow, runtime, display)
+                checked = agreement(heads, others, labels)
+    if not runtime.main:
+        return
+    weights = "averaged weights" if options.ema else "weights"
+    of = f"{weights} of epoch {trained.epoch}" if trained.epoch else weights
+    found = measured(heads, labels)
+    title = f"{owner}, {of}, on {folder}, {options.split} ({name} loader)"
+    out.print(metrics_table(title, {head: metrics.summary() for head, metrics in found.items()}))
+    if checked:
+        out.print(agreement_table(name, checked))
     if len(classes) <= CONFUSION_CLASSES:
-        out.print(confusion_table(heads[final_head(heads)], classes))
-    if json_file:
+        out.print(confusion_table(found[final_head(found)], classes))
+    if options.json_file:
         tree: dict[str, Any] = {
-            head: {**metrics.summary(), "confusion": metrics.confusion.tolist()} for head, metrics in heads.items()
+            head: {**metrics.summary(), "confusion": metrics.confusion.tolist()} for head, metrics in found.items()
         }
-        write_atomically(json_file, json.dumps({"run": str(run), "split": split, "classes": classes, "heads": tree}))
+        report = {"run": owner, "split": options.split, "classes": classes, "heads": tree}
+        write_atomically(options.json_file, json.dumps(report | ({"check": asdict(checked)} if checked else {})))
+
+
+def _predict(
+    trained: TrainedModel, dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime, display: Display
+) -> tuple[str, tuple[Tensor, ...], Tensor]:
+    """Return the loader's name, every head's logits and the labels of one pass over a split."""
+    loader = open_split(dataset, split, recipe, runtime)
+    label = f"evaluating {split} ({loader.name} loader)"
+    with closing(loader), display.bar(label, loader.steps_per_epoch) as bar:
+        heads, labels = predict(
+            trained.model, loader, recipe.augment, runtime.device, runtime.amp, lambda done, _: bar.reach(done)
+        )
+    return loader.name, heads, labels
+
+
+def run_export(run: Path, out_path: Path, form: str, *, ema: bool, out: Console) -> None:
+    """Write a run's network for other programs and say where."""
+    if form not in FORMATS:
+        raise Mistake(f"there is no format {form}", expected=", ".join(FORMATS))
+    trained = load_run(run, torch.device("cpu"), ema=ema)
+    for file in export_timm(trained, out_path):
+        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 
 def run_bench(

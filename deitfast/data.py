@@ -45,7 +45,8 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
 def open_split(dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime) -> Loader:
     """Return this rank's evaluation loader of a split: every image once over all ranks, the rest masked."""
     reader = dataset.split(split)
-    batch = max(1, min(recipe.train.batch // runtime.world, LARGEST_EVALUATION_BATCH))
+    share = -(-reader.num_samples // runtime.world)  # a larger batch would be padding
+    batch = max(1, min(recipe.train.batch // runtime.world, LARGEST_EVALUATION_BATCH, share))
     sampler = EvalSampler(reader.num_samples, batch, rank=runtime.rank, world=runtime.world)
     return open_loader(reader, recipe.augment, recipe.loader, sampler, train=False, device=runtime.device)
 

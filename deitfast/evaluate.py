@@ -1,6 +1,7 @@
 """Masked evaluation: every validation image once, whatever the batch and the number of processes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -51,23 +52,76 @@ def evaluate(
         Mistake: heads of another width.
         Failure: nothing to evaluate, or labels outside the classes.
     """
+    heads, labels = predict(model, loader, augment_spec, device, amp, progress)
+    if heads[0].shape[1] != classes:
+        raise Mistake(
+            f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
+            remedy="evaluate on the data set that the model was trained for",
+        )
+    return measured(heads, labels)
+
+
+def measured(heads: tuple[Tensor, ...], labels: Tensor) -> dict[str, Metrics]:
+    """Return the metrics of every head's logits [N, C] against labels [N], and of two heads' mean."""
+    results = {name: measure(head, labels) for name, head in zip(HEADS, heads, strict=False)}
+    if len(heads) > 1:
+        results["joint"] = measure(joint(heads), labels)
+    return results
+
+
+def predict(
+    model: nn.Module,
+    loader: Loader,
+    augment_spec: AugmentSpec,
+    device: torch.device,
+    amp: torch.dtype | None,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return each head's logits, float32 [N, C], and the labels, int64 [N], of every image; arguments as `evaluate`.
+
+    Over all ranks, each of which must call it. The order depends on the ranks and the batch, not on the loader.
+
+    Raises:
+        Failure: there is nothing to evaluate.
+    """
     was_training = model.training
     model.eval()
     try:
         heads, labels = _predict(model, loader, augment_spec, device, amp, progress)
     finally:
         model.train(was_training)
-    if heads[0].shape[1] != classes:
-        raise Mistake(
-            f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
-            remedy="evaluate on the data set that the model was trained for",
-        )
-    labels = gather(labels)
-    heads = tuple(gather(head) for head in heads)
-    results = {name: measure(head, labels) for name, head in zip(HEADS, heads, strict=False)}
-    if len(heads) > 1:
-        results["joint"] = measure(joint(heads), labels)
-    return results
+    return tuple(gather(head) for head in heads), gather(labels)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one loader's predictions are from another's on the same images."""
+
+    images: int
+    changed: int
+    """Images whose predicted class differs."""
+    top1: float
+    """Top-1 minus the other's."""
+    logits: float
+    """Largest difference of any logit."""
+    margin: float
+    """Largest lead of the other's prediction over its runner-up among the changed ones: how near ties they were."""
+
+
+def agreement(heads: tuple[Tensor, ...], others: tuple[Tensor, ...], labels: Tensor) -> Agreement:
+    """Compare the published predictions of two passes over the same images, logits [N, C] each."""
+    one, other = joint(heads), joint(others)
+    changed = one.argmax(1) != other.argmax(1)
+    best = other.topk(min(2, other.shape[1]), dim=1).values
+    leads = best[:, 0] - best[:, -1]
+    top1 = (one.argmax(1) == labels).double().mean() - (other.argmax(1) == labels).double().mean()
+    return Agreement(
+        len(labels),
+        int(changed.sum()),
+        float(top1),
+        float((one - other).abs().max()),
+        float(leads[changed].max()) if changed.any() else 0.0,
+    )
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from deitfast import recipe as recipes
 from deitfast.data import typical_side
+from deitfast.interop import read_weights
 from deitfast.recipe import Arch, Recipe
 from deitfast.runlog import RunFolder
 from deitfast.train import TrainJob
+from deitfast.trained import recipe_of
 from pipelines.errors import Mistake
 from pipelines.storage.dataset import Dataset
 
@@ -35,9 +37,13 @@ class TrainOptions:
     settings: tuple[str, ...] = ()
     resume: bool = False
     command: tuple[str, ...] = ()
+    weights: Path | None = None
+    finetune: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
+        if self.weights and self.finetune:
+            raise Mistake("--weights and --finetune are two ways to start", remedy="give one of them")
         if self.resume and self.out is None:
             raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
 
@@ -101,24 +107,36 @@ def _begun(options: TrainOptions) -> RunFolder | None:
 
 
 def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int) -> Recipe:
-    """Return the recipe: the named one, the resumed run's, or the one that suits network and data; then overrides."""
-    arch = recipes.known_arch(options.arch) if options.arch else "deit_ti"
+    """Return the recipe: the named one, the resumed run's, or what suits network, weights and data; then overrides."""
+    arch = recipes.known_arch(options.arch) if options.arch else None
+    source = options.weights or options.finetune
+    start = read_weights(source) if source and not begun else None  # a run that has begun does not need them again
     if options.recipe:
         recipe = recipes.load(options.recipe)
     elif begun:
         recipe = begun
     else:
-        recipe = recipes.choose(arch, dataset, side)
+        told = start if start and start.transformer else None  # its shapes tell size and patches, whatever the data
+        recipe = recipe_of(told, arch) if told else recipes.choose(arch or "deit_ti", dataset, side)
         log.info("recipe %s (another: --recipe, see `deitfast recipes`)", recipe.name)
+    if begun and source:
+        recipe = recipes.override(recipe, [f"model.token={begun.model.token}"])
+    elif start and start.distilled and recipe.model.arch.startswith("deit_"):
+        recipe = recipes.override(recipe, ["model.token=on"])
     named = {
         "model.arch": options.arch,
         "distill.mode": options.distill,
         "distill.teacher": options.teacher.resolve() if options.teacher else None,
+        "model.weights": options.weights.resolve() if options.weights else None,
+        "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
         "train.batch": options.batch,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    return recipes.override(recipe, [*given, *options.settings])
+    recipe = recipes.override(recipe, [*given, *options.settings])
+    if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
+        raise Mistake(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
+    return recipe
 
 
 def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:

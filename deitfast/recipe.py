@@ -34,6 +34,10 @@ class ModelSpec:
     """Stochastic depth of the last block, rising linearly from 0 at the first (transformers only)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the positions, the attention's projection and both layers of the MLP (transformers only)."""
+    weights: str = ""
+    """Run or file whose weights a run starts from, of the same shape and classes; "": drawn from `train.seed`."""
+    finetune: str = ""
+    """Run or file to fine-tune: positions are resized to `augment.size`, heads of other classes drawn anew."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -151,6 +155,8 @@ class Recipe:
             raise ValueError(
                 f"train.batch {self.train.batch} is no multiple of train.accumulate {self.train.accumulate}"
             )
+        if self.model.weights and self.model.finetune:
+            raise ValueError("model.weights and model.finetune are two ways to start; set one of them")
         if self.distill.mode != "none" and not transformer:
             raise ValueError(f"distill.mode {self.distill.mode} needs a deit_* or vit_* model, found {self.model.arch}")
         if self.distill.mode != "none" and self.distill.head == "distillation" and self.model.arch.startswith("vit_"):

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class RunInfo:
     """Class names in label order: what the heads' outputs mean."""
     command: tuple[str, ...]
     """The command line."""
+    start: dict[str, str] = field(default_factory=dict)
+    """Weights that the run began with, as `fit.start_model` describes them; empty where they were drawn."""
 
 
 @dataclass(frozen=True)

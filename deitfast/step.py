@@ -1,5 +1,6 @@
 """The training step: forward, loss, backward, update. The whole state that learning changes lives here."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,14 +21,19 @@ from pipelines.augment.chain import ModelInput
 class Learner:
     """A model and everything that trains it."""
 
-    def __init__(self, recipe: Recipe, classes: int, runtime: Runtime) -> None:
+    def __init__(
+        self, recipe: Recipe, classes: int, runtime: Runtime, start: Callable[[nn.Module], object] | None = None
+    ) -> None:
         """Build model, optimiser, averaged weights and gradient scaler from the recipe.
 
-        The initialisation depends on `train.seed` alone, so every rank starts from the same weights.
+        The initialisation depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
+        others in their place, before anything is derived from them.
         """
         self.recipe, self.runtime = recipe, runtime
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
+        if start:
+            start(model)
         # built on the CPU whatever the device: the same seed gives the same weights everywhere
         self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimiser = build_optimiser(self.model, recipe.optim, recipe.train.batch)

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deitfast.display import duration
+from deitfast.evaluate import Agreement
 from deitfast.metrics import Metrics
 from deitfast.runlog import RunFolder
 
@@ -31,6 +32,17 @@ def metrics_table(title: str, heads: Mapping[str, Mapping[str, float]]) -> Table
     return table
 
 
+def agreement_table(loader: str, found: Agreement) -> Table:
+    """Return how far a loader's predictions are from the reference loader's."""
+    table = Table(title=f"{loader} loader against the reference loader", title_justify="left", show_header=False)
+    table.add_row("top-1", f"{found.top1:+.2%}")
+    table.add_row("changed predictions", f"{found.changed:,} of {found.images:,} ({found.changed / found.images:.2%})")
+    table.add_row("largest difference of a logit", f"{found.logits:.5f}")
+    if found.changed:
+        table.add_row("largest lead of a changed prediction", f"{found.margin:.5f}")
+    return table
+
+
 def confusion_table(metrics: Metrics, classes: tuple[str, ...]) -> Table:
     """Return the confusion matrix: a row a true class, a column a predicted one."""
     table = Table(title="confusion matrix (rows: truth, columns: prediction)", title_justify="left")
@@ -52,6 +64,7 @@ def describe_run(folder: RunFolder) -> RenderableType:
         "recipe": f"{recipe.name}, digest {recipe.digest}",
         "data": f"{info.data} ({info.dataset}, {len(info.classes)} classes)",
         "distillation": teacher,
+        "started from": f"{info.start['file']} ({info.start['fitted']})" if info.start else "drawn weights",
         "epochs": f"{len(rows)} of {recipe.train.epochs}",
     }
     if rows:

@@ -28,7 +28,7 @@ class Teacher:
         """
         folder, student = Path(recipe.distill.teacher), recipe.augment
         trained = load_run(folder, runtime.device)
-        require_classes(f"teacher {folder}", trained.info.classes, classes)
+        require_classes(f"teacher {folder}", trained.classes, classes)
         self.model = trained.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.runtime, self.mode = runtime, recipe.distill.mode
         own = trained.recipe.augment

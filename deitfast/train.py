@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from deitfast import checkpoint
 from deitfast.data import open_split, open_training
 from deitfast.display import Bar, Display, duration, logging_to
 from deitfast.evaluate import evaluate, final_head
+from deitfast.fit import start_model
 from deitfast.optim import peak_lr
 from deitfast.position import Diverged, Position
 from deitfast.recipe import Recipe, differences
@@ -59,18 +60,18 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         folder = RunFolder(runtime.agree(job.out))
         run = Run(job, runtime, display, dataset, folder)
         if runtime.main:
-            _open_folder(folder, job, dataset)
+            _open_folder(folder, job, dataset, run.start)
         runtime.agree(None)  # nobody goes on before the folder is open
         with logging_to(folder.log if runtime.main else None):
             return run.run()
 
 
-def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset) -> None:
+def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset, start: dict[str, str]) -> None:
     """Start the run's folder, or make sure that going on in it goes on with the same run."""
     spec = dataset.spec
     if not folder.exists():
         data = str(job.data.resolve())
-        folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command))
+        folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, start))
         return
     if not job.resume:
         raise Mistake(f"{folder.path} already holds a run", remedy="continue it with --resume, or give another --out")
@@ -81,11 +82,19 @@ def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset) -> None:
             found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
             remedy="leave the options out, or start a new run with another --out",
         )
-    if (begun := folder.info().fingerprint) != spec.fingerprint:
+    begun = folder.info()
+    if begun.fingerprint != spec.fingerprint:
         raise Mistake(
             f"--resume on another data set than {folder.path} was started on",
-            expected=f"fingerprint {begun}",
+            expected=f"fingerprint {begun.fingerprint}",
             found=f"{spec.fingerprint} in {job.data}",
+        )
+    if start and start != begun.start:
+        raise Mistake(
+            f"{start['file']} is not what {folder.path} was started from",
+            expected=f"blake2b {begun.start.get('blake2b')}",
+            found=start["blake2b"],
+            remedy="start a new run with another --out",
         )
 
 
@@ -101,10 +110,16 @@ class Run:
             self.teacher = Teacher(recipe, self.spec.classes, runtime)
         self.loader = open_training(dataset, recipe, runtime)
         self.validation = open_split(dataset, "val", recipe, runtime) if "val" in self.spec.splits else None
-        self.learner = Learner(recipe, len(self.spec.classes), runtime)
+        self.start: dict[str, str] = {}
+        """What the model began with; empty where it was drawn, or comes out of the checkpoint."""
+        begun = folder.checkpoint.exists()
+        self.learner = Learner(recipe, len(self.spec.classes), runtime, None if begun else self._begin)
         self.peak = peak_lr(recipe.optim, recipe.train.batch)
         self.position = Position.start(runtime.device)
         self.saved = time.monotonic()
+
+    def _begin(self, model: nn.Module) -> None:
+        self.start = start_model(model, self.recipe.model, self.spec.classes)
 
     def run(self) -> dict[str, Any]:
         """Go through the epochs, from wherever the checkpoint stands."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch import nn
 
-from deitfast.evaluate import evaluate, final_head
+from deitfast.evaluate import Agreement, agreement, evaluate, final_head
 from deitfast.metrics import measure
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
@@ -222,3 +222,15 @@ def test_several_ranks_find_what_one_process_finds(tmp_path):
         for name, (summary, confusion) in torch.load(tmp_path / f"{rank}.pt").items():
             assert summary == pytest.approx(alone[name].summary(), rel=1e-9)
             assert torch.equal(confusion, alone[name].confusion)
+
+
+def test_agreement_counts_what_changed_and_how_near_a_tie_it_was():
+    labels = torch.tensor([0, 1, 2, 2])
+    reference = (torch.tensor([[2.0, 1, 0], [0, 3, 2.5], [0, 1, 3], [0.2, 0.1, 0]]),)
+    other = (reference[0] + torch.tensor([[0.0, 0, 0], [0, -1, 0], [0, 0, 0], [0, 0, 0.5]]),)
+    found = agreement(other, reference, labels)
+    assert (found.images, found.changed, found.top1, found.logits) == (4, 2, 0.0, 1.0)
+    assert found.margin == pytest.approx(0.5)
+    assert agreement(reference, reference, labels) == Agreement(4, 0, 0.0, 0.0, 0.0)
+    both = agreement((other[0], reference[0]), (reference[0], reference[0]), labels)
+    assert both.logits == 0.5

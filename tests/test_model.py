@@ -66,15 +66,17 @@ def assert_same(arch, distilled, size, patch):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize(("size", "patch"), [(224, 16), (32, 4)])
+@pytest.mark.parametrize(("size", "patch"), [(224, 16), (384, 16), (32, 4)])
 def test_outputs_and_gradients_are_timms(distilled, size, patch):
     assert_same("deit_ti", distilled, size, patch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("arch", ["deit_s", "deit_b"])
-def test_outputs_and_gradients_are_timms_for_larger_models(arch):
-    assert_same(arch, True, 224, 16)
+@pytest.mark.parametrize(("size", "patch"), [(224, 16), (384, 16), (32, 4)])
+def test_outputs_and_gradients_are_timms_for_larger_models(arch, size, patch, distilled):
+    assert_same(arch, distilled, size, patch)
 
 
 @pytest.mark.parametrize(("arch", "distilled"), PUBLISHED)
@@ -83,6 +85,23 @@ def test_parameters_are_the_published_ones(arch, distilled):
         ours, theirs = build(arch, distilled=distilled), oracle(arch, distilled)
     assert sum(parameter.numel() for parameter in ours.parameters()) == PUBLISHED[arch, distilled]
     assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize(("distilled", "published"), [(False, 86_859_496), (True, 87_630_032)])
+def test_the_384_models_are_timms(distilled, published):
+    middle = "_distilled" if distilled else ""
+    with torch.device("meta"):
+        ours, theirs = build("deit_b", 384, distilled=distilled), timm.create_model(f"deit_base{middle}_patch16_384")
+    assert sum(parameter.numel() for parameter in ours.parameters()) == published
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("size", ["ti", "s", "b"])
+def test_a_vit_is_a_deit_without_its_token(size):
+    models = [[torch.manual_seed(1), build(f"{kind}_{size}", 32, 10, patch=8)][1] for kind in ("vit", "deit")]
+    ours, theirs = (model.state_dict() for model in models)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_initialisation_is_the_recipes():
@@ -127,6 +146,10 @@ def test_drop_path_drops_whole_samples_at_its_rate_and_keeps_the_mean():
 def test_drop_path_rises_linearly_over_the_blocks():
     rates = [block.drop_path for block in build("deit_ti", 32, 10, patch=8, drop_path=0.11).blocks]
     assert rates == pytest.approx([0.01 * index for index in range(12)])
+    theirs = [
+        getattr(block.drop_path1, "drop_prob", 0.0) for block in oracle("deit_ti", True, drop_path_rate=0.11).blocks
+    ]
+    assert rates == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("fields", [{"drop_path": 0.5}, {"drop_path": 0.0, "dropout": 0.5}])
