@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deitfast import __version__
+from deitfast import __version__, ablations
 from pipelines.errors import Failure, Mistake
 
 log = logging.getLogger("deitfast")
@@ -128,6 +128,10 @@ def train(
     finetune: Annotated[
         Path | None, typer.Option(help="Start from these weights at another size or with other classes.")
     ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"A row of the paper's ablation table: {', '.join(ablations.names())}."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -137,7 +141,7 @@ def train(
 
     options = TrainOptions(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
-        weights=weights, finetune=finetune,
+        weights=weights, finetune=finetune, ablate=tuple(ablate or ()),
     )  # fmt: skip
     run_training(options, device, _display(), out)
 
@@ -184,8 +188,9 @@ def export(
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, every field of it.")] = None) -> None:
-    """List the built-in recipes, or show one as TOML."""
+    """List the built-in recipes and ablations, or show one recipe as TOML."""
     from deitfast import recipe
+    from deitfast.tables import ablation_table
 
     if name:
         out.print(recipe.dump(recipe.load(name)), markup=False, highlight=False)
@@ -193,6 +198,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, e
     for each in recipe.names():
         out.print(f"[bold]{each}[/bold]")
         out.print(recipe.head(each), markup=False, highlight=False, style="dim")
+    out.print(ablation_table())
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitfast import recipe as recipes
+from deitfast.ablations import overrides
 from deitfast.data import typical_side
 from deitfast.interop import read_weights
 from deitfast.recipe import Arch, Recipe
@@ -39,6 +40,7 @@ class TrainOptions:
     command: tuple[str, ...] = ()
     weights: Path | None = None
     finetune: Path | None = None
+    ablate: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -133,7 +135,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "train.batch": options.batch,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    recipe = recipes.override(recipe, [*given, *options.settings])
+    recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
         raise Mistake(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
     return recipe

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from deitfast.ablations import ABLATIONS, BASE
 from deitfast.display import duration
 from deitfast.evaluate import Agreement
 from deitfast.metrics import Metrics
@@ -29,6 +30,21 @@ def metrics_table(title: str, heads: Mapping[str, Mapping[str, float]]) -> Table
             shares = name in ("top1", "top5")
             cells.append("-" if value is None else f"{value:.2%}" if shares else f"{value:.3f}")
         table.add_row(head, *cells)
+    return table
+
+
+def ablation_table() -> Table:
+    """Return the rows that `train --ablate` takes, with what they change and the paper's figures beside each."""
+    title = "--ablate NAME (the paper's top-1 of DeiT-B on ImageNet-1k in per cent; deitfast has measured none)"
+    table = Table(title=title, title_justify="left")
+    for column in ("name", "changes"):
+        table.add_column(column, overflow="fold")
+    for column in ("224 px", "384 px"):
+        table.add_column(column, justify="right")
+    table.add_column("note", overflow="fold")
+    table.add_row("", "the recipe as it is", *map(str, BASE), "")
+    for row in ABLATIONS:
+        table.add_row(row.name, "\n".join(row.settings), *map(str, row.paper), row.note)
     return table
 
 

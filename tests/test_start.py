@@ -95,12 +95,13 @@ def test_a_user_fine_tunes_resumes_and_exports(capsys, tiny_small: Path, tmp_pat
     monkeypatch.chdir(tmp_path)
     hugging_face("with_teacher", classes=1000).save_pretrained("published")
     line = ["train", "--data", tiny_small, "--finetune", "published", "--batch", 16, "--epochs", 1, "--out", "run"]
-    line += ["--set", "augment.mix_group=8"]
+    line += ["--set", "augment.mix_group=8", "--ablate", "no-erasing", "--ablate", "no-mixup"]
     code, out, err = call(capsys, *line)
     assert code == 0, err
     assert "new: head, head_dist" in out.replace("\n", " ")
     recipe = RunFolder(Path("run")).recipe()
     assert (recipe.model.token, recipe.model.patch, recipe.augment.size) == ("on", 8, 32)
+    assert (recipe.augment.erasing, recipe.augment.mixup) == (0, 0)
     Path("published/model.safetensors").unlink()
     assert call(capsys, *line, "--resume")[0] == 0
     assert call(capsys, "export", "run", "out.safetensors", "--ema")[0] == 0
@@ -129,6 +130,7 @@ def test_the_same_line_with_a_recipe_goes_on(capsys, tiny_small: Path, tmp_path:
     [
         (["train", "--weights", "a.pth", "--finetune", "b.pth"], "two ways to start"),
         (["train", "--weights", "a.pth"], "there is no file a.pth"),
+        (["train", "--ablate", "no-mixing"], "there is no ablation no-mixing"),
         (["train", "--recipe", "deit_b_384_finetune"], "starts from trained weights"),
         (["eval"], "eval needs one network"),
         (["eval", "run", "--weights", "a.pth"], "eval needs one network"),
