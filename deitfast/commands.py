@@ -68,6 +68,12 @@ class EvalOptions:
         if self.weights and self.data is None:
             raise Mistake("--weights without --data", expected="--data FOLDER, a converted data set")
 
+    def precision(self) -> TrainSpec:
+        """Return the recipe's section that says in which precision the network computes."""
+        if self.run:
+            return RunFolder(self.run).recipe().train
+        return recipes.override(Recipe(), list(self.settings)).train
+
     def load(self, device: torch.device) -> TrainedModel:
         """Return the network to evaluate."""
         if self.weights:
@@ -82,8 +88,7 @@ class EvalOptions:
 
 def run_evaluation(options: EvalOptions, device: str, display: Display, out: Console) -> None:
     """Evaluate a run's network, or one in a file, and print its metrics; write them to `json_file` as well."""
-    amp = RunFolder(options.run).recipe().train if options.run else TrainSpec()
-    with start(amp, device) as runtime:
+    with start(options.precision(), device) as runtime:
         trained, folder = options.load(runtime.device), options.data_folder()
         recipe = recipes.override(trained.recipe, [f"loader.name={options.loader}"])
         owner = str(options.run or options.weights)

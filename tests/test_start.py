@@ -157,6 +157,7 @@ def test_check_compares_loaders_on_the_same_images(
     monkeypatch.chdir(tmp_path)
     torch.save(timm_model(size=224, patch=16, classes=4).state_dict(), "four.pth")
     line = ["eval", "--weights", "four.pth", "--arch", "deit_ti", "--data", tiny_dataset, "--split", "train"]
+    line += ["--set", "train.amp=off"]
     code, out, err = call(capsys, *line, "--loader", loader, "--check", "--json", "m.json")
     assert code == 0, err
     assert f"{loader} loader against the reference loader" in out
