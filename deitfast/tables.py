@@ -37,8 +37,8 @@ def ablation_table() -> Table:
     """Return the rows that `train --ablate` takes, with what they change and the paper's figures beside each."""
     title = "--ablate NAME (the paper's top-1 of DeiT-B on ImageNet-1k in per cent; deitfast has measured none)"
     table = Table(title=title, title_justify="left")
-    for column in ("name", "changes"):
-        table.add_column(column, overflow="fold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("changes", overflow="fold")
     for column in ("224 px", "384 px"):
         table.add_column(column, justify="right")
     table.add_column("note", overflow="fold")

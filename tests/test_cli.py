@@ -39,7 +39,7 @@ def test_help_comes_at_once() -> None:
         [sys.executable, "-X", "importtime", "-m", "deitfast", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for command in ("convert", "info", "verify", "train", "eval", "bench", "doctor", "recipes"):
+    for command in ("convert", "info", "verify", "train", "eval", "export", "bench", "doctor", "recipes"):
         assert command in done.stdout
     for heavy in ("torch", "numpy", "numba", "PIL", "pydantic"):
         assert f" {heavy}\n" not in done.stderr, f"--help imports {heavy}"
@@ -137,6 +137,8 @@ def test_recipes_and_doctor_speak(capsys) -> None:
     code, out, _ = call(capsys, "recipes")
     assert code == 0
     assert "deit_ti_imagenet" in out
+    assert "no-mixup-no-cutmix" in out
+    assert "75.8" in out
     code, out, _ = call(capsys, "recipes", "deit_ti_cifar10")
     assert code == 0
     assert "mix_group = 64" in out
