@@ -5,7 +5,6 @@ import os
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from deitfast.datasets import convert_dataset
 from deitfast.display import Display
 from deitfast.evaluate import evaluate, final_head
 from deitfast.plan import DEMO_DATA, TrainOptions, data_folder, demo_teacher, plan_training, uses_demo_teacher
-from deitfast.runlog import RunFolder, write_atomically
+from deitfast.runlog import RunFolder, write_text
 from deitfast.runtime import start
 from deitfast.tables import CONFUSION_CLASSES, confusion_table, describe_run, metrics_table
 from deitfast.teacher import require_classes
@@ -80,10 +79,9 @@ def run_evaluation(
     if len(classes) <= CONFUSION_CLASSES:
         out.print(confusion_table(heads[final_head(heads)], classes))
     if json_file:
-        tree: dict[str, Any] = {
-            head: {**metrics.summary(), "confusion": metrics.confusion.tolist()} for head, metrics in heads.items()
-        }
-        write_atomically(json_file, json.dumps({"run": str(run), "split": split, "classes": classes, "heads": tree}))
+        tree = {"run": str(run), "split": split, "classes": classes, "weights": weights, "epoch": trained.epoch}
+        figures = {head: metrics.everything() for head, metrics in heads.items()}
+        write_text(json_file, json.dumps({**tree, "heads": figures}))
 
 
 def run_bench(
