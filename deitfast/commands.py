@@ -14,7 +14,15 @@ from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
 from deitfast.evaluate import evaluate, final_head
-from deitfast.plan import DEMO_DATA, TrainOptions, data_folder, demo_teacher, plan_training, uses_demo_teacher
+from deitfast.plan import (
+    DEMO_DATA,
+    TrainOptions,
+    data_folder,
+    demo_teacher,
+    plan_training,
+    training_data,
+    uses_demo_teacher,
+)
 from deitfast.runlog import RunFolder, write_text
 from deitfast.runtime import start
 from deitfast.tables import CONFUSION_CLASSES, confusion_table, describe_run, metrics_table
@@ -27,9 +35,10 @@ from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
     """Plan and train; make the demo set and its teacher first where they are wanted and missing."""
-    data = _ready_data(options.data, display)
+    data = training_data(options)
+    _make_demo_set(data, display)
     job = plan_training(options, data)
-    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher()):
+    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher(data)):
         with start(lesson.recipe.train, device) as runtime:
             train(lesson, runtime, display)
     with start(job.recipe.train, device) as runtime:
@@ -98,7 +107,8 @@ def run_bench(
     """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
     if part not in PARTS:
         raise Mistake(f"bench has no part called {part}", expected=", ".join(PARTS))
-    folder = _ready_data(data, display)
+    folder = data_folder(data)
+    _make_demo_set(folder, display)
     with closing(Dataset.open(folder)) as dataset:
         recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
         given = [f"train.batch={batch}"] if batch else []
@@ -109,13 +119,12 @@ def run_bench(
                 out.print(bench_table(measured, recipe, folder, runtime))
 
 
-def _ready_data(data: Path | None, display: Display) -> Path:
-    """Return the data set to use; the demo set is drawn, by rank 0, if it is not there yet."""
-    folder = data_folder(data)
-    if folder == DEMO_DATA:
-        written = folder / SPEC_FILE
-        if os.environ.get("RANK", "0") == "0" and not written.exists():
-            convert_dataset("demo", None, folder, display=display)
-        while not written.exists():
-            time.sleep(0.1)
-    return folder
+def _make_demo_set(data: Path, display: Display) -> None:
+    """Draw the demo set, on rank 0, where it is wanted and not there yet."""
+    if data != DEMO_DATA:
+        return
+    written = data / SPEC_FILE
+    if os.environ.get("RANK", "0") == "0" and not written.exists():
+        convert_dataset("demo", None, data, display=display)
+    while not written.exists():
+        time.sleep(0.1)
