@@ -145,6 +145,7 @@ class Run:
         steps = self.loader.steps_per_epoch
         look = max(1, steps // LOOKS_AN_EPOCH)
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
+            bar.start(position.steps)
             for batch in self._timed(self.loader.epoch(position.epoch, position.steps)):
                 position.losses += self._step(batch)
                 position.steps += 1
