@@ -2,18 +2,19 @@
 
 import numpy as np
 import pytest
-import timm_oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import timm_ops
 
 from pipelines import draws, fixed
 from pipelines.augment import ops
 from pipelines.augment.chain import ModelInput, augment, mix, normalise
 from pipelines.batch import Batch
+from pipelines.operations import OPERATIONS
 from pipelines.packed import pack
 from pipelines.spec import AugmentSpec
-from pipelines.views import COLUMNS, OPERATIONS, ViewParams
+from pipelines.views import COLUMNS, ViewParams
 
 SPEC = AugmentSpec(size=32, seed=(3 << 40) + 11)
 
@@ -34,6 +35,8 @@ def drawn(rng: np.random.Generator, rows: int, size: int) -> ViewParams:
     params.flip[:] = rng.integers(0, 2, rows)
     params.operation[:] = rng.integers(0, len(OPERATIONS), (rows, 2)) * (rng.random((rows, 2)) < 0.8)
     params.magnitude[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 2))
+    params.jitter[:] = rng.integers(0, len(OPERATIONS), (rows, 3)) * (rng.random((rows, 3)) < 0.4)
+    params.factor[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 3))
     params.partner[:] = rng.permutation(rows)
     params.share[:] = rng.integers(0, 65537, rows)
     for name, share in (("erase", 0.5), ("box", 0.5)):
@@ -76,9 +79,12 @@ def read_plainly(batch: Batch, spec: AugmentSpec) -> np.ndarray:
     for row, image in enumerate(batch.images.numpy()):
         if p["flip"][row]:
             image = image[:, ::-1]
-        for index, magnitude in zip(p["operation"][row], p["magnitude"][row], strict=True):
+        operations, magnitudes = (
+            np.append(p[a][row], p[b][row]) for a, b in (("operation", "jitter"), ("magnitude", "factor"))
+        )
+        for index, magnitude in zip(operations, magnitudes, strict=True):
             if index:
-                image = timm_oracle.apply(OPERATIONS[index], image, magnitude / 65536)
+                image = timm_ops.apply(OPERATIONS[index], image, magnitude / 65536)
         image = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
         top, left, height, width = p["erase"][row]
         for y in range(top, top + height):
@@ -103,7 +109,7 @@ def read_plainly(batch: Batch, spec: AugmentSpec) -> np.ndarray:
 def test_chain_is_the_recipe_read_plainly(seed):
     batch = drawn_batch(seed)
     got = train(batch).pixels.permute(0, 2, 3, 1).numpy()
-    within = 1e-5 if timm_oracle.ROUNDING == 0 else 1 / 255 / min(SPEC.std)
+    within = 1e-5 if timm_ops.ROUNDING == 0 else 1 / 255 / min(SPEC.std)
     np.testing.assert_allclose(got, read_plainly(batch, SPEC), rtol=0, atol=within)
 
 
@@ -223,11 +229,12 @@ def test_cutmix_share_is_what_the_box_leaves():
 
 def test_nothing_waits_for_the_device():
     """A meta tensor has no values, so that whatever would have to read one on the host raises."""
-    batch = drawn_batch(8, rows=40)
-    assert set(batch.params.operation.ravel()) == set(range(len(OPERATIONS)))
+    batch = drawn_batch(8, rows=80)
+    for name in ("operation", "jitter"):
+        assert set(batch.params[name].ravel()) == set(range(len(OPERATIONS)))
     away = Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.valid.to("meta"), batch.params)
     got = train(away, dtype=torch.bfloat16)
-    assert got.pixels.shape == (40, 3, 32, 32)
+    assert got.pixels.shape == (80, 3, 32, 32)
     assert got.pixels.device == got.partner_labels.device == got.share.device == torch.device("meta")
 
 
