@@ -5,9 +5,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from oracle.pictures import photograph
 from PIL import Image
 
+from oracle.pictures import photograph
 from pipelines.storage.beton import BetonReader
 from pipelines.storage.writer import RECORD, BetonWriter
 

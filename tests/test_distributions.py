@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from drawn import AUTO, DEIT, JITTER, draw, frequencies
-from oracle import timm_ops
 from PIL import Image
 from scipy import stats
 from timm.data import auto_augment
@@ -20,6 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 
+from oracle import timm_ops
 from pipelines.augment import ops
 from pipelines.operations import FIRST_JITTER, OPERATIONS, RANDAUGMENT
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import timm_ops
-from oracle.pictures import pictures
 from PIL import Image, ImageOps
 
+from oracle import timm_ops
+from oracle.pictures import pictures
 from pipelines.augment import ops
 from pipelines.augment.ops_affine import FILL
 from pipelines.operations import AUTOAUGMENT, OPERATIONS, RANDAUGMENT
