@@ -1,6 +1,5 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import Failure, Mistake
+from pipelines.files import whole_file
 
 FORMAT = 1
 """Version of the dict's layout."""
@@ -20,20 +20,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         Failure: the disk is full or not writable; the old checkpoint stays as it was.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise Failure(
             f"cannot write checkpoint {path}",
             found=str(error).splitlines()[0],

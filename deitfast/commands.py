@@ -6,7 +6,6 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,9 +18,17 @@ from deitfast.datasets import convert_dataset
 from deitfast.display import Display
 from deitfast.evaluate import agreement, final_head, measured, predict
 from deitfast.export import FORMATS, export_timm
-from deitfast.plan import DEMO_DATA, TrainOptions, data_folder, demo_teacher, plan_training, uses_demo_teacher
+from deitfast.plan import (
+    DEMO_DATA,
+    TrainOptions,
+    data_folder,
+    demo_teacher,
+    plan_training,
+    training_data,
+    uses_demo_teacher,
+)
 from deitfast.recipe import Recipe, TrainSpec
-from deitfast.runlog import RunFolder, write_atomically
+from deitfast.runlog import RunFolder, write_text
 from deitfast.runtime import Runtime, start
 from deitfast.tables import CONFUSION_CLASSES, agreement_table, confusion_table, describe_run, metrics_table
 from deitfast.teacher import require_classes
@@ -33,9 +40,10 @@ from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
     """Plan and train; make the demo set and its teacher first where they are wanted and missing."""
-    data = _ready_data(options.data, display)
+    data = training_data(options)
+    _make_demo_set(data, display)
     job = plan_training(options, data)
-    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher()):
+    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher(data)):
         with start(lesson.recipe.train, device) as runtime:
             train(lesson, runtime, display)
     with start(job.recipe.train, device) as runtime:
@@ -115,11 +123,15 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
     if len(classes) <= CONFUSION_CLASSES:
         out.print(confusion_table(found[final_head(found)], classes))
     if options.json_file:
-        tree: dict[str, Any] = {
-            head: {**metrics.summary(), "confusion": metrics.confusion.tolist()} for head, metrics in found.items()
+        tree = {
+            "run": owner,
+            "split": options.split,
+            "classes": classes,
+            "weights": weights,
+            "epoch": trained.epoch,
+            "heads": {head: metrics.everything() for head, metrics in found.items()},
         }
-        report = {"run": owner, "split": options.split, "classes": classes, "heads": tree}
-        write_atomically(options.json_file, json.dumps(report | ({"check": asdict(checked)} if checked else {})))
+        write_text(options.json_file, json.dumps(tree | ({"check": asdict(checked)} if checked else {})))
 
 
 def _predict(
@@ -158,7 +170,8 @@ def run_bench(
     """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
     if part not in PARTS:
         raise Mistake(f"bench has no part called {part}", expected=", ".join(PARTS))
-    folder = _ready_data(data, display)
+    folder = data_folder(data)
+    _make_demo_set(folder, display)
     with closing(Dataset.open(folder)) as dataset:
         recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
         given = [f"train.batch={batch}"] if batch else []
@@ -169,13 +182,12 @@ def run_bench(
                 out.print(bench_table(measured, recipe, folder, runtime))
 
 
-def _ready_data(data: Path | None, display: Display) -> Path:
-    """Return the data set to use; the demo set is drawn, by rank 0, if it is not there yet."""
-    folder = data_folder(data)
-    if folder == DEMO_DATA:
-        written = folder / SPEC_FILE
-        if os.environ.get("RANK", "0") == "0" and not written.exists():
-            convert_dataset("demo", None, folder, display=display)
-        while not written.exists():
-            time.sleep(0.1)
-    return folder
+def _make_demo_set(data: Path, display: Display) -> None:
+    """Draw the demo set, on rank 0, where it is wanted and not there yet."""
+    if data != DEMO_DATA:
+        return
+    written = data / SPEC_FILE
+    if os.environ.get("RANK", "0") == "0" and not written.exists():
+        convert_dataset("demo", None, data, display=display)
+    while not written.exists():
+        time.sleep(0.1)

@@ -96,13 +96,14 @@ class _Bars(ExitStack):
 
     def images(self, stage: str, done: int, total: int, size: int) -> None:
         """Show how many of a split's images are done, and how fast."""
-        bar = self._named(stage, total)
-        bar.reach(done, f"{bar.rate(done):,.0f} images/s, {size / 1e6:,.0f} MB")
+        bar = self._named(stage, total, done)
+        bar.reach(done, f"{bar.rate():,.0f} images/s, {size / 1e6:,.0f} MB")
 
-    def _named(self, name: str, total: int) -> Bar:
+    def _named(self, name: str, total: int, done: int = 0) -> Bar:
         if self._bar is None or name != self._name:
             self.close()
             self._name, self._bar = name, self.enter_context(self._display.bar(name, total))
+            self._bar.start(done)
         return self._bar
 
 

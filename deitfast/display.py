@@ -23,10 +23,15 @@ class Bar:
 
     def __init__(self, label: str, total: int, progress: Progress | None) -> None:
         self._label, self._total, self._done, self._text = label, total, 0, ""
-        self._first: int | None = None
+        self._first = 0
         self._progress = progress
         self._task = progress.add_task(label, total=total, text="") if progress else None
         self._began = self._printed = time.monotonic()
+
+    def start(self, done: int) -> None:
+        """Say that `done` were done before the bar appeared: they do not count as fast work."""
+        self._first = done
+        self.reach(done)
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
         """Count `count` more as done and show `text` behind the bar."""
@@ -42,16 +47,14 @@ class Bar:
             self._printed = time.monotonic()
             log.info("%s: %s", self._label, self._line())
 
-    def rate(self, done: int) -> float:
-        """Return how many a second have been done since the bar appeared, if `done` are done now."""
-        self._first = done if self._first is None else self._first
-        return (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+    def rate(self) -> float:
+        """Return how many a second have been done since the bar appeared."""
+        return (self._done - self._first) / max(time.monotonic() - self._began, 1e-9)
 
     def _line(self) -> str:
-        seconds = time.monotonic() - self._began
-        left = seconds / self._done * (self._total - self._done) if self._done else 0.0
-        parts = [f"{self._done:,} of {self._total:,}", self._text, f"{duration(left)} left" if left else ""]
-        return ", ".join(part for part in parts if part)
+        rate = self.rate()
+        left = f"{duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        return ", ".join(part for part in (f"{self._done:,} of {self._total:,}", self._text, left) if part)
 
 
 class Display:

@@ -1,18 +1,17 @@
 """A trained model as a file for other programs: safetensors under timm's names, with what timm needs to use it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from deitfast.interop import INPUT_FIELDS, METADATA
 from deitfast.model import VisionTransformer
-from deitfast.runlog import write_atomically
+from deitfast.runlog import write_text
 from deitfast.trained import TrainedModel
 from pipelines.errors import Failure, Mistake
+from pipelines.files import whole_file
 
 FORMATS = ("timm",)
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
@@ -37,18 +36,17 @@ def export_timm(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
     augment = trained.recipe.augment
     own = {"classes": trained.classes, "input": {name: getattr(augment, name) for name in INPUT_FIELDS}}
     metadata = {"format": "pt", METADATA: json.dumps(own), "timm": json.dumps(config)}
-    partial = file.with_name(file.name + ".partial")
+    tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     try:
-        save_file({name: value.contiguous() for name, value in trained.model.state_dict().items()}, partial, metadata)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with whole_file(file) as opened:
+            opened.write(save(tensors, metadata))
+    except OSError as error:
         raise Failure(
             f"cannot write {file}", found=str(error), remedy="free some space, or check the rights"
         ) from error
     if one_file:
         return (file,)
-    write_atomically(out / "config.json", json.dumps(config, indent=1))
+    write_text(out / "config.json", json.dumps(config, indent=1))
     return file, out / "config.json"
 
 

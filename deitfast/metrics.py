@@ -43,6 +43,10 @@ class Metrics:
         names = ("samples", "top1", "top5", "loss", "precision", "recall", "f1", "auc", "auc_classes")
         return {name: getattr(self, name) for name in names if math.isfinite(getattr(self, name))}
 
+    def everything(self) -> dict[str, object]:
+        """Return the figures and the confusion matrix, as JSON takes them."""
+        return {**self.summary(), "confusion": self.confusion.tolist()}
+
 
 @torch.no_grad()
 def measure(logits: Tensor, labels: Tensor) -> Metrics:

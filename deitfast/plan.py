@@ -61,6 +61,13 @@ def data_folder(data: Path | None) -> Path:
     return DEMO_DATA
 
 
+def training_data(options: TrainOptions) -> Path:
+    """Return the data set to train on: --data, else the resumed run's own, else what `data_folder` finds."""
+    if not options.data and (begun := _begun(options)):
+        return Path(begun.info().data)
+    return data_folder(options.data)
+
+
 def plan_training(options: TrainOptions, data: Path) -> TrainJob:
     """Return the job that `options` ask for on the data set in `data`.
 
@@ -70,6 +77,8 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
     with closing(Dataset.open(data)) as dataset:
         name, side = dataset.spec.name, typical_side(dataset)
     begun = _begun(options)
+    if options.resume and not begun:
+        log.info("--resume: there is no run in %s yet, starting one", options.out)
     recipe = _recipe(options, begun.recipe() if begun else None, name, side)
     if recipe.distill.mode != "none" and not recipe.distill.teacher and name == "demo":
         recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
@@ -83,8 +92,8 @@ def uses_demo_teacher(recipe: Recipe) -> bool:
     return recipe.distill.mode != "none" and Path(recipe.distill.teacher) == DEMO_TEACHER.resolve()
 
 
-def demo_teacher() -> TrainJob | None:
-    """Return the job that trains (or finishes) the demo set's teacher; None where one is trained already."""
+def demo_teacher(data: Path) -> TrainJob | None:
+    """Return the job that trains (or finishes) the teacher of the demo set in `data`; None where it is trained."""
     folder = RunFolder(DEMO_TEACHER)
     recipe = recipes.choose(DEMO_TEACHER_ARCH, "demo", 0)
     if not folder.exists():
@@ -95,17 +104,15 @@ def demo_teacher() -> TrainJob | None:
     else:
         log.info("no --teacher: finishing the demo set's own, %s", DEMO_TEACHER)
         recipe = folder.recipe()
-    return TrainJob(recipe, DEMO_DATA, DEMO_TEACHER, resume=True, command=())
+    return TrainJob(recipe, data, DEMO_TEACHER, resume=True, command=())
 
 
 def _begun(options: TrainOptions) -> RunFolder | None:
     """Return the run that --resume continues; None without one."""
     if not options.resume or options.out is None:
         return None
-    if not (folder := RunFolder(options.out)).exists():
-        log.info("--resume: there is no run in %s yet, starting one", options.out)
-        return None
-    return folder
+    folder = RunFolder(options.out)
+    return folder if folder.exists() else None
 
 
 def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int) -> Recipe:

@@ -13,6 +13,7 @@ from deitfast import __version__
 from deitfast import recipe as recipes
 from deitfast.recipe import Recipe
 from pipelines.errors import Failure, Mistake
+from pipelines.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def evaluation(self) -> Path:
+        """The last evaluation in full: every head's figures and confusion matrix."""
+        return self.path / "evaluation.json"
+
+    @property
     def log(self) -> Path:
         """Every message of the run."""
         return self.path / "log.txt"
@@ -56,9 +62,9 @@ class RunFolder:
     def create(self, recipe: Recipe, info: RunInfo) -> None:
         """Write the recipe, the run's data and teacher, and the environment."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "run.json", json.dumps(asdict(info), indent=1))
-        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1))
-        write_atomically(self.path / "recipe.toml", recipes.dump(recipe))
+        write_text(self.path / "run.json", json.dumps(asdict(info), indent=1))
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+        write_text(self.path / "recipe.toml", recipes.dump(recipe))
 
     def recipe(self) -> Recipe:
         """Return the recipe as run.
@@ -98,24 +104,19 @@ class RunFolder:
     def append(self, row: dict[str, Any]) -> None:
         """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then rename it.
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all.
 
     Raises:
         Failure: the disk is full or not writable.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise Failure(
             f"cannot write {path}", found=str(error), remedy="free some space, or check the rights"
         ) from error

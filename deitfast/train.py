@@ -1,5 +1,6 @@
 """Train: from a recipe and a data set to a run's folder. `Run.run` reads top to bottom."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from deitfast.fit import start_model
 from deitfast.optim import peak_lr
 from deitfast.position import Diverged, Position
 from deitfast.recipe import Recipe, differences
-from deitfast.runlog import RunFolder, RunInfo
+from deitfast.runlog import RunFolder, RunInfo, write_text
 from deitfast.runtime import Runtime
 from deitfast.schedule import learning_rate
 from deitfast.step import Learner
@@ -159,6 +160,7 @@ class Run:
         steps = self.loader.steps_per_epoch
         look = max(1, steps // LOOKS_AN_EPOCH)
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
+            bar.start(position.steps)
             for batch in self._timed(self.loader.epoch(position.epoch, position.steps)):
                 position.losses += self._step(batch)
                 position.steps += 1
@@ -258,7 +260,7 @@ class Run:
         models = {"val": self.learner.model}
         if self.learner.ema:
             models["val_ema"] = self.learner.ema.model
-        found = {}
+        found, everything = {}, {}
         for name, model in models.items():
             with self.display.bar("evaluating", loader.steps_per_epoch) as bar:
                 heads = evaluate(
@@ -271,6 +273,10 @@ class Run:
                     lambda done, _, bar=bar: bar.reach(done),
                 )
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
+            everything[name] = {head: metrics.everything() for head, metrics in heads.items()}
+        if self.runtime.main:
+            tree = {"epoch": self.position.epoch + 1, "classes": self.spec.classes, **everything}
+            write_text(self.folder.evaluation, json.dumps(tree))
         return found
 
 

@@ -21,14 +21,9 @@ from types import SimpleNamespace
 
 from pipelines import fixed, philox
 from pipelines.fixed import clip, exp2, isqrt, select, shift_half_even
+from pipelines.operations import AUTOAUGMENT, FIRST_JITTER, RANDAUGMENT
 from pipelines.packed import PADDED, RESIZED, UNIT, PackedSpec, Tables
 from pipelines.philox import Ints, bounded
-
-OPERATIONS = (
-    "none", "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
-    "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
-)  # fmt: skip
-"""RandAugment's operations, in the -Increasing and -Rel flavours of timm's; an index into this names one."""
 
 TRIES = 10
 """Tries of a random window or box before the fallback."""
@@ -117,16 +112,60 @@ def flip(sample: Ints, view: Ints, spec: PackedSpec) -> Ints:
 
 
 def operation(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints]:
-    """Return RandAugment's operation in a slot (an index into OPERATIONS) and its signed magnitude in Q16.
+    """Return the operation in slot 0 or 1 (an index into OPERATIONS; 0: none) and its signed magnitude in Q16.
 
-    The magnitude is N(magnitude, magnitude_std), clipped to [0, 10], then negated with probability 1/2. A magnitude of
-    0 has no sign and needs none: every signed operation is the identity there.
+    RandAugment's magnitude is N(magnitude, magnitude_std), clipped to [0, 10]; AutoAugment's stands in the sub-policy.
+    Either is then negated with probability 1/2. A magnitude of 0 has no sign and needs none: every operation that
+    heeds the sign is the identity there.
     """
+    if spec.autoaugment:
+        return _of_sub_policy(sample, view, slot, spec, tables)
     which, applied, size, sign = philox.philox(sample, view, philox.OPERATION, slot, spec.key0, spec.key1)
     magnitude = spec.magnitude + ((fixed.normal(size, tables.normal) * spec.magnitude_std) >> 16)
     magnitude = clip(magnitude, 0, 10 * UNIT) * (1 - (sign >> 31) * 2)
     taken = applied < spec.operation
-    return taken * (1 + bounded(which, len(OPERATIONS) - 1)), taken * magnitude
+    return taken * (1 + bounded(which, RANDAUGMENT)), taken * magnitude
+
+
+def _of_sub_policy(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints]:
+    """Return what `operation` does of AutoAugment: both slots read one sub-policy, each applies its own step or not."""
+    which, _, _, _ = philox.philox(sample, view, philox.OPERATION, 2, spec.key0, spec.key1)
+    _, applied, _, sign = philox.philox(sample, view, philox.OPERATION, slot, spec.key0, spec.key1)
+    step = (bounded(which, len(AUTOAUGMENT)) * 2 + slot) * 3
+    taken = applied < tables.policy[step + 1]
+    return taken * tables.policy[step], taken * tables.policy[step + 2] * (1 - (sign >> 31) * 2)
+
+
+def jitter(sample: Ints, view: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
+    """Return colour jitter's three operations (indices into OPERATIONS) in their order, then their factors in Q16.
+
+    All six are 0 where the spec has no jitter. Source: torchvision's ColorJitter.get_params, without hue.
+    """
+    order, brightness, contrast, saturation = philox.philox(sample, view, philox.JITTER, 0, spec.key0, spec.key1)
+    if spec.jitter_count == 0:
+        zero = order * 0
+        return zero, zero, zero, zero, zero, zero
+    brightness = spec.jitter_low + bounded(brightness, spec.jitter_count)
+    contrast = spec.jitter_low + bounded(contrast, spec.jitter_count)
+    saturation = spec.jitter_low + bounded(saturation, spec.jitter_count)
+    order = bounded(order, 6)
+    first = order >> 1
+    low, high = (first == 0) * 1, 2 - (first == 2) * 1  # the other two
+    swapped = order & 1
+    second, third = select(swapped, high, low), select(swapped, low, high)
+    return (
+        FIRST_JITTER + first,
+        FIRST_JITTER + second,
+        FIRST_JITTER + third,
+        _pick(first, brightness, contrast, saturation),
+        _pick(second, brightness, contrast, saturation),
+        _pick(third, brightness, contrast, saturation),
+    )
+
+
+def _pick(index: Ints, zeroth: Ints, first: Ints, second: Ints) -> Ints:
+    """Return the value of that index, 0 to 2."""
+    return select(index == 0, zeroth, select(index == 1, first, second))
 
 
 def erased(sample: Ints, view: Ints, spec: PackedSpec) -> Ints:
@@ -200,7 +239,7 @@ def _clipped(centre: Ints, side: Ints, size: int) -> tuple[Ints, Ints]:
 
 @cache
 def compiled() -> SimpleNamespace:
-    """Return `window`, `flip`, `operation`, `erase_box`, `erase_noise`, `mix` and `philox`, compiled by numba.
+    """Return `window`, `flip`, `operation`, `jitter`, `erase_box`, `erase_noise`, `mix`, `philox`, compiled by numba.
 
     Each takes what its namesake here takes, as int64 scalars and numpy `Tables`, and gives the same. They release the
     GIL and can be called from other compiled code. Compilation happens at the first call, in a second or two.
@@ -211,9 +250,9 @@ def compiled() -> SimpleNamespace:
     inner = (
         *(philox.philox, bounded, select, clip, shift_half_even, isqrt, exp2),
         *(fixed.distance_from_centre, fixed.normal, fixed.beta),
-        *(_scaled, _clipped, window_try, window_fallback, placed_window, erased, erase_try),
+        *(_scaled, _clipped, _of_sub_policy, _pick, window_try, window_fallback, placed_window, erased, erase_try),
     )
     for function in inner:
         register_jitable(function)
-    outer = (window, flip, operation, erase_box, erase_noise, mix, philox.philox)
+    outer = (window, flip, operation, jitter, erase_box, erase_noise, mix, philox.philox)
     return SimpleNamespace(**{function.__name__: numba.njit(function, nogil=True) for function in outer})

@@ -4,8 +4,11 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from pipelines import fixed, philox
 from pipelines.errors import Mistake
+from pipelines.operations import AUTOAUGMENT, OPERATIONS
 from pipelines.philox import Ints
 from pipelines.spec import AugmentSpec
 
@@ -42,6 +45,9 @@ class PackedSpec(NamedTuple):
     erase_aspect_count: int
     mix: int
     cutmix: int
+    autoaugment: int  # 1: operations come from AutoAugment's sub-policies
+    jitter_low: int  # factor of colour jitter, Q16
+    jitter_count: int  # Q16 steps, both ends included; 0: no jitter
 
 
 class Tables(NamedTuple):
@@ -51,6 +57,7 @@ class Tables(NamedTuple):
     normal: Ints  # [4097]
     mixup: Ints  # [4097]
     cutmix: Ints  # [4097]
+    policy: Ints  # [25 * 2 * 3]: AutoAugment's operation, threshold of its probability and magnitude in Q16
 
     def on(self, device: object) -> "Tables":
         """Return the tables as torch tensors on a device."""
@@ -62,8 +69,18 @@ class Tables(NamedTuple):
 @lru_cache(maxsize=8)
 def tables_for(spec: AugmentSpec) -> Tables:
     """Return a spec's tables. A method that is off has Beta(1, 1)'s, which nothing looks up."""
-    betas = (fixed.beta_table(parameter or 1.0) for parameter in (spec.mixup, spec.cutmix))
-    return Tables(fixed.exp2_table(), fixed.normal_table(), *betas)
+    mixup, cutmix = (fixed.beta_table(parameter or 1.0) for parameter in (spec.mixup, spec.cutmix))
+    return Tables(fixed.exp2_table(), fixed.normal_table(), mixup, cutmix, _policy_table())
+
+
+@lru_cache(maxsize=1)
+def _policy_table() -> np.ndarray:
+    """Return AutoAugment's sub-policies as integers, one after the other."""
+    steps = (step for sub_policy in AUTOAUGMENT for step in sub_policy)
+    rows = [(OPERATIONS.index(name), philox.threshold(chance), level * UNIT) for name, chance, level in steps]
+    table = np.array(rows, np.int64).ravel()
+    table.flags.writeable = False
+    return table
 
 
 @lru_cache(maxsize=8)
@@ -81,6 +98,8 @@ def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
     aspect_low, aspect_count = _log_steps("ratio", spec.ratio)
     erase_area_low, erase_area_count = _steps(*spec.erasing_area, unit=30)
     erase_aspect_low, erase_aspect_count = _log_steps("erasing_ratio", spec.erasing_ratio)
+    jitter = spec.colour_jitter if spec.policy == "none" else 0.0  # timm's rule
+    jitter_low, jitter_count = _steps(1 - jitter, 1 + jitter, unit=16)
     return PackedSpec(
         key0, key1,
         window=CENTRED if not train else RESIZED if resized else PADDED,
@@ -98,6 +117,8 @@ def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
         erase_aspect_low=erase_aspect_low, erase_aspect_count=erase_aspect_count,
         mix=philox.threshold(spec.mix_probability if spec.mixup or spec.cutmix else 0),
         cutmix=philox.threshold(spec.mix_switch if spec.mixup and spec.cutmix else spec.cutmix > 0),
+        autoaugment=int(spec.policy == "autoaugment"),
+        jitter_low=jitter_low, jitter_count=jitter_count if jitter else 0,
     )  # fmt: skip
 
 

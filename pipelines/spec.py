@@ -78,14 +78,16 @@ class AugmentSpec:
     """Black pixels around the image for crop = padded."""
     flip: Probability = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
-    policy: Literal["randaugment", "none"] = "randaugment"
-    """Operations after the flip: timm's rand-m9-mstd0.5-inc1, or none."""
+    policy: Literal["randaugment", "autoaugment", "none"] = "randaugment"
+    """Operations after the flip: timm's rand-m9-mstd0.5-inc1, AutoAugment's policy for ImageNet, or none."""
     magnitude: float = Field(default=9.0, ge=0, le=10)
     """RandAugment's mean magnitude."""
     magnitude_std: float = Field(default=0.5, ge=0)
     """Standard deviation of the magnitude."""
     operation_probability: Probability = Field(default=0.5, ge=0, le=1)
-    """Probability that each of the two drawn operations is applied."""
+    """Probability that each of RandAugment's two drawn operations is applied."""
+    colour_jitter: float = Field(default=0.3, ge=0, le=1)
+    """Brightness, contrast, saturation in random order, each blended by U(1 - j, 1 + j); with policy = none only."""
     erasing: Probability = Field(default=0.25, ge=0, le=1)
     """Probability of random erasing."""
     erasing_area: tuple[float, float] = (0.02, 1 / 3)

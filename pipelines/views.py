@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines import draws
-from pipelines.draws import OPERATIONS
 from pipelines.errors import Failure
 from pipelines.packed import RESIZED, UNIT, PackedSpec, Tables, pack, tables_for
 from pipelines.sampler import Rows
 from pipelines.spec import AugmentSpec
 
-__all__ = ["COLUMNS", "OPERATIONS", "SLICES", "ViewParams", "draw_eval", "draw_train"]
+__all__ = ["COLUMNS", "SLICES", "ViewParams", "draw_eval", "draw_train"]
 
 COLUMNS = {
     "sample": 1,  # index in the split
@@ -31,6 +30,8 @@ COLUMNS = {
     "partner": 1,  # row of the batch that this row is mixed with
     "share": 1,  # this row's own share x 65536, after CutMix's correction to the clipped box
     "box": 4,  # CutMix's top, left, height, width in the output; height 0: MixUp (or nothing, at share 65536)
+    "jitter": 3,  # colour jitter's operations in their order, indices into OPERATIONS; 0: none
+    "factor": 3,  # their factors x 65536
 }
 """Name and width of every column of `ViewParams.table`, in order."""
 
@@ -59,7 +60,7 @@ class ViewParams:
     """The drawn parameters of a batch: one int32 table, so that one small copy carries them to a device."""
 
     table: np.ndarray
-    """int32 [B, 25]; its columns are COLUMNS, each of which is also an attribute: a view of the table."""
+    """int32 [B, 31]; its columns are COLUMNS, each of which is also an attribute: a view of the table."""
 
     sample = _Column()
     view = _Column()
@@ -73,6 +74,8 @@ class ViewParams:
     partner = _Column()
     share = _Column()
     box = _Column()
+    jitter = _Column()
+    factor = _Column()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -100,6 +103,8 @@ def draw_train(spec: AugmentSpec, rows: Rows, heights: np.ndarray, widths: np.nd
     for slot in range(2):
         kind, magnitude = draws.operation(sample, view, slot, packed, tables)
         params.operation[:, slot], params.magnitude[:, slot] = kind, magnitude
+    if packed.jitter_count:
+        params.table[:, SLICES["jitter"].start : SLICES["factor"].stop] = _columns(draws.jitter(sample, view, packed))
     _put_erasing(params, packed, tables, rows)
     _put_mixing(params, packed, tables, rows)
     return params

@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from oracle.pictures import photograph
 from pipelines.storage.beton import BetonReader
 from pipelines.storage.writer import RECORD, BetonWriter
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Draw something with the spectrum of a photograph: octaves of noise, each half as strong as the one before."""
-    total = np.full((height, width, 3), 128.0)
-    for octave in range(1, 7):
-        noise = Image.fromarray(rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8))
-        total += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) - 128) * 0.5**octave * 1.6
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+    """Draw something with the spectrum of a photograph."""
+    return Image.fromarray(photograph(rng, height, width))
 
 
 def jpeg(image: Image.Image, **options: int) -> bytes:

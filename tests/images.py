@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -88,3 +89,13 @@ def odd_images() -> dict[str, bytes]:
         "deep.png": encoded(Image.fromarray(deep), "PNG"),
         "bitmap.bmp": encoded(drawn(21, 34, 10), "BMP"),
     }
+
+
+def mixed_source(odd: dict[str, bytes], copies: int = 3) -> MemorySource:
+    contents = [content for _ in range(copies) for content in odd.values()] + [drawn(32, 32, 3)]
+    splits = {"train": entries(contents), "val": entries(contents[:4])}
+    return MemorySource(splits=splits)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

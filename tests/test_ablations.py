@@ -10,6 +10,7 @@ BASE_RECIPE = recipes.load("deit_b_imagenet")
 CHANGES = {
     "sgd": {"optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 1e-4},
     "no-randaugment": {"augment.policy": "none"},
+    "autoaugment": {"augment.policy": "autoaugment"},
     "no-mixup": {"augment.mixup": 0.0},
     "no-cutmix": {"augment.cutmix": 0.0},
     "no-mixup-no-cutmix": {"augment.mixup": 0.0, "augment.cutmix": 0.0},

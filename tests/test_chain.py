@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
-import timm_oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import draws, fixed
+from oracle import plain, timm_ops
+from oracle.pictures import pictures
 from pipelines.augment import ops
 from pipelines.augment.chain import ModelInput, augment, mix, normalise
 from pipelines.batch import Batch
-from pipelines.packed import pack
+from pipelines.operations import OPERATIONS
 from pipelines.spec import AugmentSpec
-from pipelines.views import COLUMNS, OPERATIONS, ViewParams
+from pipelines.views import COLUMNS, ViewParams
 
 SPEC = AugmentSpec(size=32, seed=(3 << 40) + 11)
 
@@ -34,6 +34,8 @@ def drawn(rng: np.random.Generator, rows: int, size: int) -> ViewParams:
     params.flip[:] = rng.integers(0, 2, rows)
     params.operation[:] = rng.integers(0, len(OPERATIONS), (rows, 2)) * (rng.random((rows, 2)) < 0.8)
     params.magnitude[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 2))
+    params.jitter[:] = rng.integers(0, len(OPERATIONS), (rows, 3)) * (rng.random((rows, 3)) < 0.4)
+    params.factor[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 3))
     params.partner[:] = rng.permutation(rows)
     params.share[:] = rng.integers(0, 65537, rows)
     for name, share in (("erase", 0.5), ("box", 0.5)):
@@ -68,57 +70,68 @@ def train(batch: Batch, spec: AugmentSpec = SPEC, dtype: torch.dtype = torch.flo
     return augment(batch, spec, dtype=dtype, train=True)
 
 
-def read_plainly(batch: Batch, spec: AugmentSpec) -> np.ndarray:
-    """The recipe as one would write it down for one image after the other: float64 [B, S, S, 3]."""
-    p = {name: batch.params[name] for name in COLUMNS}
-    table = fixed.normal_table().tolist()
-    ready = []
-    for row, image in enumerate(batch.images.numpy()):
-        if p["flip"][row]:
-            image = image[:, ::-1]
-        for index, magnitude in zip(p["operation"][row], p["magnitude"][row], strict=True):
-            if index:
-                image = timm_oracle.apply(OPERATIONS[index], image, magnitude / 65536)
-        image = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
-        top, left, height, width = p["erase"][row]
-        for y in range(top, top + height):
-            for x in range(left, left + width):
-                place = int(p["sample"][row]), int(p["view"][row]), y * spec.size + x
-                image[y, x] = np.array(draws.erase_noise(*place, pack(spec), table)) / 65536
-        ready.append(image)
-    mixed = []
-    for row, image in enumerate(ready):
-        partner, share = ready[p["partner"][row]], p["share"][row] / 65536
-        top, left, height, width = p["box"][row]
-        if height:
-            image = image.copy()
-            image[top : top + height, left : left + width] = partner[top : top + height, left : left + width]
-        else:
-            image = image * share + partner * (1 - share)
-        mixed.append(image)
-    return np.stack(mixed)
+def assert_plain(batch: Batch, spec: AugmentSpec = SPEC) -> None:
+    got = train(batch, spec).pixels.permute(0, 2, 3, 1).numpy()
+    within = 1e-5 if timm_ops.ROUNDING == 0 else 1 / 255 / min(spec.std)
+    np.testing.assert_allclose(got, plain.augmented(batch, spec), rtol=0, atol=within)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_chain_is_the_recipe_read_plainly(seed):
-    batch = drawn_batch(seed)
-    got = train(batch).pixels.permute(0, 2, 3, 1).numpy()
-    within = 1e-5 if timm_oracle.ROUNDING == 0 else 1 / 255 / min(SPEC.std)
-    np.testing.assert_allclose(got, read_plainly(batch, SPEC), rtol=0, atol=within)
+    assert_plain(drawn_batch(seed))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 33])
+def test_chain_is_the_recipe_at_any_size(size):
+    assert_plain(drawn_batch(7, rows=24, size=size))
+
+
+@pytest.mark.parametrize("kind", sorted(pictures(1, 1)))
+def test_chain_is_the_recipe_on_any_image(kind):
+    batch = drawn_batch(3)
+    image = pictures(32, 32, 4)[kind]
+    assert_plain(batch_of(np.stack([image] * 12), batch.params))
+
+
+def test_boxes_and_shares_may_be_extreme():
+    """Boxes of one pixel in every corner, of one line, and of everything; shares of nothing, next to it, and one."""
+    params = drawn_batch(1).params
+    boxes = [(0, 0, 1, 1), (0, 31, 1, 1), (31, 0, 1, 1), (31, 31, 1, 1), (0, 0, 32, 32), (5, 0, 1, 32)]
+    params.erase[:] = [*boxes, *boxes[::-1]]
+    params.box[:] = [*boxes, *[(0, 0, 0, 0)] * 6]
+    params.share[6:] = 0, 1, 32768, 65535, 65536, 65536
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    assert_plain(batch_of(images, params))
+    assert_plain(batch_of(images, params), AugmentSpec(size=32, mean=(0.0, 0.5, 1.0), std=(1.0, 0.01, 0.5)))
 
 
 @pytest.mark.parametrize("name", ops.TABLE)
-@pytest.mark.parametrize("slot", [0, 1])
-def test_an_operation_inside_the_chain_is_the_operation_alone(name, slot):
+@pytest.mark.parametrize(
+    ("indices", "magnitudes", "slot"),
+    [("operation", "magnitude", 0), ("operation", "magnitude", 1), *(("jitter", "factor", slot) for slot in range(3))],
+)
+def test_an_operation_inside_the_chain_is_the_operation_alone(name, indices, magnitudes, slot):
     params = empty(3)
-    params.operation[:, slot] = OPERATIONS.index(name), 0, OPERATIONS.index(name)
-    params.magnitude[:, slot] = 9 * 65536, 9 * 65536, -8 * 65536
+    params[indices][:, slot] = OPERATIONS.index(name), 0, OPERATIONS.index(name)
+    params[magnitudes][:, slot] = 9 * 65536, 9 * 65536, -8 * 65536
     images = np.random.default_rng(1).integers(0, 200, (3, 32, 32, 3), dtype=np.uint8)
     alone = torch.from_numpy(images.copy())
     ops.apply(name, alone, torch.tensor([0, 2]), torch.from_numpy(ops.arguments(name, np.array([9.0, -8.0]))))
     got = train(batch_of(images, params)).pixels
     assert torch.equal(got, normalise(alone, SPEC).permute(0, 3, 1, 2))
     assert torch.equal(alone[1], torch.from_numpy(images[1]))
+
+
+def test_jitter_works_in_its_order():
+    """Brightness then contrast is not contrast then brightness: the order is the table's."""
+    params = empty(2)
+    brightness, contrast = OPERATIONS.index("JitterBrightness"), OPERATIONS.index("JitterContrast")
+    params.jitter[:] = [(brightness, contrast, 0), (contrast, brightness, 0)]
+    params.factor[:, :2] = [(2 * 65536, 32768), (32768, 2 * 65536)]
+    images = np.tile(np.array([40, 200], np.uint8).reshape(1, 1, 2, 1), (2, 32, 16, 3))
+    got = train(batch_of(images, params)).pixels[:, :, 0, :2].permute(0, 2, 1)
+    expected = torch.tensor([[(80 + 168) // 2, (255 + 168) // 2], [80 * 2, 255]])  # the mean is 168, or 120
+    assert torch.equal(got, normalise(expected.unsqueeze(-1).expand(2, 2, 3), SPEC))
 
 
 def test_the_second_operation_sees_the_first():
@@ -223,11 +236,12 @@ def test_cutmix_share_is_what_the_box_leaves():
 
 def test_nothing_waits_for_the_device():
     """A meta tensor has no values, so that whatever would have to read one on the host raises."""
-    batch = drawn_batch(8, rows=40)
-    assert set(batch.params.operation.ravel()) == set(range(len(OPERATIONS)))
+    batch = drawn_batch(8, rows=80)
+    for name in ("operation", "jitter"):
+        assert set(batch.params[name].ravel()) == set(range(len(OPERATIONS)))
     away = Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.valid.to("meta"), batch.params)
     got = train(away, dtype=torch.bfloat16)
-    assert got.pixels.shape == (40, 3, 32, 32)
+    assert got.pixels.shape == (80, 3, 32, 32)
     assert got.pixels.device == got.partner_labels.device == got.share.device == torch.device("meta")
 
 

@@ -26,7 +26,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deitfast.checkpoint.os.fsync", full)
+    monkeypatch.setattr("pipelines.files.os.fsync", full)
     with pytest.raises(Failure, match="No space left"):
         checkpoint.save(file, {"epoch": 2})
     monkeypatch.undo()

@@ -126,7 +126,7 @@ def test_a_user_converts_trains_evaluates_and_goes_on(capsys, tiny_small: Path) 
     code, _, err = call(capsys, *distilled)
     assert code == 2
     assert "--resume" in err
-    assert call(capsys, "train", "--out", "student", "--data", tiny_small, "--resume")[0] == 0
+    assert call(capsys, "train", "--out", "student", "--resume")[0] == 0
     code, out, _ = call(capsys, "info", "student")
     assert code == 0
     assert "1 of 1" in out

@@ -1,39 +1,21 @@
-"""RandAugment's operations against timm and Pillow, pixel for pixel."""
+"""The operations against timm, torchvision and Pillow, pixel for pixel."""
 
 import numpy as np
 import pytest
-import timm_oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from oracle import timm_ops
+from oracle.pictures import pictures
 from pipelines.augment import ops
 from pipelines.augment.ops_affine import FILL
+from pipelines.operations import AUTOAUGMENT, OPERATIONS, RANDAUGMENT
 
 MAGNITUDES = np.array([0.0, 1 / 3, 2.5, 5.0, 7.4999, 9.0, 9.99, 10.0])
 SIGNED = np.round(np.concatenate([MAGNITUDES, -MAGNITUDES]) * 65536) / 65536
 SIZES = [(32, 32), (29, 20), (1, 9), (9, 1), (2, 3), (3, 3), (1, 1)]  # at 20 px and m = 5 borders are hit exactly
-
-
-def pictures(height: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Draw one image, uint8 [height, width, 3], of every kind that some operation treats in its own way."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * x * y + 1), x - y], -1) * 90 + 120
-    noise = rng.integers(0, 256, (height, width, 3))
-    images = {
-        "noise": noise,
-        "photo": np.clip(waves + rng.normal(0, 6, waves.shape) + 70 * (rng.random((height, width, 1)) < 0.05), 0, 255),
-        "flat": np.full((height, width, 3), (37, 0, 255)),
-        "two values": np.where(noise < 128, 90, 91),
-        "narrow": noise % 40 + 100,
-        "black and white": noise // 128 * 255,
-        "grey": np.repeat(noise[..., :1], 3, -1),
-        "one pixel off": np.full((height, width, 3), 200),
-    }
-    images["one pixel off"][0, 0] = 3, 250, 199
-    return {kind: image.astype(np.uint8) for kind, image in images.items()}
 
 
 def apply(name: str, images: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
@@ -43,9 +25,9 @@ def apply(name: str, images: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
 
 
 def assert_timms(name: str, images: np.ndarray, magnitudes: np.ndarray) -> None:
-    expected = np.stack([timm_oracle.apply(name, i, m) for i, m in zip(images, magnitudes, strict=True)])
+    expected = np.stack([timm_ops.apply(name, i, m) for i, m in zip(images, magnitudes, strict=True)])
     worst = np.abs(apply(name, images, magnitudes).astype(int) - expected).reshape(len(images), -1).max(1)
-    assert worst.max() <= timm_oracle.ROUNDING, f"{name} at m = {magnitudes[worst.argmax()]}: off by {worst.max()}"
+    assert worst.max() <= timm_ops.ROUNDING, f"{name} at m = {magnitudes[worst.argmax()]}: off by {worst.max()}"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -58,7 +40,7 @@ def test_operation_is_timms(name, size):
 @pytest.mark.parametrize("name", ops.TABLE)
 def test_operation_is_timms_at_224(name):
     images = pictures(224, 224)
-    assert_timms(name, np.stack([images["photo"], images["noise"]] * 2), np.array([9.0, -9.0, -8.437, 9.731]))
+    assert_timms(name, np.stack([images["photograph"], images["noise"]] * 2), np.array([9.0, -9.0, -8.437, 9.731]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,22 +56,36 @@ def test_operation_is_timms_anywhere(name, size, magnitude, seed):
 
 
 def test_table_is_the_recipes():
-    assert tuple(ops.TABLE) == timm_oracle.NAMES[1:]
-    assert timm_oracle.FILL == FILL
+    """Names in their order: the index into OPERATIONS is what tables of drawn views hold."""
+    assert tuple(ops.TABLE) == OPERATIONS[1:]
+    assert set(OPERATIONS[1:]) == set(timm_ops.NAMES)
+    assert OPERATIONS[1 : 1 + RANDAUGMENT] == tuple(timm_ops.OURS[drawn.name] for drawn in timm_ops.RANDAUGMENT.ops)
+    assert timm_ops.FILL == FILL
+
+
+def test_sub_policies_are_timms():
+    theirs = [
+        [(timm_ops.OURS[step.name], step.prob, step.magnitude) for step in sub] for sub in timm_ops.AUTOAUGMENT.policy
+    ]
+    assert [list(sub_policy) for sub_policy in AUTOAUGMENT] == theirs
 
 
 @pytest.mark.parametrize("name", sorted(set(ops.TABLE) - {"Rotate"}))
 def test_arguments_are_timms(name):
     """At magnitudes that every step of an integer argument lies between, and at either side of each."""
     magnitudes = np.concatenate([np.arange(-10 * 65536, 10 * 65536 + 1, 641), np.arange(-2560, 2561) * 256]) / 65536
-    expected = [(timm_oracle.arguments(name, magnitude) or (0,))[0] for magnitude in magnitudes.tolist()]
+    expected = [(timm_ops.arguments(name, magnitude) or (0,))[0] for magnitude in magnitudes.tolist()]
     assert ops.arguments(name, magnitudes)[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("Posterize", 1), ("Solarize", 26), ("SolarizeAdd", 99), ("Color", 1.81), ("ShearX", 0.27), ("TranslateY", 0.405)],
-)
+    [
+        ("Posterize", 1), ("Solarize", 26), ("SolarizeAdd", 99), ("Color", 1.81), ("ShearX", 0.27),
+        ("TranslateY", 0.405),
+        ("PosterizeOriginal", 7), ("SolarizeOriginal", 230), ("ColorOriginal", 1.72), ("JitterContrast", 9),
+    ],
+)  # fmt: skip
 def test_arguments_at_the_papers_magnitude(name, expected):
     assert ops.arguments(name, np.array([9.0]))[0, 0] == pytest.approx(expected, abs=1e-12)
 
@@ -119,7 +115,7 @@ def test_only_the_named_rows_change_and_pieces_do_not_matter(name, monkeypatch):
     ops.apply(name, whole, rows, arguments)
     monkeypatch.setattr(ops, "PIXELS_AT_ONCE_CPU", 1)
     ops.apply(name, pieces, rows, arguments)
-    others = [1, 2, 4, 5, 7]
+    others = [1, 2, 4, 5, 7, 8]
     assert np.array_equal(whole.numpy()[others], images[others])
     assert not np.array_equal(whole.numpy()[rows], images[rows])
     assert torch.equal(whole, pieces)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from runs import weights
 
@@ -27,7 +26,6 @@ def train(data: Path, out: Path, world: int) -> None:
     )
 
 
-@pytest.mark.slow
 def test_two_ranks_learn_what_one_does(tiny_small: Path, tmp_path: Path) -> None:
     train(tiny_small, tmp_path / "one", 1)
     train(tiny_small, tmp_path / "two", 2)

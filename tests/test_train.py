@@ -55,6 +55,9 @@ def test_a_run_leaves_what_is_needed_to_read_and_repeat_it(tiny_small: Path, tmp
     assert math.isfinite(row["loss"])
     assert 0 < row["waited_seconds"] < row["seconds"]
     assert folder.finished()
+    evaluation = json.loads(folder.evaluation.read_text())
+    assert evaluation["epoch"] == 2
+    assert sum(map(sum, evaluation["val"]["class"]["confusion"])) == 20
     assert load_run(folder.path, torch.device("cpu")).epoch == 2
 
 

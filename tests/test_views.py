@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import DEIT, HARD, SMALL, draw, frequencies, rows_of
+from drawn import AUTO, DEIT, HARD, JITTER, SMALL, draw, frequencies, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -51,8 +51,8 @@ def test_windows_agree_everywhere_and_with_the_table(index, height, width, spec,
     assert drawn == {tuple(table[0, start : start + 8].tolist())}
 
 
-@given(index, st.sampled_from([DEIT, HARD, SMALL]))
-@settings(deadline=None, max_examples=100)
+@given(index, st.sampled_from([DEIT, HARD, SMALL, AUTO, JITTER]))
+@settings(deadline=None, max_examples=150)
 def test_everything_else_agrees_everywhere_and_with_the_table(index, spec):
     sample, view = index
     packed, tables = pack(spec), tables_for(spec)
@@ -61,6 +61,7 @@ def test_everything_else_agrees_everywhere_and_with_the_table(index, spec):
     for slot in (0, 1):
         drawn = everywhere("operation", index, slot, packed, tables)
         assert drawn == {(params.operation[0, slot], params.magnitude[0, slot])}
+    assert everywhere("jitter", index, packed) == {(*params.jitter[0].tolist(), *params.factor[0].tolist())}
     assert everywhere("erase_box", index, packed, tables) == {tuple(params.erase[0].tolist())}
     group = Rows(**{**vars(rows_of([0])), "groups": np.array([sample]), "passes": np.array([view])})
     mixed = draw_train(spec, group, np.array([300]), np.array([300]))
@@ -117,20 +118,29 @@ def test_every_part_of_the_key_matters():
     assert (draw(DEIT, 64, number=1).window == base.window).all()  # ... and nothing else is
 
 
-def test_the_draws_of_a_seed_never_change():
+@pytest.mark.parametrize(
+    ("spec", "columns", "expected"),
+    [
+        (DEIT, 25, "34499194a5a784ed"),  # as before colour jitter came with six columns
+        (DEIT, 31, "4b3872ebfba91e12"),
+        (AUTO, 31, "2fa88b09285c7328"),
+        (JITTER, 31, "acca9b10b459c33c"),
+    ],
+)
+def test_the_draws_of_a_seed_never_change(spec, columns, expected):
     """Changed draws change what every seed means: old teacher caches would no longer fit their views."""
     rows = TrainSampler(100, 8, DEIT.seed, repeats=2, group=4).rows(3, 1)
-    drawn = draw_train(DEIT, rows, np.full(8, 375), np.full(8, 500)).table
-    assert hashlib.blake2b(drawn.astype("<i4").tobytes(), digest_size=8).hexdigest() == "34499194a5a784ed"
+    drawn = draw_train(spec, rows, np.full(8, 375), np.full(8, 500)).table[:, :columns]
+    assert hashlib.blake2b(drawn.astype("<i4").tobytes(), digest_size=8).hexdigest() == expected
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_columns_are_views_of_the_table():
-    params = ViewParams(np.arange(50, dtype=np.int32).reshape(2, 25))
+    params = ViewParams(np.arange(62, dtype=np.int32).reshape(2, 31))
     assert len(params) == 2
-    assert sum(COLUMNS.values()) == 25
+    assert sum(COLUMNS.values()) == 31
     for name, width in COLUMNS.items():
         column = getattr(params, name)
         assert column.shape == ((2,) if width == 1 else (2, width))
@@ -253,7 +263,7 @@ def test_evaluation_takes_the_centre_as_torchvision_does(spec, height, width):
 
 def test_evaluation_draws_nothing_else():
     params = draw_eval(DEIT, EvalSampler(3, 4).rows(0, 0), np.full(4, 300), np.full(4, 200))
-    for name in ("flip", "operation", "magnitude", "erase", "box"):
+    for name in ("flip", "operation", "magnitude", "erase", "box", "jitter", "factor"):
         assert not params[name].any()
     assert (params.share == 65536).all()
     assert params.partner.tolist() == [0, 1, 2, 3]

@@ -1,20 +1,23 @@
 """What is drawn for flips, RandAugment, erasing and mixing has the recipe's distributions, and timm's."""
 
+import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from drawn import DEIT, draw, frequencies
+from drawn import AUTO, DEIT, JITTER, draw, frequencies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
+from pipelines.operations import AUTOAUGMENT, FIRST_JITTER, OPERATIONS, RANDAUGMENT
 from pipelines.spec import AugmentSpec
-from pipelines.views import OPERATIONS, SLICES
+from pipelines.views import SLICES
 
 # --- flips and operations --------------------------------------------------------------------------------------------
 
@@ -28,7 +31,7 @@ def test_flips_happen_as_often_as_asked(probability):
 def test_operations_follow_the_recipe():
     params = draw(DEIT, 40_000)
     assert OPERATIONS[0] == "none"
-    assert len(OPERATIONS) == 16
+    assert RANDAUGMENT == 15
     applied = params.operation > 0
     assert applied.mean() == pytest.approx(0.5, abs=0.01)
     assert (~applied).all(1).mean() == pytest.approx(0.25, abs=0.01)
@@ -65,8 +68,51 @@ def test_magnitudes_are_normal_and_clipped():
 
 
 def test_operations_can_be_switched_off():
-    assert not draw(replace(DEIT, policy="none"), 1000).operation.any()
+    off = draw(replace(DEIT, policy="none", colour_jitter=0.0), 1000)
+    for name in ("operation", "magnitude", "jitter", "factor"):
+        assert not off[name].any()
     assert draw(replace(DEIT, operation_probability=1.0), 1000).operation.all()
+
+
+def test_sub_policies_follow_the_policy():
+    """Every pair of steps as often as the policy says, over all outcomes of both probabilities and signs."""
+    params = draw(AUTO, 40_000)
+    seen = Counter(map(tuple, np.hstack([params.operation, params.magnitude]).tolist()))
+    expected = Counter()
+    for sub_policy in AUTOAUGMENT:
+        steps = []
+        for name, chance, level in sub_policy:
+            index, magnitude = OPERATIONS.index(name), level * 65536
+            steps.append([(0, 0, 1 - chance), (index, magnitude, chance / 2), (index, -magnitude, chance / 2)])
+        for first, second in itertools.product(*steps):
+            outcome = first[0], second[0], first[1], second[1]
+            expected[outcome] += len(params) / len(AUTOAUGMENT) * first[2] * second[2]
+    expected = +expected
+    assert set(seen) <= set(expected)
+    assert min(expected.values()) > 5
+    assert len(expected) > 100
+    assert stats.chisquare([seen[outcome] for outcome in expected], list(expected.values())).pvalue > 1e-3
+
+
+def test_jitter_is_torchvisions():
+    params = draw(JITTER, 40_000)
+    orders, counts = np.unique(params.jitter, axis=0, return_counts=True)
+    names = [OPERATIONS[index] for index in range(FIRST_JITTER, FIRST_JITTER + 3)]
+    assert names == ["JitterBrightness", "JitterContrast", "JitterSaturation"]
+    assert len(orders) == 6
+    assert (np.sort(orders, axis=1) == FIRST_JITTER + np.arange(3)).all()
+    assert stats.chisquare(counts).pvalue > 1e-3
+    by_name = np.take_along_axis(params.factor, params.jitter.argsort(1), axis=1) / 65536
+    for factors in by_name.T:
+        assert stats.kstest(factors, stats.uniform(0.6, 0.8).cdf).pvalue > 1e-3
+    assert np.abs(np.corrcoef([*by_name.T, *params.jitter[:, :1].T]) - np.eye(4)).max() < 0.025
+
+
+def test_jitter_gives_way_to_a_policy():
+    """timm's rule: colour jitter is for runs without RandAugment and AutoAugment."""
+    assert not draw(replace(JITTER, policy="randaugment"), 100).jitter.any()
+    assert not draw(replace(JITTER, policy="autoaugment"), 100).jitter.any()
+    assert draw(replace(JITTER, colour_jitter=1.0), 4000).factor.min() < 0.01 * 65536
 
 
 # --- erasing ---------------------------------------------------------------------------------------------------------
@@ -127,7 +173,7 @@ def test_boxes_that_never_fit_are_given_up():
 
 def test_rows_of_a_group_share_their_mixing_and_groups_differ():
     params = draw(DEIT, 64 * 40, group=64)
-    mixing = params.table[:, SLICES["share"].start :].reshape(40, 64, 5)
+    mixing = params.table[:, SLICES["share"].start : SLICES["box"].stop].reshape(40, 64, 5)
     assert (mixing == mixing[:, :1]).all()
     assert len(np.unique(mixing[:, 0], axis=0)) > 30
 

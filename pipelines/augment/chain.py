@@ -1,7 +1,8 @@
 """From a batch of crops and what was drawn for it to the model's input, on the batch's device.
 
-The order is the recipe's: flip, two operations of RandAugment, normalise, erase, mix. All that is random has been drawn
-on the host (`pipelines.views`); one copy carries it to the device, and the host never waits for an answer.
+The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of colour jitter),
+normalise, erase, mix. All that is random has been drawn on the host (`pipelines.views`); one copy carries it to the
+device, and the host never waits for an answer.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from torch import Tensor
 from pipelines.augment import ops
 from pipelines.augment.erase import erase
 from pipelines.batch import Batch
+from pipelines.operations import OPERATIONS
 from pipelines.packed import UNIT
 from pipelines.spec import AugmentSpec
-from pipelines.views import COLUMNS, OPERATIONS, SLICES, ViewParams
+from pipelines.views import COLUMNS, SLICES, ViewParams
 
-SLOTS = COLUMNS["operation"]
-"""Operations of RandAugment that an image may get, one after the other."""
+SLOTS = {"operation": "magnitude", "jitter": "factor"}
+"""Columns of the operations that an image may get, one after the other, and those of their magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,21 @@ class _Drawn:
 def _send(params: ViewParams, device: torch.device) -> _Drawn:
     """Group the rows by operation and compute the arguments on the host; carry all of it over in one copy.
 
-    It travels as float64 [B, 25 + 3 a slot]: float64 holds every int32 exactly.
+    It travels as float64 [B, 31 + 3 a slot that any row uses]: float64 holds every int32 exactly.
     """
-    extra = np.zeros((len(params), SLOTS, 3))
-    groups = [_group(params.operation[:, slot], params.magnitude[:, slot], extra[:, slot]) for slot in range(SLOTS)]
+    operations = np.concatenate([params[name] for name in SLOTS], axis=1)
+    magnitudes = np.concatenate([params[name] for name in SLOTS.values()], axis=1)
+    used = np.flatnonzero(operations.any(0))
+    extra = np.zeros((len(params), len(used), 3))
+    groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, at]) for at, slot in enumerate(used)]
     host = torch.from_numpy(np.concatenate([params.table, extra.reshape(len(params), -1)], axis=1))
     if device.type == "cuda":
         host = host.pin_memory()
     sent = host.to(device, non_blocking=True)
-    table, orders = sent[:, : params.table.shape[1]].long(), sent[:, params.table.shape[1] :].unflatten(1, (SLOTS, 3))
+    table, orders = (
+        sent[:, : params.table.shape[1]].long(),
+        sent[:, params.table.shape[1] :].unflatten(1, (len(used), 3)),
+    )
     slots = []
     for slot, group in enumerate(groups):
         rows, arguments = orders[:, slot, 0].long(), orders[:, slot, 1:]

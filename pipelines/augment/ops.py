@@ -1,8 +1,10 @@
-"""RandAugment's operations in one table: what argument a magnitude gives, and what is done with it.
+"""The operations of RandAugment, AutoAugment and colour jitter in one table: what argument a magnitude gives, and what
+is done with it.
 
-The recipe is timm's `rand-m9-mstd0.5-inc1`: the -Increasing and -Rel kinds of its operations, drawn magnitudes m in
-0..10, m negative where the sign was drawn negative. Arguments are computed on the host with timm's own arithmetic
-(float64), pixels on the device with Pillow's.
+Drawn magnitudes m are in 0..10, and negative where the sign was drawn negative; colour jitter's are the factor itself.
+The recipe's `rand-m9-mstd0.5-inc1` has the -Increasing and -Rel kinds of timm's operations, AutoAugment's policy the
+others (-Original here). Arguments are computed on the host with timm's own arithmetic (float64), pixels on the device
+with Pillow's.
 """
 
 import math
@@ -20,7 +22,7 @@ PIXELS_AT_ONCE_CPU, PIXELS_AT_ONCE_GPU = 1 << 16, 1 << 22
 
 @dataclass(frozen=True)
 class Operation:
-    """One of RandAugment's operations."""
+    """One operation."""
 
     argument: Callable[[np.ndarray], np.ndarray]
     """Signed magnitudes float64 [K] to arguments float64 [K] or, where there are two, [K, 2]."""
@@ -42,8 +44,16 @@ def _bits(m: np.ndarray) -> np.ndarray:
     return 4 - np.trunc(np.abs(m) / 10.0 * 4)
 
 
+def _bits_original(m: np.ndarray) -> np.ndarray:
+    return np.trunc(np.abs(m) / 10.0 * 4) + 4
+
+
 def _threshold(m: np.ndarray) -> np.ndarray:
     return 256 - np.minimum(256, np.trunc(np.abs(m) / 10.0 * 256))
+
+
+def _threshold_original(m: np.ndarray) -> np.ndarray:
+    return np.minimum(256, np.trunc(np.abs(m) / 10.0 * 256))
 
 
 def _addend(m: np.ndarray) -> np.ndarray:
@@ -52,6 +62,14 @@ def _addend(m: np.ndarray) -> np.ndarray:
 
 def _factor(m: np.ndarray) -> np.ndarray:
     return np.maximum(0.1, 1.0 + m / 10.0 * 0.9)
+
+
+def _factor_original(m: np.ndarray) -> np.ndarray:
+    return np.abs(m) / 10.0 * 1.8 + 0.1
+
+
+def _itself(m: np.ndarray) -> np.ndarray:
+    return m
 
 
 def _shear(m: np.ndarray) -> np.ndarray:
@@ -78,8 +96,16 @@ TABLE = {
     "ShearY": Operation(_shear, ops_affine.shear_y),
     "TranslateX": Operation(_translation, ops_affine.translate_x),
     "TranslateY": Operation(_translation, ops_affine.translate_y),
+    "PosterizeOriginal": Operation(_bits_original, ops_colour.posterize),
+    "SolarizeOriginal": Operation(_threshold_original, ops_colour.solarize),
+    "ColorOriginal": Operation(_factor_original, ops_colour.colour),
+    "ContrastOriginal": Operation(_factor_original, ops_colour.contrast),
+    "SharpnessOriginal": Operation(_factor_original, ops_colour.sharpness),
+    "JitterBrightness": Operation(_itself, ops_colour.brightness),
+    "JitterContrast": Operation(_itself, ops_colour.contrast),
+    "JitterSaturation": Operation(_itself, ops_colour.colour),
 }
-"""Every operation but 'none' by its name in `pipelines.draws.OPERATIONS`."""
+"""Every operation but 'none' by its name in `pipelines.operations.OPERATIONS`."""
 
 
 def arguments(name: str, magnitudes: np.ndarray) -> np.ndarray:
@@ -87,7 +113,7 @@ def arguments(name: str, magnitudes: np.ndarray) -> np.ndarray:
 
     Args:
         name: a key of TABLE.
-        magnitudes: signed m, float64 [K], in -10..10.
+        magnitudes: signed m in -10..10, or colour jitter's factors, float64 [K].
 
     Returns:
         float64 [K, 2]; the second column is used by Rotate alone.

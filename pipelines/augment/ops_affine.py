@@ -1,4 +1,4 @@
-"""RandAugment's geometric operations in batched torch: Pillow's affine transform with bicubic resampling.
+"""The geometric operations in batched torch: Pillow's affine transform with bicubic resampling.
 
 Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2] and returns new uint8 images of the
 same shape on the same device. A matrix maps the centre (x + .5, y + .5) of an output pixel to its source point; pixels

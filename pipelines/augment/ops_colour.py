@@ -1,4 +1,4 @@
-"""RandAugment's colour operations in batched torch, equal to Pillow's pixel for pixel.
+"""The colour operations in batched torch, equal to Pillow's pixel for pixel.
 
 Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2], of which it reads the first column at
 most, and returns new uint8 images of the same shape on the same device. Nothing synchronises with the host.

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import Mistake
+from pipelines.files import whole_file
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert_split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
@@ -25,7 +26,6 @@ from pipelines.storage.dataset import (
     Dataset,
     dataset_fingerprint,
     read_spec,
-    write_atomically,
     write_spec,
 )
 from pipelines.storage.entry import Source
@@ -82,7 +82,8 @@ def convert(
             source=job.described, fingerprint=fingerprint,
         )  # fmt: skip
         if skipped := [line for _, lines in converted.values() for line in lines]:
-            write_atomically(job.output / SKIPPED_FILE, "".join(f"{line}\n" for line in skipped))
+            with whole_file(job.output / SKIPPED_FILE) as file:
+                file.write("".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace"))
         write_spec(job.output, spec)
         _remove_leftovers(job)
     return spec

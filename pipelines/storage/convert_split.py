@@ -17,9 +17,10 @@ from PIL import __version__ as pillow_version
 from PIL import features
 
 from pipelines.errors import Failure, Mistake
+from pipelines.files import sync_folder
 from pipelines.spec import SplitSpec
 from pipelines.storage.beton import BetonReader
-from pipelines.storage.dataset import content_fingerprint, sync_folder
+from pipelines.storage.dataset import content_fingerprint
 from pipelines.storage.entry import Entry, Source
 from pipelines.storage.journal import Journal
 from pipelines.storage.pool import in_order

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import Failure, Mistake
+from pipelines.files import whole_file
 from pipelines.spec import DatasetSpec
 from pipelines.storage.beton import BetonReader
 
@@ -104,27 +104,8 @@ def dataset_fingerprint(classes: tuple[str, ...], splits: Mapping[str, str]) -> 
 
 def write_spec(folder: Path, spec: DatasetSpec) -> None:
     """Publish dataset.json: there is the whole new one or none, whenever this is interrupted."""
-    write_atomically(folder / SPEC_FILE, json.dumps(asdict(spec), indent=1, ensure_ascii=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under another name, have it on the disk, and rename it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the folder's entries (after a rename) on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with whole_file(folder / SPEC_FILE) as file:
+        file.write((json.dumps(asdict(spec), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def read_spec(folder: Path) -> DatasetSpec:

@@ -1,0 +1,1 @@
+"""What tools/parity compares, group by group."""
