@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from runs import run, tiny_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_runs import run, tiny_recipe
 from torch.nn import functional as F
 from weights import hugging_face, randomised, timm_model
 

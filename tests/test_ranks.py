@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from runs import weights
+from small_runs import weights
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("augment.mix_group=4", "model.patch=16", "model.drop_path=0.0", "optim.name=sgd", "optim.lr=0.05")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run, tiny_recipe, weights
+from small_runs import run, tiny_recipe, weights
 from test_cli import call
 from test_train import Crash, crash_after
 from weights import hugging_face, timm_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run, tiny_recipe, weights
+from small_runs import run, tiny_recipe, weights
 
 from deitfast import step as step_module
 from deitfast.runlog import RunFolder
