@@ -14,6 +14,7 @@ def test_plain_lines_say_rate_text_and_time_left(monkeypatch, caplog) -> None:
     clock = iter([0.0, 0.0, 30.0, 30.0, 30.0, 60.0, 60.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(module.log, "propagate", True)
+    monkeypatch.setattr(module.log, "handlers", [])  # a command that ran in this process may have left its own
     with caplog.at_level(logging.INFO), Display(Console(file=io.StringIO())).bar("epoch 2/3", 390) as bar:
         bar.start(90)
         bar.reach(100, "loss 2.0")
