@@ -43,10 +43,9 @@ def run_training(options: TrainOptions, device: str, display: Display, out: Cons
     data = training_data(options)
     _make_demo_set(data, display)
     job = plan_training(options, data)
-    if uses_demo_teacher(job.recipe) and (lesson := demo_teacher(data)):
-        with start(lesson.recipe.train, device) as runtime:
-            train(lesson, runtime, display)
-    with start(job.recipe.train, device) as runtime:
+    with start(job.recipe.train, device) as runtime:  # once: a process group that was left cannot be joined again
+        if uses_demo_teacher(job.recipe) and (lesson := runtime.agree(demo_teacher(data))):
+            train(lesson, runtime.under(lesson.recipe.train), display)
         train(job, runtime, display)
         if runtime.main:
             out.print(describe_run(RunFolder(job.out)))

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -35,6 +35,10 @@ class Runtime:
     def main(self) -> bool:
         """Whether this rank writes files and draws progress."""
         return self.rank == 0
+
+    def under(self, train: TrainSpec) -> "Runtime":
+        """Return the same place with the precision and compilation of another recipe."""
+        return replace(self, amp=choose_amp(train.amp, self.device), compile=choose_compile(train.compile, self.device))
 
     def agree(self, value: T) -> T:
         """Return rank 0's value on every rank; every rank must ask, and waits until rank 0 does."""
