@@ -1,7 +1,6 @@
 """A run's folder: the recipe as run, where it ran, what it measured."""
 
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from deitfast import recipe as recipes
 from deitfast.recipe import Recipe
 from pipelines.errors import Failure, Mistake
 from pipelines.files import whole_file
+from pipelines.storage.pool import usable_cores
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
         "libraries": {name: _version(name) for name in libraries},

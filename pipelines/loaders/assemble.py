@@ -1,6 +1,5 @@
 """From (epoch, step) to a batch on the host: what every decoding loader shares."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import EvalSampler, Rows, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import RAW, BetonReader
+from pipelines.storage.pool import usable_cores
 from pipelines.views import ViewParams, draw_eval, draw_train
 
 CHUNK = 8
@@ -37,7 +37,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """Decoding threads: as asked for, or one for each core that this process may use."""
-        return self.spec.workers or available_cores()
+        return self.spec.workers or usable_cores()
 
     def draw(self, epoch: int, step: int) -> tuple[Rows, ViewParams]:
         """Return one step's rows and everything drawn for them."""
@@ -62,11 +62,6 @@ class Plan:
         """Return the batch of `rows` with `images`, uint8 [B, S, S, 3], on whatever device they are."""
         labels = torch.from_numpy(self.reader.labels[rows.samples])
         return Batch(images, labels, torch.from_numpy(rows.valid), params)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Codec(Protocol):
