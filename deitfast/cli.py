@@ -30,6 +30,15 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="Converted data set. Default: $DEITFAST_DATA, else the demo set.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", help="A run, a file of weights, or a torchvision network (regnet_y_16gf).")
+]
+TeacherWeights = Annotated[
+    Path | None, typer.Option("--teacher-weights", help="torchvision network's weights, where they cannot be fetched.")
+]
+PerImage = Annotated[
+    bool, typer.Option("--per-image", help="One target an image, mixed like labels, instead of one a view (not DeiT).")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; again for more.")
 ]
@@ -82,23 +91,29 @@ def convert(
 
 
 @app.command()
-def info(folder: Annotated[Path, typer.Argument(help="A converted data set, or a run.")]) -> None:
-    """Say what is in a data set or a run."""
+def info(folder: Annotated[Path, typer.Argument(help="A converted data set, a run or a teacher cache.")]) -> None:
+    """Say what is in a data set, a run or a teacher cache."""
     from deitfast.datasets import describe_dataset
     from deitfast.runlog import RunFolder
-    from deitfast.tables import describe_run
+    from deitfast.tables import describe_cache, describe_run
+    from pipelines.cache_files import is_cache
     from pipelines.storage.dataset import read_spec
+    from pipelines.teacher_cache import TeacherCache
 
     run = RunFolder(folder)
-    out.print(describe_run(run) if run.exists() else describe_dataset(read_spec(folder), folder))
+    if is_cache(folder):
+        out.print(describe_cache(TeacherCache.open(folder)))
+    else:
+        out.print(describe_run(run) if run.exists() else describe_dataset(read_spec(folder), folder))
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A converted data set.")]) -> None:
-    """Read and decode every image of a data set and compare it with what was converted."""
-    from deitfast.datasets import verify_dataset
+def verify(folder: Annotated[Path, typer.Argument(help="A converted data set or a teacher cache.")]) -> None:
+    """Read all of a data set, decode every image and compare it with what was converted; or all of a teacher cache."""
+    from deitfast.datasets import verify_cache, verify_dataset
+    from pipelines.cache_files import is_cache
 
-    if not verify_dataset(folder, _display()):
+    if not (verify_cache if is_cache(folder) else verify_dataset)(folder, _display()):
         raise typer.Exit(1)
 
 
@@ -112,7 +127,16 @@ def train(
         ),
     ] = None,
     distill: Annotated[str | None, typer.Option(help="none, soft or hard. Default: the recipe's.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="The teacher's run.")] = None,
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Teacher cache: what is in it is not asked again; what is not, is asked and added."),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(help="Go round this many views of each image (DeiT no longer exactly).")
+    ] = None,
+    per_image: PerImage = False,
     recipe: Annotated[
         str | None, typer.Option(help="A built-in recipe or a TOML file. Default: what suits network and data.")
     ] = None,
@@ -141,9 +165,42 @@ def train(
 
     options = TrainOptions(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
-        weights=weights, finetune=finetune, ablate=tuple(ablate or ()),
+        weights=weights, finetune=finetune, ablate=tuple(ablate or ()), teacher_weights=teacher_weights, cache=cache,
+        views=views, per_image=per_image,
     )  # fmt: skip
     run_training(options, device, _display(), out)
+
+
+@app.command()
+def teach(
+    out_: Annotated[Path, typer.Option("--out", help="Folder of the cache; one that is there is gone on with.")],
+    data: Data = None,
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
+    views: Annotated[int | None, typer.Option(help="Views of each image. Default: one for every epoch.")] = None,
+    per_image: PerImage = False,
+    distill: Annotated[str, typer.Option(help="hard or soft.")] = "hard",
+    arch: Annotated[str | None, typer.Option(help="The student; its recipe says how images are augmented.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The student's recipe. Default: what suits network and data.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the student's run. Default: the recipe's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
+    ] = None,
+    settings: Settings = None,
+    ablate: Annotated[list[str] | None, typer.Option(metavar="NAME", help="As for train.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Ask a teacher once for every view that a student will see, and keep the answers for `train --cache`."""
+    from deitfast.commands import run_teaching
+    from deitfast.plan import TrainOptions
+
+    options = TrainOptions(
+        data, arch, recipe, distill, teacher, None, epochs, batch, tuple(settings or ()), ablate=tuple(ablate or ()),
+        teacher_weights=teacher_weights, cache=out_, per_image=per_image,
+    )  # fmt: skip
+    run_teaching(options, views, device, _display(), out)
 
 
 @app.command("eval")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deitfast import recipe as recipes
 from deitfast.bench import PARTS, bench_table, measure
+from deitfast.classes import require_classes
 from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
@@ -23,6 +24,7 @@ from deitfast.plan import (
     TrainOptions,
     data_folder,
     demo_teacher,
+    plan_teaching,
     plan_training,
     training_data,
     uses_demo_teacher,
@@ -30,8 +32,15 @@ from deitfast.plan import (
 from deitfast.recipe import Recipe, TrainSpec
 from deitfast.runlog import RunFolder, write_text
 from deitfast.runtime import Runtime, start
-from deitfast.tables import CONFUSION_CLASSES, agreement_table, confusion_table, describe_run, metrics_table
-from deitfast.teacher import require_classes
+from deitfast.tables import (
+    CONFUSION_CLASSES,
+    agreement_table,
+    confusion_table,
+    describe_cache,
+    describe_run,
+    metrics_table,
+)
+from deitfast.teach import teach
 from deitfast.train import train
 from deitfast.trained import TrainedModel, load_file, load_run
 from pipelines.errors import Mistake
@@ -49,6 +58,19 @@ def run_training(options: TrainOptions, device: str, display: Display, out: Cons
         train(job, runtime, display)
         if runtime.main:
             out.print(describe_run(RunFolder(job.out)))
+
+
+def run_teaching(options: TrainOptions, views: int | None, device: str, display: Display, out: Console) -> None:
+    """Plan and fill a teacher cache; make the demo set and its teacher first where they are wanted and missing."""
+    data = data_folder(options.data)
+    _make_demo_set(data, display)
+    job = plan_teaching(options, views, data)
+    with start(job.recipe.train, device) as runtime:
+        if uses_demo_teacher(job.recipe) and (lesson := runtime.agree(demo_teacher(data))):
+            train(lesson, runtime.under(lesson.recipe.train), display)
+        cache = teach(job, runtime, display)
+        if runtime.main:
+            out.print(describe_cache(cache))
 
 
 @dataclass(frozen=True)

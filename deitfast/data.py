@@ -20,26 +20,46 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
     Raises:
         Mistake: the batch does not divide among the ranks, or the split is too small for it.
     """
-    reader, batch = dataset.split("train"), recipe.train.batch
+    batch = recipe.train.batch
     if batch % (runtime.world * recipe.train.accumulate):
         raise Mistake(
             f"train.batch {batch} does not divide among {runtime.world} processes x "
             f"train.accumulate {recipe.train.accumulate}"
         )
+    sampler = training_sampler(dataset, recipe, runtime, batch)
+    return open_loader(
+        dataset.split("train"), recipe.augment, recipe.loader, sampler, train=True, device=runtime.device
+    )
+
+
+def training_sampler(
+    dataset: Dataset, recipe: Recipe, runtime: Runtime, batch: int, *, whole: bool = False
+) -> TrainSampler:
+    """Return this rank's rows of the training split.
+
+    Args:
+        dataset: the data set.
+        recipe: its seed, repeats, groups and share of the images.
+        runtime: rank and world.
+        batch: views of a step over all ranks.
+        whole: also those groups that do not fill a batch, and every view only once: for a teacher.
+    """
+    reader, augment = dataset.split("train"), recipe.augment
     subset = None
     if recipe.train.fraction < 1:
-        subset = stratified_subset(reader.labels, recipe.train.fraction, recipe.augment.seed)
-    sampler = TrainSampler(
+        subset = stratified_subset(reader.labels, recipe.train.fraction, augment.seed)
+    return TrainSampler(
         reader.num_samples,
         batch,
-        recipe.augment.seed,
-        repeats=recipe.augment.repeats,
-        group=group_size(recipe.augment, batch // runtime.world),
+        augment.seed,
+        repeats=augment.repeats,
+        group=group_size(augment, batch // runtime.world),
         rank=runtime.rank,
         world=runtime.world,
+        views=0 if whole else recipe.distill.views,
         subset=subset,
+        whole=whole,
     )
-    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=True, device=runtime.device)
 
 
 def open_split(dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime) -> Loader:

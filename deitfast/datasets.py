@@ -14,6 +14,7 @@ from pipelines.spec import DatasetSpec
 from pipelines.storage.convert import convert
 from pipelines.storage.sources import open_source
 from pipelines.storage.verify import verify
+from pipelines.teacher_cache import TeacherCache
 
 log = logging.getLogger("deitfast")
 SHOWN_DAMAGES = 20
@@ -136,3 +137,19 @@ def verify_dataset(folder: Path, display: Display) -> bool:
     verdict = "all whole" if report.whole else f"{len(report.damages):,} damaged"
     log.info("%s: %s images read, compared with their CRC32 and decoded: %s", folder, checked, verdict)
     return report.whole
+
+
+def verify_cache(folder: Path, display: Display) -> bool:
+    """Read a teacher cache whole, log what is damaged, and return whether nothing is."""
+    cache = TeacherCache.open(folder)
+    damages = 0
+    with display.bar(folder.name, cache.manifest.views) as bar:
+        for done, problem in cache.check():
+            bar.reach(done)
+            damages += bool(problem)
+            if problem:
+                log.error("%s", problem)
+    there, total = cache.answers() if not damages else 0, cache.manifest.views * cache.manifest.answered
+    verdict = "damaged" if damages else "whole and complete" if cache.complete else f"whole, {there / total:.1%} filled"
+    log.info("%s: %d views read and compared with their CRC32: %s", folder, cache.manifest.views, verdict)
+    return not damages

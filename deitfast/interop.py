@@ -119,6 +119,17 @@ def read_weights(path: Path, *, ema: bool = False) -> Weights:
     return Weights(file, kind, floats, classes, input_)
 
 
+def read_state(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file or of one that torch.save wrote, under the names that it has.
+
+    Raises:
+        Mistake: no such file, or one that cannot be read without running code.
+    """
+    if not file.is_file():
+        raise Mistake(f"there is no file {file}", expected="a .safetensors or a .pth file")
+    return _unwrapped(_safetensors(file)[0] if file.suffix == ".safetensors" else _torch_file(file), file, ema=False)
+
+
 def weights_file(path: Path) -> Path:
     """Return the file that holds the weights of a run, of a folder as timm and Hugging Face write it, or `path`.
 

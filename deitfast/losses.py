@@ -72,7 +72,8 @@ def distilled_loss(
     Args:
         heads: (class logits,) or (class logits, distillation logits), each [B, C].
         inputs: labels, partners' labels and shares are read.
-        teacher: int64 [B] labels for hard, floating-point [B, C] logits for soft distillation; None without.
+        teacher: int64 [B] labels for hard, or [B, 2] of row and partner to be mixed like labels; floating-point [B, C]
+            logits for soft distillation; None without.
         spec: mode, weight and head of the distillation.
         smoothing: label smoothing of the base loss.
 
@@ -98,7 +99,9 @@ def distilled_loss(
     if teacher is None:
         raise Mistake(f"distill.mode is {spec.mode}, but no teacher's target came with the batch")
     student = heads[1] if own_head else heads[0]
-    if spec.mode == "hard":
+    if spec.mode == "hard" and teacher.ndim == 2:  # labels of both images of a mixture, each seen by itself
+        distill = mixed_cross_entropy(student, teacher[:, 0], teacher[:, 1], inputs.share, smoothing=0)
+    elif spec.mode == "hard":
         distill = hard_distillation(student, teacher)
     else:
         distill = soft_distillation(student, teacher, spec.tau, spec.normalisation)

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deitfast import recipe as recipes
@@ -12,6 +12,7 @@ from deitfast.data import typical_side
 from deitfast.interop import read_weights
 from deitfast.recipe import Arch, Recipe
 from deitfast.runlog import RunFolder
+from deitfast.teach import TeachJob
 from deitfast.train import TrainJob
 from deitfast.trained import recipe_of
 from pipelines.errors import Mistake
@@ -31,7 +32,7 @@ class TrainOptions:
     arch: str | None = None
     recipe: str | None = None
     distill: str | None = None
-    teacher: Path | None = None
+    teacher: str | None = None
     out: Path | None = None
     epochs: int | None = None
     batch: int | None = None
@@ -41,6 +42,10 @@ class TrainOptions:
     weights: Path | None = None
     finetune: Path | None = None
     ablate: tuple[str, ...] = ()
+    teacher_weights: Path | None = None
+    cache: Path | None = None
+    views: int | None = None
+    per_image: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -48,6 +53,8 @@ class TrainOptions:
             raise Mistake("--weights and --finetune are two ways to start", remedy="give one of them")
         if self.resume and self.out is None:
             raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
+        if self.per_image and self.views:
+            raise Mistake("--per-image and --views are two kinds of targets", remedy="give one of them")
 
 
 def data_folder(data: Path | None) -> Path:
@@ -85,6 +92,29 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
     _check_teacher(recipe, name, side)
     out = begun.path if begun else options.out or _free_folder(recipe, name)
     return TrainJob(recipe, data, out, options.resume, options.command)
+
+
+def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> TeachJob:
+    """Return the job that fills the cache `options.cache` for the runs that `options` describe.
+
+    Args:
+        options: as for training; hard targets unless they say otherwise.
+        views: of each image; None: one for every epoch.
+        data: the data set.
+
+    Raises:
+        Mistake: options that do not fit each other or the data set.
+    """
+    options = replace(options, distill=options.distill or "hard", views=None)
+    recipe = plan_training(options, data).recipe
+    if views and options.per_image:
+        raise Mistake("--per-image and --views are two kinds of targets", remedy="give one of them")
+    if views:
+        if views % recipe.augment.repeats:
+            found = f"augment.repeats {recipe.augment.repeats}: that many views of an image in an epoch"
+            raise Mistake(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
+        recipe = recipes.override(recipe, ["distill.targets=exact", "distill.views=0", f"train.epochs={views}"])
+    return TeachJob(recipe, data, Path(recipe.distill.cache))
 
 
 def uses_demo_teacher(recipe: Recipe) -> bool:
@@ -135,7 +165,9 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
     named = {
         "model.arch": options.arch,
         "distill.mode": options.distill,
-        "distill.teacher": options.teacher.resolve() if options.teacher else None,
+        "distill.teacher": _teacher_name(options.teacher) if options.teacher else None,
+        "distill.teacher_weights": options.teacher_weights.resolve() if options.teacher_weights else None,
+        "distill.cache": options.cache.resolve() if options.cache else None,
         "model.weights": options.weights.resolve() if options.weights else None,
         "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
@@ -143,22 +175,41 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])
+    recipe = _with_targets(recipe, options)
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
         raise Mistake(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
     return recipe
 
 
+def _teacher_name(teacher: str) -> str:
+    """Return a teacher as the recipe keeps it: a path from the root where it is one, else its name."""
+    return str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
+
+
+def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
+    """Return the recipe with the targets that --per-image or --views ask for."""
+    if options.per_image:
+        return recipes.override(recipe, ["distill.targets=per_image", "distill.views=0"])
+    if not options.views:
+        return recipe
+    exact = recipes.override(recipe, ["distill.targets=exact", "distill.views=0"])
+    if options.views >= exact.views:  # there is a view for every epoch
+        return exact
+    return recipes.override(recipe, ["distill.targets=reused", f"distill.views={options.views}"])
+
+
 def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:
     distill = recipe.distill
-    if distill.mode != "none" and not distill.teacher:
+    if distill.mode != "none" and not distill.teacher and not distill.cache:
         suggestion = recipes.choose("resnet18", dataset, side).name
         raise Mistake(
             f"--distill {distill.mode} needs a teacher",
             expected="--teacher RUN, the folder of a finished run on the same classes",
             remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
         )
-    if distill.mode == "none" and distill.teacher:
-        raise Mistake("--teacher without --distill", expected="--distill hard or --distill soft beside it")
+    if distill.mode == "none" and (distill.teacher or distill.cache):
+        named = "--teacher" if distill.teacher else "--cache"
+        raise Mistake(f"{named} without --distill", expected="--distill hard or --distill soft beside it")
 
 
 def _free_folder(recipe: Recipe, dataset: str) -> Path:

@@ -33,6 +33,8 @@ class Position:
     """Wall time of those steps."""
     waited: float = 0.0
     """Part of it that they waited for data."""
+    asked: int = 0
+    """Views of those steps that this rank's teacher was asked for."""
 
     @classmethod
     def start(cls, device: torch.device, epoch: int = 0) -> "Position":
@@ -51,7 +53,8 @@ class Position:
     @classmethod
     def restore(cls, state: dict[str, Any], device: torch.device) -> "Position":
         """Return the position that `state` was taken of."""
-        own = {name: state[name] for name in ("epoch", "steps", "seconds", "waited")}
+        names = ("epoch", "steps", "seconds", "waited", "asked")
+        own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last
         return cls(torch.tensor(state["losses"], device=device), **own)
 
     def means(self) -> dict[str, float]:

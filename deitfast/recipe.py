@@ -47,7 +47,20 @@ class DistillSpec:
     mode: Literal["none", "soft", "hard"] = "none"
     """hard: cross-entropy with the teacher's argmax; soft: KL divergence at temperature tau."""
     teacher: str = ""
-    """Folder of the teacher's run."""
+    """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""
+    teacher_weights: str = ""
+    """File with the weights of torchvision's network; "": its published ones, fetched where they are not there."""
+    cache: str = ""
+    """Folder of a teacher cache: what is in it is not asked again, and what is not is added to it."""
+    targets: Literal["exact", "reused", "per_image"] = "exact"
+    """exact: the teacher sees each view (DeiT); reused: `views` views, again and again; per_image: the teacher sees
+    each image once, whole and unmixed, and its answers are mixed like labels (not DeiT)."""
+    views: int = Field(default=0, ge=0)
+    """Views of each image that `targets = "reused"` goes round; a multiple of `augment.repeats`."""
+    top_k: int = Field(default=10, ge=1)
+    """Logits that a cache keeps of each soft target (at most all classes); of the others it knows their total."""
+    top_dtype: Literal["float16", "float32"] = "float16"
+    """How it keeps them."""
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Weight of the distillation term; the base loss has 1 - alpha."""
     tau: float = Field(default=3.0, gt=0)
@@ -161,7 +174,19 @@ class Recipe:
             raise ValueError(f"distill.mode {self.distill.mode} needs a deit_* or vit_* model, found {self.model.arch}")
         if self.distill.mode != "none" and self.distill.head == "distillation" and self.model.arch.startswith("vit_"):
             raise ValueError(f"{self.model.arch} has no distillation token; set distill.head to class or take a deit_*")
+        if (self.distill.targets == "reused") != bool(self.distill.views):
+            raise ValueError('distill.views goes with distill.targets = "reused", and that with distill.views')
+        if self.distill.views % self.augment.repeats:
+            raise ValueError(
+                f"distill.views {self.distill.views} is no multiple of augment.repeats {self.augment.repeats}"
+            )
         return self
+
+    @property
+    def views(self) -> int:
+        """Views of each image that the run looks at: those that are reused, or as many as its passes have."""
+        passes = -(-self.train.epochs // self.augment.repeats)
+        return self.distill.views or passes * self.augment.repeats
 
     @property
     def distilled(self) -> bool:

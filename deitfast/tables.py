@@ -11,6 +11,7 @@ from deitfast.display import duration
 from deitfast.evaluate import Agreement
 from deitfast.metrics import Metrics
 from deitfast.runlog import RunFolder
+from pipelines.teacher_cache import TeacherCache
 
 COLUMNS = ("top1", "top5", "precision", "recall", "f1", "auc", "loss")
 CONFUSION_CLASSES = 20
@@ -75,11 +76,12 @@ def describe_run(folder: RunFolder) -> RenderableType:
     recipe, info, rows = folder.recipe(), folder.info(), folder.metrics()
     table = Table(title=f"{folder.path}: {recipe.model.arch}", title_justify="left", show_header=False)
     distill = recipe.distill
-    teacher = f"{distill.mode}, from {distill.teacher}" if distill.mode != "none" else "none"
+    asked = f"{distill.mode}, {distill.targets} targets, from {distill.teacher or 'the cache'}"
+    teacher = f"{asked}, cache {distill.cache}" if distill.cache else asked
     facts: dict[str, Any] = {
         "recipe": f"{recipe.name}, digest {recipe.digest}",
         "data": f"{info.data} ({info.dataset}, {len(info.classes)} classes)",
-        "distillation": teacher,
+        "distillation": teacher if distill.mode != "none" else "none",
         "started from": f"{info.start['file']} ({info.start['fitted']})" if info.start else "drawn weights",
         "epochs": f"{len(rows)} of {recipe.train.epochs}",
     }
@@ -98,3 +100,32 @@ def describe_run(folder: RunFolder) -> RenderableType:
         if key in evaluated
     ]
     return Group(table, *shown)
+
+
+def describe_cache(cache: TeacherCache) -> RenderableType:
+    """Return what `deitfast info` shows of a teacher cache: what is in it, and what it depends on."""
+    manifest = cache.manifest
+    table = Table(title=f"{cache.folder}: teacher cache", title_justify="left", show_header=False)
+    there, total = cache.answers(), manifest.views * manifest.answered
+    spec = manifest.targets
+    kept = (
+        "labels" if spec.kind == "hard" else f"{spec.k} largest logits, {spec.dtype}, and log-sum-exp"
+    )
+    facts = {
+        "targets": f"{spec.kind}: {kept}",
+        "views": f"{manifest.views:,} of each of {manifest.samples:,} images",
+        "complete": "yes" if cache.complete else f"no, {there:,} of {total:,} ({there / total:.1%})",
+        "size": f"{manifest.bytes / 1e6:,.1f} MB" + ("" if cache.complete else " when complete"),
+        **{name: str(value) for name, value in manifest.identity.items() if "." not in name},
+        **{part: _fields(manifest.identity, part) for part in ("teacher", "augment")},
+        "made with": ", ".join(f"{name} {value}" for name, value in manifest.made_with.items()),
+    }
+    for key, value in facts.items():
+        table.add_row(key, value)
+    return table
+
+
+def _fields(identity: Mapping[str, Any], part: str) -> str:
+    """Return the fields of one part of a cache's identity in a line."""
+    own = {name: value for name, value in identity.items() if name.startswith(f"{part}.")}
+    return ", ".join(f"{name.removeprefix(f'{part}.')} {value}" for name, value in own.items())

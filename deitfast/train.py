@@ -25,7 +25,8 @@ from deitfast.runtime import Runtime
 from deitfast.schedule import learning_rate
 from deitfast.step import Learner
 from deitfast.stopping import Stop, catching_signals
-from deitfast.teacher import Teacher
+from deitfast.targets import Cached
+from deitfast.teach import Filling, open_targets
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure, Mistake
@@ -34,7 +35,7 @@ from pipelines.storage.dataset import Dataset
 log = logging.getLogger("deitfast")
 LOOKS_AN_EPOCH = 50
 """How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
-LEARNS_THE_SAME = ("loader.", "train.checkpoint_minutes", "train.evaluate_every")
+LEARNS_THE_SAME = ("loader.", "distill.cache", "train.checkpoint_minutes", "train.evaluate_every")
 """Fields that a resumed run may change: they decide how fast, not what, it learns."""
 
 
@@ -105,11 +106,9 @@ class Run:
     def __init__(self, job: TrainJob, runtime: Runtime, display: Display, dataset: Dataset, folder: RunFolder) -> None:
         recipe = job.recipe
         self.recipe, self.runtime, self.display, self.folder = recipe, runtime, display, folder
-        self.spec = dataset.spec
-        self.teacher = None
-        if recipe.distill.mode != "none":
-            self.teacher = Teacher(recipe, self.spec.classes, runtime)
+        self.dataset, self.spec = dataset, dataset.spec
         self.loader = open_training(dataset, recipe, runtime)
+        self.targets = open_targets(recipe, dataset, self.loader.name, runtime, display)
         self.validation = open_split(dataset, "val", recipe, runtime) if "val" in self.spec.splits else None
         self.start: dict[str, str] = {}
         """What the model began with; empty where it was drawn, or comes out of the checkpoint."""
@@ -139,6 +138,7 @@ class Run:
                     last = event
                     continue
                 row = self._finish_epoch()
+            self._complete_cache(stop)
         if self.validation:
             self.validation.close()
         return row
@@ -158,6 +158,8 @@ class Run:
         """Run what is left of the current epoch."""
         position, train = self.position, self.recipe.train
         steps = self.loader.steps_per_epoch
+        if self.targets:
+            self.targets.start_epoch(position.epoch)
         look = max(1, steps // LOOKS_AN_EPOCH)
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
             bar.start(position.steps)
@@ -189,7 +191,11 @@ class Run:
         """Take one batch through augmentation, teacher and update; return its losses."""
         position, recipe, runtime = self.position, self.recipe, self.runtime
         inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=True)
-        targets = self.teacher.targets(inputs.pixels) if self.teacher else None
+        targets = None
+        if self.targets:
+            before = self.targets.asked
+            targets = self.targets.of(inputs)
+            position.asked += self.targets.asked - before
         lr = learning_rate(
             recipe.schedule,
             self.peak,
@@ -209,6 +215,8 @@ class Run:
         bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}")
 
     def _save(self) -> None:
+        if self.targets:
+            self.targets.save()
         state = {**self.position.state(), **self.learner.state()}
         if self.runtime.main:
             checkpoint.save(self.folder.checkpoint, state)
@@ -247,6 +255,8 @@ class Run:
             "images_per_second": round(images / max(position.seconds, 1e-9), 1),
             "waited_seconds": round(position.waited, 3),
         }
+        if self.targets:
+            row["teacher_asked"] = position.asked * self.runtime.world
         if self.validation and (epoch % train.evaluate_every == 0 or epoch == train.epochs):
             row |= self._evaluate(self.validation)
         if self.runtime.main:
@@ -254,6 +264,13 @@ class Run:
         log.info("%s", describe(row, train.epochs))
         self.position = Position.start(self.runtime.device, epoch)
         return row
+
+    def _complete_cache(self, stop: Stop) -> None:
+        """Have the teacher answer for the views too that no batch had room for: then any batch can use the cache."""
+        if not isinstance(self.targets, Cached) or self.targets.cache.complete:
+            return
+        with closing(Filling(self.recipe, self.dataset, self.runtime, self.display)) as filling:
+            filling.fill(self.targets, stop)
 
     def _evaluate(self, loader: Loader) -> dict[str, Any]:
         """Return the metrics of every head, of the weights as they are and averaged: {"val": {head: ...}, ...}."""

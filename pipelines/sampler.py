@@ -67,6 +67,8 @@ class TrainSampler:
         views: views of an image in the whole run, a multiple of `repeats`, after which passes start over with the first
             (in a new order); 0: as many as there are epochs.
         subset: int64, the indices to train on, each once; None: all.
+        whole: give all groups of an epoch, those too that do not fill a batch: the last batches are filled up with
+            rows that are not valid. For a teacher who answers for every view, whatever batch asks for it later.
 
     Raises:
         Mistake: the numbers do not fit each other; the message says which to change.
@@ -83,6 +85,7 @@ class TrainSampler:
         world: int = 1,
         views: int = 0,
         subset: np.ndarray | None = None,
+        whole: bool = False,
     ) -> None:
         _check_ranks(samples, batch, rank, world)
         _check_groups(batch, world, group)
@@ -97,6 +100,9 @@ class TrainSampler:
         self._blocks = len(self._indices) // group
         available = self._blocks // repeats * repeats * group
         self.steps_per_epoch: int = min(len(self._indices) // batch, available // batch)
+        if whole:
+            largest = -(-self._blocks // repeats) * repeats  # groups of the epoch that has most
+            self.steps_per_epoch = -(-largest // self._step_groups)
         if self.steps_per_epoch == 0:
             raise Mistake(
                 f"{len(self._indices)} images do not fill one batch",
@@ -118,8 +124,10 @@ class TrainSampler:
         number = number % self._distinct if self._distinct else number
         first = step * self._step_groups + self._rank * self._rank_groups
         sequence = np.arange(first, first + self._rank_groups)
+        blocks = self._block_order(epoch)
+        there = sequence < len(blocks) * self._repeats  # all of them, but at the end of a `whole` epoch
         turn = sequence % self._repeats  # which of its block's groups
-        block = self._block_order(epoch)[sequence // self._repeats]
+        block = blocks[sequence // self._repeats] if there.all() else _padded(blocks, sequence // self._repeats)
         place = np.arange(self._group)
         # A block's groups hold the same images; turning each by its number gives an image another partner every time.
         images = block[:, None] * self._group + (place + turn[:, None]) % self._group
@@ -130,8 +138,13 @@ class TrainSampler:
             groups=np.repeat(block * self._repeats + turn, self._group),
             passes=np.full(self._rank_groups * self._group, number),
             partners=(starts + place[::-1]).ravel(),
-            valid=np.ones(self._rank_groups * self._group, np.bool_),
+            valid=np.repeat(there, self._group),
         )
+
+    @property
+    def views_per_epoch(self) -> int:
+        """Views that an epoch has over all ranks, in the mean of the epochs of a pass where it is `whole`."""
+        return self._blocks * self._group
 
     def _pass_order(self, number: int) -> np.ndarray:
         """Return a pass's permutation of the indices, kept until another pass is asked for."""
@@ -205,6 +218,11 @@ def sort_keys(seed: int, stream: int, items: np.ndarray, number: int) -> np.ndar
         high, low, _, _ = philox.philox(items[part], number, stream, 0, *philox.key_words(seed))
         keys[part] = philox.sort_key(high, low)
     return keys
+
+
+def _padded(blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return `blocks[places]`, any block where there is none."""
+    return blocks[np.minimum(places, len(blocks) - 1)] if len(blocks) else np.zeros(len(places), np.int64)
 
 
 def _check_ranks(samples: int, batch: int, rank: int, world: int) -> None:

@@ -1,0 +1,154 @@
+"""Which teacher cache belongs to which run: what its targets depend on, compared field by field."""
+
+import logging
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deitfast.data import training_sampler
+from deitfast.published import is_published
+from deitfast.recipe import Recipe
+from deitfast.runtime import Runtime
+from deitfast.teacher import IDENTITY, Loaded, load_teacher
+from pipelines.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, is_cache, read_manifest, require_same
+from pipelines.errors import Mistake
+from pipelines.storage.beton import RAW
+from pipelines.storage.dataset import Dataset
+from pipelines.teacher_cache import TeacherCache
+
+log = logging.getLogger("deitfast")
+PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
+"""Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
+LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
+
+
+def known_teacher(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], Loaded | None]:
+    """Return what a run can know of its teacher, for comparison with its cache, and the teacher if it is at hand.
+
+    With a complete cache nobody needs the teacher: a run or file that is there is read for its digest, and nothing is
+    fetched.
+
+    Raises:
+        Mistake: the cache is not complete and there is no such teacher, or it does not know the classes.
+    """
+    distill = recipe.distill
+    folder = Path(distill.cache)
+    complete = bool(distill.cache) and is_cache(folder) and bool(read_manifest(folder).crc32)
+    published = is_published(distill.teacher) and not distill.teacher_weights
+    if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
+        return dict.fromkeys(IDENTITY) | ({"teacher.network": distill.teacher} if published else {}), None
+    loaded = load_teacher(distill, classes)
+    return loaded.identity(), loaded
+
+
+def open_cache(
+    folder: Path, recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
+) -> TeacherCache:
+    """Open the cache of a run, or start it where there is none yet.
+
+    Args:
+        folder: of the cache.
+        recipe: of the run.
+        dataset: that it trains on.
+        loader: name of the loader that makes its pixels.
+        teacher: `Loaded.identity()`; with None for what cannot be known, as the teacher is not at hand.
+        runtime: rank 0 writes.
+
+    Raises:
+        Mistake: the cache is of another data set, recipe, teacher or loader; the message names the fields.
+        Failure: it is damaged, or the disk is full.
+    """
+    manifest = describe_cache(recipe, dataset, loader, teacher, runtime)
+    if runtime.main and not is_cache(folder):
+        TeacherCache.create(folder, manifest)
+    runtime.agree(None)  # nobody opens it before it is there
+    cache = TeacherCache.open(folder)
+    kept = cache.manifest
+    require_same(folder, kept.identity, manifest.identity)
+    if manifest.views > kept.views:
+        raise Mistake(
+            f"the teacher cache {folder} has fewer views of each image than the run looks at",
+            expected=f"{manifest.views}",
+            found=f"{kept.views}",
+            remedy=f"--views {kept.views} goes round them (DeiT no longer exactly), or `deitfast teach` fills another",
+        )
+    return cache
+
+
+def software_changes(cache: TeacherCache, runtime: Runtime) -> list[str]:
+    """Return in which precision and versions a run differs from what a cache was begun with."""
+    now = _software(runtime)
+    return [
+        f"{name} {old} -> {now.get(name)}" for name, old in cache.manifest.made_with.items() if now.get(name) != old
+    ]
+
+
+def describe_cache(
+    recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
+) -> Manifest:
+    """Return the manifest of the cache that a run needs, before anything is in it; arguments as `open_cache`'s."""
+    per_image = recipe.distill.targets == "per_image"
+    samples = dataset.split("train").num_samples
+    fields, spec = asdict(recipe.augment), target_spec(recipe, dataset)
+    chosen = PER_IMAGE if per_image else [name for name in fields if name != "eval_crop"]
+    identity = {
+        "data": dataset.spec.fingerprint,
+        "fraction": 1.0 if per_image else recipe.train.fraction,
+        "loader": pixels_of(loader, dataset, recipe),
+        "seen": "each image, whole" if per_image else "each view",
+        **{f"targets.{name}": value for name, value in asdict(spec).items() if name != "tau"},  # any tau may read them
+        **{f"augment.{name}": fields[name] for name in chosen},
+        **teacher,
+    }
+    whole = training_sampler(dataset, recipe, runtime, _least_batch(recipe, runtime), whole=True)
+    return Manifest(
+        FORMAT,
+        spec,
+        views=1 if per_image else recipe.views,
+        samples=samples,
+        answered=samples if per_image else whole.views_per_epoch,
+        repeats=1 if per_image else recipe.augment.repeats,
+        identity=identity,
+        made_with=_software(runtime),
+    )
+
+
+def target_spec(recipe: Recipe, dataset: Dataset) -> TargetSpec:
+    """Return what a run's cache keeps of an answer.
+
+    Raises:
+        Mistake: more classes than a label of two bytes tells apart.
+    """
+    distill, classes = recipe.distill, len(dataset.spec.classes)
+    if classes >= ABSENT:
+        raise Mistake(f"a teacher cache holds less than {ABSENT:,} classes", found=f"{classes:,}")
+    if distill.mode == "hard":
+        return TargetSpec("hard")
+    return TargetSpec("soft", min(distill.top_k, classes), distill.top_dtype, distill.tau)
+
+
+def pixels_of(loader: str, dataset: Dataset, recipe: Recipe) -> str:
+    """Return whose pixels a loader gives: its own, or everybody's where nothing is decoded and nothing resized."""
+    reader, augment = dataset.split("train"), recipe.augment
+    sides = np.minimum(reader.heights, reader.widths)
+    if augment.crop == "padded" and (reader.modes == RAW).all() and (sides == augment.size).all():
+        return "any"
+    return "reference" if loader == "resident" else loader  # equal to the bit
+
+
+def _least_batch(recipe: Recipe, runtime: Runtime) -> int:
+    """The smallest batch that the ranks can share."""
+    return recipe.augment.mix_group * runtime.world
+
+
+def _software(runtime: Runtime) -> dict[str, str]:
+    found = {"precision": str(runtime.pixels).removeprefix("torch.")}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
