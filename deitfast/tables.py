@@ -108,9 +108,7 @@ def describe_cache(cache: TeacherCache) -> RenderableType:
     table = Table(title=f"{cache.folder}: teacher cache", title_justify="left", show_header=False)
     there, total = cache.answers(), manifest.views * manifest.answered
     spec = manifest.targets
-    kept = (
-        "labels" if spec.kind == "hard" else f"{spec.k} largest logits, {spec.dtype}, and log-sum-exp"
-    )
+    kept = "labels" if spec.kind == "hard" else f"{spec.k} largest logits, {spec.dtype}, and log-sum-exp"
     facts = {
         "targets": f"{spec.kind}: {kept}",
         "views": f"{manifest.views:,} of each of {manifest.samples:,} images",

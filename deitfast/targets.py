@@ -26,6 +26,8 @@ FLUSH_SECONDS = 10.0
 class Targets(Protocol):
     """What the training loop asks for targets."""
 
+    cache: TeacherCache | None
+    """Where answers are kept, if they are."""
     asked: int
     """Views that the teacher was asked for so far."""
 
@@ -46,7 +48,8 @@ class InLoop:
     """The teacher answers for every batch, and nothing is kept."""
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
-        self._teacher, self._hard, self.asked = teacher, recipe.distill.mode == "hard", 0
+        self._teacher, self._hard = teacher, recipe.distill.mode == "hard"
+        self.cache, self.asked = None, 0
 
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
@@ -143,7 +146,7 @@ class PerImage:
 
     def __init__(self, cache: TeacherCache, recipe: Recipe, classes: int, device: torch.device) -> None:
         """Read a complete cache of one target an image."""
-        self._rows, self._spec = cache.rows(0, 1)[0], cache.manifest.targets
+        self.cache, self._rows, self._spec = cache, cache.rows(0, 1)[0], cache.manifest.targets
         self._classes, self._tau, self._device = classes, recipe.distill.tau, device
 
     def start_epoch(self, epoch: int) -> None:

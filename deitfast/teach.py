@@ -17,7 +17,7 @@ from deitfast.display import Bar, Display, duration
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
 from deitfast.stopping import Stop, catching_signals
-from deitfast.targets import Cached, InLoop, PerImage, describe
+from deitfast.targets import Cached, InLoop, PerImage
 from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
@@ -85,7 +85,6 @@ def open_targets(
     known, loaded = known_teacher(recipe, classes)
     if not distill.cache:
         assert loaded  # only a complete cache does without
-        log.info("%s", describe(recipe, None))
         return InLoop(Teacher(loaded, recipe, runtime), recipe)
     cache = open_cache(Path(distill.cache), recipe, dataset, loader, known, runtime)
 
@@ -98,7 +97,6 @@ def open_targets(
         log.warning("%s was begun with other software: %s", cache.folder, ", ".join(changes))
     if loaded and (changes or not cache.complete):
         spot_check(answers, recipe, dataset, runtime)
-    log.info("%s", describe(recipe, cache))
     if distill.targets != "per_image":
         return answers
     if not cache.complete:

@@ -26,6 +26,7 @@ from deitfast.schedule import learning_rate
 from deitfast.step import Learner
 from deitfast.stopping import Stop, catching_signals
 from deitfast.targets import Cached
+from deitfast.targets import describe as describe_targets
 from deitfast.teach import Filling, open_targets
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
@@ -151,6 +152,8 @@ class Run:
         log.info("%s (%s parameters) on %s, %s", recipe.model.arch, f"{parameters:,}", runtime.device, how)
         steps = self.loader.steps_per_epoch
         log.info("%s: %d epochs of %d steps, loader %s", self.folder.path, recipe.train.epochs, steps, self.loader.name)
+        if self.targets:
+            log.info("%s", describe_targets(recipe, self.targets.cache))
         if self.validation is None:
             log.info("the data set has no validation split: nothing will be evaluated")
 
