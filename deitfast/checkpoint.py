@@ -12,6 +12,17 @@ from pipelines.files import whole_file
 
 FORMAT = 1
 """Version of the dict's layout."""
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+"""What torch.load raises for files that are none of its own, or damaged."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -42,7 +53,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise Mistake(f"there is no checkpoint {path}", remedy="name the folder of a run that got that far") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise Failure(f"checkpoint {path} is damaged", found=str(error).splitlines()[0]) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import pickle
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deitfast.checkpoint import UNREADABLE
 from deitfast.hugging_face import is_hugging_face, to_timm
 from deitfast.recipe import Arch
 from deitfast.runlog import RunFolder
@@ -167,7 +167,7 @@ def _torch_file(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options beside the weights
             tree = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise Mistake(
             f"{file} cannot be read as weights",
             expected="a whole file of tensors, written by torch.save",

@@ -56,8 +56,10 @@ def load_published(name: str, state: dict[str, Tensor], owner: str) -> tuple[nn.
     """
     from torchvision.models import get_model
 
-    outputs = _outputs(state)
-    network = get_model(name, weights=None, num_classes=outputs)
+    network = get_model(name, weights=None, num_classes=IMAGENET)
+    outputs = _outputs(state, network)
+    if outputs != IMAGENET:
+        network = get_model(name, weights=None, num_classes=outputs)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -84,7 +86,8 @@ def _names() -> set[str]:
     return set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
 
 
-def _outputs(state: dict[str, Tensor]) -> int:
-    """Width of the last matrix or 1 x 1 convolution: the classifier's, whatever the network calls it."""
-    last = [value for key, value in state.items() if key.endswith("weight") and value.ndim >= 2]
-    return len(last[-1]) if last else IMAGENET
+def _outputs(state: dict[str, Tensor], network: nn.Module) -> int:
+    """Return the classes of weights for `network`, which has ImageNet's: what differs in shape is the classifier."""
+    own = network.state_dict()
+    differing = [key for key in state if key in own and state[key].shape != own[key].shape and state[key].ndim > 0]
+    return len(state[differing[0]]) if differing else IMAGENET
