@@ -1,6 +1,7 @@
 """Which teacher cache belongs to which run: what its targets depend on, compared field by field."""
 
-import logging
+import hashlib
+import json
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,8 @@ from pipelines.storage.beton import RAW
 from pipelines.storage.dataset import Dataset
 from pipelines.teacher_cache import TeacherCache
 
-log = logging.getLogger("deitfast")
+CACHES = Path("caches")
+"""Where caches are that nobody gave a name."""
 PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
 """Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
@@ -35,8 +37,7 @@ def known_teacher(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, A
         Mistake: the cache is not complete and there is no such teacher, or it does not know the classes.
     """
     distill = recipe.distill
-    folder = Path(distill.cache)
-    complete = bool(distill.cache) and is_cache(folder) and bool(read_manifest(folder).crc32)
+    complete = is_cache(Path(distill.cache)) and bool(read_manifest(Path(distill.cache)).crc32)
     published = is_published(distill.teacher) and not distill.teacher_weights
     if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
         return dict.fromkeys(IDENTITY) | ({"teacher.network": distill.teacher} if published else {}), None
@@ -44,13 +45,28 @@ def known_teacher(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, A
     return loaded.identity(), loaded
 
 
+def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path | None:
+    """Return the folder of a run's cache; None where it keeps none.
+
+    `distill.cache = "auto"` keeps hard targets, which are small and exact, in a folder named by all they depend on: the
+    same question finds the same answers. Soft ones take 20 times as much and leave out small logits: only on request.
+    """
+    distill = recipe.distill
+    if distill.cache == "none" or (distill.cache == "auto" and distill.mode == "soft" and distill.targets == "exact"):
+        return None
+    if distill.cache != "auto":
+        return Path(distill.cache)
+    question = json.dumps([manifest.identity, manifest.views], sort_keys=True).encode()
+    digest = hashlib.blake2b(question, digest_size=4).hexdigest()
+    return CACHES / f"{dataset.spec.name}-{manifest.identity['teacher.network']}-{digest}"
+
+
 def open_cache(
-    folder: Path, recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
-) -> TeacherCache:
-    """Open the cache of a run, or start it where there is none yet.
+    recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
+) -> TeacherCache | None:
+    """Open the cache of a run, or start it where there is none yet; None where the run keeps none.
 
     Args:
-        folder: of the cache.
         recipe: of the run.
         dataset: that it trains on.
         loader: name of the loader that makes its pixels.
@@ -62,6 +78,9 @@ def open_cache(
         Failure: it is damaged, or the disk is full.
     """
     manifest = describe_cache(recipe, dataset, loader, teacher, runtime)
+    folder = cache_folder(recipe, dataset, manifest)
+    if folder is None:
+        return None
     if runtime.main and not is_cache(folder):
         TeacherCache.create(folder, manifest)
     runtime.agree(None)  # nobody opens it before it is there

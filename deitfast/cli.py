@@ -130,8 +130,8 @@ def train(
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
     cache: Annotated[
-        Path | None,
-        typer.Option(help="Teacher cache: what is in it is not asked again; what is not, is asked and added."),
+        str | None,
+        typer.Option(help="Folder of the teacher's answers, read and added to; or none. Default: one in caches/."),
     ] = None,
     views: Annotated[
         int | None, typer.Option(help="Go round this many views of each image (DeiT no longer exactly).")
@@ -173,9 +173,11 @@ def train(
 
 @app.command()
 def teach(
-    out_: Annotated[Path, typer.Option("--out", help="Folder of the cache; one that is there is gone on with.")],
     data: Data = None,
     teacher: Teacher = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the cache, new or begun. Default: one in caches/.")
+    ] = None,
     teacher_weights: TeacherWeights = None,
     views: Annotated[int | None, typer.Option(help="Views of each image. Default: one for every epoch.")] = None,
     per_image: PerImage = False,
@@ -198,7 +200,7 @@ def teach(
 
     options = TrainOptions(
         data, arch, recipe, distill, teacher, None, epochs, batch, tuple(settings or ()), ablate=tuple(ablate or ()),
-        teacher_weights=teacher_weights, cache=out_, per_image=per_image,
+        teacher_weights=teacher_weights, cache=str(out_) if out_ else None, per_image=per_image,
     )  # fmt: skip
     run_teaching(options, views, device, _display(), out)
 

@@ -43,7 +43,7 @@ class TrainOptions:
     finetune: Path | None = None
     ablate: tuple[str, ...] = ()
     teacher_weights: Path | None = None
-    cache: Path | None = None
+    cache: str | None = None
     views: int | None = None
     per_image: bool = False
 
@@ -95,7 +95,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
 
 
 def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> TeachJob:
-    """Return the job that fills the cache `options.cache` for the runs that `options` describe.
+    """Return the job that fills a teacher cache for the runs that `options` describe.
 
     Args:
         options: as for training; hard targets unless they say otherwise.
@@ -114,7 +114,7 @@ def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> Teach
             found = f"augment.repeats {recipe.augment.repeats}: that many views of an image in an epoch"
             raise Mistake(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
         recipe = recipes.override(recipe, ["distill.targets=exact", "distill.views=0", f"train.epochs={views}"])
-    return TeachJob(recipe, data, Path(recipe.distill.cache))
+    return TeachJob(recipe, data)
 
 
 def uses_demo_teacher(recipe: Recipe) -> bool:
@@ -167,7 +167,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "distill.mode": options.distill,
         "distill.teacher": _teacher_name(options.teacher) if options.teacher else None,
         "distill.teacher_weights": options.teacher_weights.resolve() if options.teacher_weights else None,
-        "distill.cache": options.cache.resolve() if options.cache else None,
+        "distill.cache": _cache_name(options.cache) if options.cache else None,
         "model.weights": options.weights.resolve() if options.weights else None,
         "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
@@ -186,6 +186,11 @@ def _teacher_name(teacher: str) -> str:
     return str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
 
 
+def _cache_name(cache: str) -> str:
+    """Return a cache as the recipe keeps it: a path from the root, unless it is none or auto."""
+    return cache if cache in ("none", "auto") else str(Path(cache).resolve())
+
+
 def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
     """Return the recipe with the targets that --per-image or --views ask for."""
     if options.per_image:
@@ -200,14 +205,15 @@ def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
 
 def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:
     distill = recipe.distill
-    if distill.mode != "none" and not distill.teacher and not distill.cache:
+    kept = distill.cache not in ("none", "auto")
+    if distill.mode != "none" and not distill.teacher and not kept:
         suggestion = recipes.choose("resnet18", dataset, side).name
         raise Mistake(
             f"--distill {distill.mode} needs a teacher",
             expected="--teacher RUN, the folder of a finished run on the same classes",
             remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
         )
-    if distill.mode == "none" and (distill.teacher or distill.cache):
+    if distill.mode == "none" and (distill.teacher or kept):
         named = "--teacher" if distill.teacher else "--cache"
         raise Mistake(f"{named} without --distill", expected="--distill hard or --distill soft beside it")
 

@@ -50,8 +50,9 @@ class DistillSpec:
     """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""
     teacher_weights: str = ""
     """File with the weights of torchvision's network; "": its published ones, fetched where they are not there."""
-    cache: str = ""
-    """Folder of a teacher cache: what is in it is not asked again, and what is not is added to it."""
+    cache: str = "auto"
+    """Folder of a teacher cache: what is in it is not asked again, and what is not is added. auto: for hard targets one
+    in caches/, named by all that they depend on; none: the teacher answers in the loop, and nothing is kept."""
     targets: Literal["exact", "reused", "per_image"] = "exact"
     """exact: the teacher sees each view (DeiT); reused: `views` views, again and again; per_image: the teacher sees
     each image once, whole and unmixed, and its answers are mixed like labels (not DeiT)."""
@@ -176,6 +177,8 @@ class Recipe:
             raise ValueError(f"{self.model.arch} has no distillation token; set distill.head to class or take a deit_*")
         if (self.distill.targets == "reused") != bool(self.distill.views):
             raise ValueError('distill.views goes with distill.targets = "reused", and that with distill.views')
+        if self.distill.targets == "per_image" and self.distill.cache == "none":
+            raise ValueError('distill.targets = "per_image" needs a distill.cache')
         if self.distill.views % self.augment.repeats:
             raise ValueError(
                 f"distill.views {self.distill.views} is no multiple of augment.repeats {self.augment.repeats}"

@@ -77,7 +77,7 @@ def describe_run(folder: RunFolder) -> RenderableType:
     table = Table(title=f"{folder.path}: {recipe.model.arch}", title_justify="left", show_header=False)
     distill = recipe.distill
     asked = f"{distill.mode}, {distill.targets} targets, from {distill.teacher or 'the cache'}"
-    teacher = f"{asked}, cache {distill.cache}" if distill.cache else asked
+    teacher = f"{asked}, cache {distill.cache}"
     facts: dict[str, Any] = {
         "recipe": f"{recipe.name}, digest {recipe.digest}",
         "data": f"{info.data} ({info.dataset}, {len(info.classes)} classes)",

@@ -21,7 +21,7 @@ from deitfast.targets import Cached, InLoop, PerImage
 from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
-from pipelines.errors import Failure
+from pipelines.errors import Failure, Mistake
 from pipelines.loaders.opening import open_loader
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.storage.dataset import Dataset
@@ -36,11 +36,11 @@ NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.005}
 
 @dataclass(frozen=True)
 class TeachJob:
-    """What to ask, of whom, about what, and where the answers go."""
+    """What to ask, of whom, and about what."""
 
     recipe: Recipe
+    """Of the students; `distill.cache` says where the answers go."""
     data: Path
-    out: Path
 
 
 def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
@@ -55,12 +55,14 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
         loaded = load_teacher(job.recipe.distill, dataset.spec.classes)
         filling = Filling(job.recipe, dataset, runtime, display)
         with closing(filling), catching_signals() as stop:
-            cache = open_cache(job.out, job.recipe, dataset, filling.loader.name, loaded.identity(), runtime)
+            cache = open_cache(job.recipe, dataset, filling.loader.name, loaded.identity(), runtime)
+            if cache is None:
+                raise Mistake("nowhere to keep the answers", remedy="name the cache's folder with --out")
             teacher = Teacher(loaded, job.recipe, runtime)
             answers = Cached(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
             spot_check(answers, job.recipe, dataset, runtime)
             filling.fill(answers, stop)
-        return TeacherCache.open(job.out)
+        return TeacherCache.open(cache.folder)
 
 
 def open_targets(
@@ -83,15 +85,14 @@ def open_targets(
     if distill.mode == "none":
         return None
     known, loaded = known_teacher(recipe, classes)
-    if not distill.cache:
-        assert loaded  # only a complete cache does without
-        return InLoop(Teacher(loaded, recipe, runtime), recipe)
-    cache = open_cache(Path(distill.cache), recipe, dataset, loader, known, runtime)
+    cache = open_cache(recipe, dataset, loader, known, runtime)
 
     def teacher() -> Teacher:
         assert loaded  # only a complete cache does without, and that never asks
         return Teacher(loaded, recipe, runtime)
 
+    if cache is None:
+        return InLoop(teacher(), recipe)
     answers = Cached(cache, recipe, len(classes), teacher, runtime)
     if changes := software_changes(cache, runtime):
         log.warning("%s was begun with other software: %s", cache.folder, ", ".join(changes))

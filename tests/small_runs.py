@@ -18,7 +18,13 @@ CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
 def tiny_recipe(*settings: str, base: str = "deit_ti_cifar10") -> Recipe:
     """Two epochs of five steps on 80 images of 32 px, all augmentation on."""
     patch = ["model.patch=16"] if base.startswith("deit") else []
-    small = ["train.epochs=2", "train.batch=16", "augment.mix_group=8", "train.checkpoint_minutes=0"]
+    small = [
+        "distill.cache=none",
+        "train.epochs=2",
+        "train.batch=16",
+        "augment.mix_group=8",
+        "train.checkpoint_minutes=0",
+    ]
     return recipes.override(recipes.load(base), [*patch, *small, *settings])
 
 

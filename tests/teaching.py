@@ -12,6 +12,7 @@ from rich.console import Console
 from small_runs import CPU, tiny_recipe
 from torch import Tensor, nn
 
+from deitfast import recipe as recipes
 from deitfast.caching import open_cache
 from deitfast.data import open_training
 from deitfast.display import Display
@@ -55,19 +56,27 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def distilled(*settings: str, mode: str = "hard") -> Recipe:
     """A tiny recipe that distils from the judge."""
-    return tiny_recipe(f"distill.mode={mode}", "distill.teacher=judge", "augment.mix_group=4", *settings)
+    lean = ["train.ema=0", "train.checkpoint_minutes=10", "augment.mix_group=4"]
+    return tiny_recipe(f"distill.mode={mode}", "distill.teacher=judge", *lean, *settings)
+
+
+def with_cache(recipe: Recipe, folder: Path, *settings: str) -> Recipe:
+    """The same recipe with its targets in a cache."""
+    return recipes.override(recipe, [f"distill.cache={folder}", *settings])
 
 
 def taught(data: Path, out: Path, recipe: Recipe) -> TeacherCache:
     """Fill a cache in this process."""
-    return teach(TeachJob(recipe, data, out), CPU, Display(Console(), quiet=True))
+    return teach(TeachJob(with_cache(recipe, out), data), CPU, Display(Console(), quiet=True))
 
 
 def opened(data: Path, folder: Path, recipe: Recipe, teacher: Loaded | None = None) -> TeacherCache:
     """Open or start the cache of a run with the judge as its teacher."""
     with closing(Dataset.open(data)) as dataset:
         known = (teacher or judge(len(dataset.spec.classes))).identity()
-        return open_cache(folder, recipe, dataset, "reference", known, CPU)
+        cache = open_cache(with_cache(recipe, folder), dataset, "reference", known, CPU)
+    assert cache
+    return cache
 
 
 def nobody() -> Teacher:

@@ -16,13 +16,12 @@ import pytest
 import torch
 from images import MemorySource, drawn, entries
 from small_runs import CPU, run, tiny_recipe, weights
-from teaching import Judge, distilled, fill_slowly, in_loop, judge, judged, nobody, opened, seen, taught
+from teaching import Judge, distilled, fill_slowly, in_loop, judge, judged, nobody, opened, seen, taught, with_cache
 from torch.nn import functional as F
 
 from deitfast import recipe as recipes
 from deitfast.answers import dense, from_records, keep, to_records
 from deitfast.caching import known_teacher
-from deitfast.recipe import Recipe
 from deitfast.runlog import RunFolder
 from deitfast.targets import Cached, PerImage
 from deitfast.teacher import Teacher
@@ -100,10 +99,6 @@ def test_what_one_training_asks_the_next_one_reads(tiny_small: Path, tmp_path: P
     assert "hard targets, exact (a view of its own in every epoch)" in log
 
 
-def with_cache(recipe: Recipe, folder: Path, *settings: str) -> Recipe:
-    return recipes.override(recipe, [f"distill.cache={folder}", *settings])
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -127,12 +122,12 @@ def test_fifty_steps_have_the_same_losses_in_the_loop_and_from_the_cache(
 def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     tiny_small: Path, tmp_path: Path, judged, monkeypatch
 ) -> None:
-    recipe = distilled()
+    recipe = distilled("train.checkpoint_minutes=0", "train.epochs=1")
     run(tiny_small, tmp_path / "whole", with_cache(recipe, tmp_path / "a"))
     original = Cached.of
 
     def dying(self, inputs):
-        if self.asked >= 48:
+        if self.asked >= 32:
             raise ZeroDivisionError
         return original(self, inputs)
 
@@ -142,7 +137,7 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     monkeypatch.undo()
     monkeypatch.setattr("deitfast.teach.load_teacher", lambda spec, classes: judge(len(classes)))
     monkeypatch.setattr("deitfast.caching.load_teacher", lambda spec, classes: judge(len(classes)))
-    assert 0 < TeacherCache.open(tmp_path / "b").answers() < 160
+    assert 0 < TeacherCache.open(tmp_path / "b").answers() < 80
     run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"), resume=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for name, value in weights(tmp_path / "whole").items():
@@ -179,7 +174,7 @@ def test_another_share_of_the_images_or_other_targets_are_refused(tiny_small: Pa
     with pytest.raises(Mistake, match=r"targets\.kind, targets\.k, targets\.dtype"):
         opened(tiny_small, tmp_path / "cache", distilled(mode="soft"))
     with pytest.raises(Mistake, match=r"another .*seen"):
-        opened(tiny_small, tmp_path / "cache", distilled("distill.targets=per_image"))
+        opened(tiny_small, tmp_path / "cache", distilled("distill.cache=auto", "distill.targets=per_image"))
 
 
 def test_another_loaders_pixels_are_refused_where_they_differ(tiny_dataset: Path, tiny_small: Path, tmp_path: Path):
@@ -359,7 +354,9 @@ def test_reused_views_come_round_again(tiny_small: Path, tmp_path: Path, judged)
 def test_per_image_targets_are_the_images_own_mixed_like_labels(
     tiny_small: Path, tmp_path: Path, judged, mode: str
 ) -> None:
-    recipe = distilled("train.epochs=1", "distill.targets=per_image", "distill.top_k=10", mode=mode)
+    recipe = distilled(
+        "train.epochs=1", "distill.cache=auto", "distill.targets=per_image", "distill.top_k=10", mode=mode
+    )
     cache = taught(tiny_small, tmp_path / "cache", recipe)
     assert (cache.manifest.views, cache.answers()) == (1, 80)
     with closing(Dataset.open(tiny_small)) as dataset:
@@ -386,7 +383,9 @@ def test_per_image_targets_are_the_images_own_mixed_like_labels(
 def test_a_run_of_per_image_targets_fills_its_cache_first_and_says_what_it_is(
     tiny_small: Path, tmp_path: Path, judged
 ) -> None:
-    recipe = with_cache(distilled("train.epochs=1", "distill.targets=per_image"), tmp_path / "cache")
+    recipe = with_cache(
+        distilled("train.epochs=1", "distill.cache=auto", "distill.targets=per_image"), tmp_path / "cache"
+    )
     run(tiny_small, tmp_path / "run", recipe)
     assert TeacherCache.open(tmp_path / "cache").complete
 
