@@ -46,9 +46,7 @@ def convert_dataset(
     written_as = _format(form, shard_size)
     source = source or _default_source(kind)
     if kind == "dataset" and output is None:
-        raise Mistake(
-            "convert dataset needs a folder for its result", expected=f"deitfast convert dataset {source} OUTPUT"
-        )
+        raise Mistake("convert dataset needs an output", expected=f"deitfast convert dataset {source} OUTPUT")
     output = output or Path("data") / kind
     bars = _Bars(display)
     with (

@@ -14,6 +14,7 @@ import torch
 from betons import write_split
 from images import MemorySource, contents_of, drawn, entries, jpeg, mixed_source, pixels
 from PIL import Image
+from small_runs import run, tiny_recipe, weights
 
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.opening import available, open_loader
@@ -98,6 +99,15 @@ def test_loaders_make_the_same_batches_of_both_formats(name, small, tiny_dataset
         assert torch.equal(one.images, two.images)
         assert torch.equal(one.labels, two.labels)
         np.testing.assert_array_equal(one.params.table, two.params.table)
+
+
+def test_a_run_learns_the_same_from_both_formats_and_goes_on_with_either(tiny_small, tmp_path):
+    recipe, other = tiny_recipe("train.epochs=1"), as_shards(tiny_small, tmp_path / "small")
+    run(tiny_small, tmp_path / "beton", recipe)
+    run(other, tmp_path / "wds", recipe)
+    one, two = weights(tmp_path / "beton"), weights(tmp_path / "wds")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    run(other, tmp_path / "beton", recipe, resume=True)
 
 
 def test_webdataset_reads_the_shards(mixed):

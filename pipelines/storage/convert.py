@@ -142,8 +142,10 @@ def _already_there(job: Job) -> DatasetSpec:
     if (spec.name, spec.classes, spec.codec, spec.source) != asked:
         raise Mistake(
             f"{job.output}: holds another dataset already",
-            expected=f"{job.source.kind} from {job.described}, {job.codec_spec}",
-            found=f"{spec.name} from {spec.source}, {spec.codec}",
+            expected=_told(
+                job.source.kind, job.described, job.codec_spec, [job.paths(split)[0].name for split in spec.splits]
+            ),
+            found=_told(spec.name, spec.source, spec.codec, [split.file for split in spec.splits.values()]),
             remedy="give another output folder, or remove this one",
         )
     dataset = Dataset(job.output, spec)
@@ -153,6 +155,12 @@ def _already_there(job: Job) -> DatasetSpec:
     _remove_leftovers(job)
     log.info("%s: this dataset is there already; nothing to do", job.output)
     return spec
+
+
+def _told(kind: str, source: str, codec: dict[str, int], files: list[str]) -> str:
+    """Return what a dataset is, for people."""
+    options = ", ".join(f"{name} {value}" for name, value in codec.items())
+    return f"{kind} from {source}, {options}, in {' and '.join(files)}"
 
 
 def _remove_leftovers(job: Job) -> None:

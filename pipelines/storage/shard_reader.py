@@ -1,6 +1,5 @@
 """Reads a split from its tar shards through our index, in any order; no JPEG is copied."""
 
-import contextlib
 import errno
 import io
 import mmap
@@ -108,13 +107,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Let go of the shards. Views already handed out stay valid; may be called twice."""
-        self._closed = True
-        shards, self._shards = self._shards, []
-        for shard in shards:
-            memory, shard = shard.base, None
-            if isinstance(memory, mmap.mmap):
-                with contextlib.suppress(BufferError):  # views are out there: the map goes when the last of them does
-                    memory.close()
+        self._closed, self._shards = True, []  # each map goes with the last view of it
 
     def _shard(self, index: int) -> np.ndarray:
         if self._closed:
@@ -223,7 +216,8 @@ def _told(start: bytes) -> str:
         digits, image = (tarfile.TarInfo.frombuf(start[at : at + BLOCK], "ascii", "replace") for at in (0, 2 * BLOCK))
     except tarfile.HeaderError:
         return f"beginning with {start[:16]!r}"
-    return f"beginning with {digits.name} ({start[BLOCK:][: digits.size]!r}) and {image.name} ({image.size:,} bytes)"
+    label = start[BLOCK : 2 * BLOCK].rstrip(b"\0")[:20]
+    return f"beginning with {digits.name} ({label!r}) and {image.name} ({image.size:,} bytes)"
 
 
 def _read(path: Path) -> bytes:

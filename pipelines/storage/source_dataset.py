@@ -50,7 +50,7 @@ def open_dataset(folder: Path, val_fraction: float) -> OpenedSource:
             for number, (label, size) in enumerate(zip(reader.labels.tolist(), reader.sizes.tolist(), strict=True))
         ]
     dataset.close()
-    origin = f"data set {folder} (fingerprint {spec.fingerprint}), once made from {spec.source}"
+    origin = f"data set {folder}, fingerprint {spec.fingerprint}, from {spec.source}"
     return OpenedSource(spec.name, origin, spec.classes, splits)
 
 

@@ -113,7 +113,7 @@ def damaged_samples(
 
 def _check(reader: Reader, numbers: range, decode: bool) -> list[tuple[int, str]]:
     checked = ((number, _sample_damage(reader, number, decode)) for number in numbers)
-    return [(number, reason) for number, reason in checked if reason]
+    return [(number, f"{reader.place(number).file.name}: {reason}") for number, reason in checked if reason]
 
 
 def _sample_damage(reader: Reader, number: int, decode: bool) -> str:
