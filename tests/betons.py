@@ -25,17 +25,16 @@ def jpeg(image: Image.Image, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_split(path: Path, images: list[tuple[Image.Image, bytes | None]], labels: list[int] | None = None) -> Reader:
-    """Write (image, its JPEG, or None to store it raw), with label 100 + index unless given, in the suffix's format."""
-    form = {".beton": beton(), ".wds": shards(30_000)}[path.suffix]
+def write_split(path: Path, images: list[tuple[Image.Image, bytes | None]], shard_size: int = 30_000) -> Reader:
+    """Write (image, its JPEG, or None to store it raw) with label 100 + index, in the format of the path's suffix."""
+    form = {".beton": beton(), ".wds": shards(shard_size)}[path.suffix]
     writer = form.writer(path, [], np.zeros(0, RECORD))
     records = np.zeros(len(images), RECORD)
     for index, (image, encoded) in enumerate(images):
         data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
         sample = form.stored(Sample(mode, image.width, image.height, data, zlib.crc32(data), Kind(0)))
-        label = labels[index] if labels else 100 + index
-        place = writer.append(sample, label)
-        records[index] = (True, mode, 0, image.width, image.height, label, sample.crc32, len(sample.data), place)
+        place = writer.append(sample, 100 + index)
+        records[index] = (True, mode, 0, image.width, image.height, 100 + index, sample.crc32, len(sample.data), place)
     writer.finish(records)
     writer.close()
     return form.reader(path)
