@@ -6,7 +6,6 @@ as decimal digits) and `00000017.jpg`, or `.png` where the dataset holds raw pix
 and from the size of a shard: headers carry no times, owners or machines.
 """
 
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,12 @@ def first_samples(rows: np.ndarray) -> np.ndarray:
 
 
 def _header(name: str, size: int) -> bytes:
-    """Return a file's tar header: mode 0644, no owner, no time."""
-    member = tarfile.TarInfo(name)
-    member.size = size
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    """Return a file's tar header (POSIX ustar): mode 0644, no owner, no time.
+
+    Not by the standard library: the reader holds shards to these very bytes, whichever Python wrote them.
+    """
+    mode, owner, group, time = b"0000644\0", b"0000000\0", b"0000000\0", b"00000000000\0"
+    before = name.encode().ljust(100, b"\0") + mode + owner + group + b"%011o\0" % size + time
+    after = b"0" + bytes(100) + b"ustar\x0000" + bytes(BLOCK - 265)
+    checksum = sum(before) + sum(after) + 8 * ord(" ")
+    return before + b"%06o\0 " % checksum + after
