@@ -144,12 +144,12 @@ def eager(monkeypatch):
 
 
 def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_path, eager, form):
-    source, other = mixed_source(odd), mixed_source(dict(reversed(odd.items())))
+    source, reversed_ = mixed_source(odd), mixed_source(dict(reversed(odd.items())))
     convert(source, tmp_path / "plain", workers=1, form=form)
-    another = shards(10_000) if form.suffix == ".beton" else beton()
-    befores = [(source, {"max_side": 60}), (other, {}), (source, {"quality": 50})]
+    others = [shards(10_000)] if form.suffix == ".beton" else [shards(10_000), beton()]
+    befores = [(source, {"max_side": 60}), (reversed_, {}), (source, {"quality": 50})]
     attempts = [(before, {"form": form, **options}) for before, options in befores]
-    for number, (before, options) in enumerate([*attempts, (source, {"form": another})]):
+    for number, (before, options) in enumerate([*attempts, *((source, {"form": other}) for other in others)]):
         convert_until(before, tmp_path / str(number), 20, **options)
         assert (tmp_path / str(number) / "train.journal").stat().st_size > 0
         convert(source, tmp_path / str(number), workers=1, form=form)
