@@ -24,7 +24,7 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
 INTERRUPTED = 130
-KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo")
+KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
 
 Data = Annotated[
     Path | None, typer.Option("--data", help="Converted data set. Default: $DEITFAST_DATA, else the demo set.")
@@ -68,6 +68,12 @@ def convert(
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that is smaller.")
     ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="beton: one file a split; wds: WebDataset tar shards with DALI's indices.")
+    ] = "beton",
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="MB of a shard, at most, for --format wds. Default: 1000.")
+    ] = None,
     val_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Make a validation split of this share, where the source has none.")
     ] = 0.0,
@@ -76,7 +82,7 @@ def convert(
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
 ) -> None:
-    """Convert a data set to the one file that every loader reads. Goes on where it was interrupted."""
+    """Convert a data set to the files that loaders read. Goes on where it was interrupted."""
     from deitfast.datasets import convert_dataset, describe_dataset
 
     if kind not in KINDS:
@@ -84,8 +90,8 @@ def convert(
     if kind == "demo" and output is None:
         source, output = None, source
     spec, folder = convert_dataset(
-        kind, source, output, max_side=max_side, quality=quality, val_fraction=val_fraction, skip_bad=skip_bad,
-        workers=workers, display=_display(),
+        kind, source, output, max_side=max_side, quality=quality, form=format_, shard_size=shard_size,
+        val_fraction=val_fraction, skip_bad=skip_bad, workers=workers, display=_display(),
     )  # fmt: skip
     out.print(describe_dataset(spec, folder))
 

@@ -12,11 +12,13 @@ from deitfast.display import Bar, Display
 from pipelines.errors import Mistake
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert import convert
+from pipelines.storage.formats import Format, beton, shards
 from pipelines.storage.sources import open_source
 from pipelines.storage.verify import verify
 from pipelines.teacher_cache import TeacherCache
 
 log = logging.getLogger("deitfast")
+MB = 1_000_000
 SHOWN_DAMAGES = 20
 """Damaged samples that `verify` names one by one."""
 
@@ -28,19 +30,24 @@ def convert_dataset(
     *,
     max_side: int = 0,
     quality: int | None = None,
+    form: str = "beton",
+    shard_size: int | None = None,
     val_fraction: float = 0.0,
     skip_bad: bool = False,
     workers: int = 0,
     display: Display,
 ) -> tuple[DatasetSpec, Path]:
-    """Convert and return what was written, and where.
+    """Convert and return what was written, and where; `form` is beton or wds, `shard_size` in MB.
 
     Raises:
-        Mistake: the source is missing or not what `kind` says; damaged files without `skip_bad`; another data set is
-            in `output`.
+        Mistake: there is no such format; the source is missing or not what `kind` says; damaged files without
+            `skip_bad`; another data set is in `output`.
         Failure: the disk is full, or the source cannot be read.
     """
+    written_as = _format(form, shard_size)
     source = source or _default_source(kind)
+    if kind == "dataset" and output is None:
+        raise Mistake("convert dataset needs an output", expected=f"deitfast convert dataset {source} OUTPUT")
     output = output or Path("data") / kind
     bars = _Bars(display)
     with (
@@ -56,9 +63,23 @@ def convert_dataset(
             quality=quality,
             workers=workers,
             skip_bad=skip_bad,
+            form=written_as,
             progress=bars.images,
         )
     return spec, output
+
+
+def _format(name: str, shard_size: int | None) -> Format:
+    """Return the format that --format and --shard-size (MB) ask for."""
+    match name:
+        case "beton" if shard_size is None:
+            return beton()
+        case "beton":
+            raise Mistake("--shard-size without shards", remedy="--format wds, or leave --shard-size out")
+        case "wds":
+            return shards(shard_size * MB) if shard_size else shards()
+        case _:
+            raise Mistake(f"there is no format {name}", expected="beton, wds")
 
 
 def _default_source(kind: str) -> Path | None:
@@ -98,7 +119,7 @@ class _Bars(ExitStack):
     def images(self, stage: str, done: int, total: int, size: int) -> None:
         """Show how many of a split's images are done, and how fast."""
         bar = self._named(stage, total, done)
-        bar.reach(done, f"{bar.rate():,.0f} images/s, {size / 1e6:,.0f} MB")
+        bar.reach(done, f"{bar.rate():,.0f} images/s, {size / MB:,.0f} MB")
 
     def _named(self, name: str, total: int, done: int = 0) -> Bar:
         if self._bar is None or name != self._name:
@@ -112,6 +133,7 @@ def describe_dataset(spec: DatasetSpec, folder: Path) -> RenderableType:
     """Return what `deitfast info` shows of a data set."""
     table = Table(title=f"{folder}: {spec.name}, {len(spec.classes):,} classes", title_justify="left")
     table.add_column("split")
+    table.add_column("stored in")
     for column in ("images", "of a class", "MB"):
         table.add_column(column, justify="right")
     table.add_column("how they were stored")
@@ -119,7 +141,7 @@ def describe_dataset(spec: DatasetSpec, folder: Path) -> RenderableType:
         low, high = min(split.counts), max(split.counts)
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         stored = ", ".join(f"{count:,} {kind}" for kind, count in split.converted.items() if count)
-        table.add_row(name, f"{split.samples:,}", each, f"{split.size / 1e6:,.1f}", stored)
+        table.add_row(name, split.file, f"{split.samples:,}", each, f"{split.size / MB:,.1f}", stored)
     shown = ", ".join(spec.classes[:10]) + (", ..." if len(spec.classes) > 10 else "")
     return Group(table, f"classes: {shown}", f"source: {spec.source}", f"fingerprint: {spec.fingerprint}")
 

@@ -27,15 +27,15 @@ class SplitSpec:
     """One split of a dataset on disk."""
 
     file: str
-    """Name of the .beton file inside the dataset's folder."""
+    """Name of the .beton file, or of the .wds folder of shards, inside the dataset's folder."""
     samples: int
     """Number of images."""
     counts: tuple[int, ...]
     """Images of each class, in class order."""
     size: int
-    """Size of the file in bytes."""
+    """Size of the file, or of all shards, in bytes."""
     index_crc32: int
-    """CRC32 of everything in the file that is not image data: header, fields, metadata, allocation table."""
+    """CRC32 of what is not image data: of header, fields, metadata and allocation table, or of the shards' index."""
     fingerprint: str
     """blake2b over (label, height, width, mode, crc32) of every sample in order: names the content."""
     converted: dict[str, int] = Field(default_factory=dict)
@@ -55,7 +55,7 @@ class DatasetSpec:
     splits: dict[str, SplitSpec]
     """train, and val where the source has one."""
     codec: dict[str, int]
-    """max_side (0: untouched) and quality of re-encoding."""
+    """max_side (0: untouched) and quality of re-encoding; for shards also shard_size, their bytes at most."""
     source: str
     """Where the images came from, for people."""
     fingerprint: str

@@ -1,4 +1,4 @@
-"""Photographs, drawn, and a .beton file of exactly the given bytes."""
+"""Photographs, drawn, and a split, in either format, of exactly the given bytes."""
 
 import io
 import zlib
@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image
 
 from oracle.pictures import photograph
-from pipelines.storage.beton import BetonReader
-from pipelines.storage.writer import RECORD, BetonWriter
+from pipelines.storage.formats import beton, shards
+from pipelines.storage.reader import Reader
+from pipelines.storage.transcode import Kind, Sample
+from pipelines.storage.writer import RECORD
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -23,17 +25,16 @@ def jpeg(image: Image.Image, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_beton(path: Path, images: list[tuple[Image.Image, bytes | None]]) -> BetonReader:
-    """Write (image, its JPEG, or None to store it raw) with label 100 + index."""
-    writer = BetonWriter(path, len(images), 1, np.zeros(0, RECORD))
+def write_split(path: Path, images: list[tuple[Image.Image, bytes | None]], shard_size: int = 30_000) -> Reader:
+    """Write (image, its JPEG, or None to store it raw) with label 100 + index, in the format of the path's suffix."""
+    form = {".beton": beton(), ".wds": shards(shard_size)}[path.suffix]
+    writer = form.writer(path, [], np.zeros(0, RECORD))
     records = np.zeros(len(images), RECORD)
     for index, (image, encoded) in enumerate(images):
         data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
-        offset = writer.append(data)
-        records[index] = (
-            *(True, mode, 0, image.width, image.height),
-            *(100 + index, zlib.crc32(data), len(data), offset),
-        )
+        sample = form.stored(Sample(mode, image.width, image.height, data, zlib.crc32(data), Kind(0)))
+        place = writer.append(sample, 100 + index)
+        records[index] = (True, mode, 0, image.width, image.height, 100 + index, sample.crc32, len(sample.data), place)
     writer.finish(records)
     writer.close()
-    return BetonReader(path)
+    return form.reader(path)

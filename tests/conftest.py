@@ -1,13 +1,14 @@
-"""Fixtures that every test file may use: two converted datasets, made once."""
+"""Fixtures that every test file may use: converted datasets, made once."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from images import MemorySource, drawn, encoded, entries, jpeg, odd_images, rotated_jpeg
+from images import MemorySource, drawn, encoded, entries, jpeg, mixed_source, odd_images, rotated_jpeg
 from PIL import Image
 
 from pipelines.storage.convert import convert
+from pipelines.storage.formats import shards
 
 
 @pytest.fixture(scope="session")
@@ -51,4 +52,12 @@ def tiny_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": entries(train, classes=10, names="t#{}"), "val": entries(val, classes=10, names="v#{}")}
     folder = tmp_path_factory.mktemp("data") / "small"
     convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_shards(odd: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a dataset of odd images (40 train, ten of them stored raw, 4 val) in a dozen shards."""
+    folder = tmp_path_factory.mktemp("data") / "mixed"
+    convert(mixed_source(odd), folder, workers=1, form=shards(20_000))
     return folder

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from images import MemorySource, drawn, entries, jpeg, pixels
 
 from pipelines.errors import Failure, Mistake
-from pipelines.storage.beton import HEADER, JPEG, PREAMBLE, RAW, SAMPLE, BetonReader
+from pipelines.storage.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
+from pipelines.storage.reader import JPEG, RAW
+from pipelines.storage.transcode import Kind, Sample
 from pipelines.storage.verify import verify
 from pipelines.storage.writer import RECORD, BetonWriter
 
@@ -29,7 +31,7 @@ def write(path: Path, images: list[np.ndarray], planned: int = 0) -> None:
     for image in images:
         data = image.tobytes()
         height, width = image.shape[:2]
-        offset = writer.append(data)
+        offset = writer.append(Sample(RAW, width, height, data, zlib.crc32(data), Kind.RAW), 7)
         records.append((True, RAW, 4, width, height, 7, zlib.crc32(data), len(data), offset))
     writer.finish(np.array(records, dtype=RECORD))
     writer.close()

@@ -53,6 +53,10 @@ def test_help_comes_at_once() -> None:
         (["convert", "cifar10"], "convert cifar10 needs a source"),
         (["convert", "mnist", "x"], "no kind of data set called mnist"),
         (["convert", "folder", "missing"], "missing"),
+        (["convert", "folder", "missing", "--format", "tar"], "there is no format tar"),
+        (["convert", "folder", "missing", "--shard-size", "5"], "--shard-size without shards"),
+        (["convert", "dataset", "missing"], "convert dataset needs an output"),
+        (["convert", "dataset", "missing", "output", "--format", "wds"], "missing"),
         (["info", "missing"], "missing"),
         (["verify", "missing"], "missing"),
         (["eval", "missing"], "there is no run in missing"),
@@ -131,6 +135,27 @@ def test_a_user_converts_trains_evaluates_and_goes_on(capsys, tiny_small: Path) 
     assert code == 0
     assert "1 of 1" in out
     assert call(capsys, "info", tiny_small)[0] == 0
+
+
+def test_a_user_goes_over_to_shards(capsys, tiny_small: Path) -> None:
+    made = ["convert", "dataset", tiny_small, "shards", "--format", "wds", "--shard-size", 1]
+    code, out, _ = call(capsys, *made)
+    assert code == 0
+    assert "train.wds" in out
+    code, _, err = call(capsys, *made)
+    assert code == 0
+    assert "nothing to do" in err
+    code, _, err = call(capsys, *made[:-1], 2)
+    assert code == 2
+    assert "shard_size 1000000, in train.wds" in err
+    assert call(capsys, "verify", "shards")[0] == 0
+    Path("shards/train.wds/000000.tar").unlink()
+    code, _, err = call(capsys, "verify", "shards")
+    assert code == 1
+    assert "shards/train.wds/000000.tar: no such file" in err
+    code, _, err = call(capsys, "train", "--data", "shards", "--batch", 64, "--out", "run")
+    assert code == 1
+    assert "shards/train.wds/000000.tar: no such file" in err
 
 
 def test_recipes_and_doctor_speak(capsys) -> None:

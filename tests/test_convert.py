@@ -8,9 +8,10 @@ from images import MemorySource, contents_of, entries, jpeg, mixed_source
 from pipelines.errors import Failure, Mistake
 from pipelines.spec import DatasetSpec
 from pipelines.storage import convert_split
-from pipelines.storage.beton import RAW, BetonReader
+from pipelines.storage.beton import BetonReader
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset, content_fingerprint, read_spec
+from pipelines.storage.reader import RAW
 
 
 def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):

@@ -15,6 +15,7 @@ from images import MemorySource, contents_of, entries, jpeg, mixed_source
 from pipelines.errors import Failure
 from pipelines.storage import convert_split
 from pipelines.storage.convert import convert
+from pipelines.storage.formats import Format, beton, shards
 
 SOURCE = """
 import sys, time
@@ -23,6 +24,7 @@ sys.path[:0] = {paths!r}
 from images import MemorySource, entries, jpeg
 from pipelines.storage import convert_split
 from pipelines.storage.convert import convert
+from pipelines.storage.formats import beton, shards
 
 @dataclass(frozen=True)
 class Slow(MemorySource):
@@ -38,7 +40,8 @@ if __name__ == "__main__":
     convert_split.BATCH_IMAGES, convert_split.FLUSH_BYTES = 5, 1
     source = slow()
     print("starting", flush=True)
-    convert(source, sys.argv[1], workers=int(sys.argv[2]))
+    form = beton() if sys.argv[4] == ".beton" else shards(20_000)
+    convert(source, sys.argv[1], workers=int(sys.argv[2]), form=form)
 """
 
 
@@ -50,8 +53,15 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(script: Path, folder: Path, workers: int = 1, seconds: float = 0.002) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(script), str(folder), str(workers), str(seconds)]
+@pytest.fixture(params=[beton(), shards(20_000)], ids=lambda form: form.suffix)
+def form(request: pytest.FixtureRequest) -> Format:
+    return request.param
+
+
+def start(
+    script: Path, folder: Path, workers: int = 1, seconds: float = 0.002, suffix: str = ".beton"
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(script), str(folder), str(workers), str(seconds), suffix]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == b"starting\n"
@@ -80,12 +90,12 @@ def soon_gone(group: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_killed_conversions_go_on_and_end_the_same(script, tmp_path):
-    start(script, tmp_path / "whole").communicate()
+def test_killed_conversions_go_on_and_end_the_same(script, tmp_path, form):
+    start(script, tmp_path / "whole", suffix=form.suffix).communicate()
     rng = random.Random(5)
     torn = 0
     for workers in (1, 1, 2, 1):
-        process = start(script, tmp_path / "killed", workers)
+        process = start(script, tmp_path / "killed", workers, suffix=form.suffix)
         time.sleep(rng.uniform(0.02, 0.12) + 0.5 * (workers - 1))
         process.kill()
         process.communicate()
@@ -95,7 +105,7 @@ def test_killed_conversions_go_on_and_end_the_same(script, tmp_path):
             journal.write_bytes(content[: -rng.randrange(1, 30)])  # as if its last block was torn
         assert soon_gone(process.pid)
     assert torn
-    _, errors = start(script, tmp_path / "killed").communicate()
+    _, errors = start(script, tmp_path / "killed", suffix=form.suffix).communicate()
     assert errors == b""
     assert contents_of(tmp_path / "killed") == contents_of(tmp_path / "whole")
 
@@ -133,67 +143,109 @@ def eager(monkeypatch):
     monkeypatch.setattr(convert_split, "FLUSH_BYTES", 1)
 
 
-def test_a_partial_of_other_options_or_images_is_started_anew(odd, tmp_path, eager):
-    source, other = mixed_source(odd), mixed_source(dict(reversed(odd.items())))
-    convert(source, tmp_path / "plain", workers=1)
-    for number, (before, options) in enumerate([(source, {"max_side": 60}), (other, {}), (source, {"quality": 50})]):
+def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_path, eager, form):
+    source, reversed_ = mixed_source(odd), mixed_source(dict(reversed(odd.items())))
+    convert(source, tmp_path / "plain", workers=1, form=form)
+    others = [shards(10_000)] if form.suffix == ".beton" else [shards(10_000), beton()]
+    befores = [(source, {"max_side": 60}), (reversed_, {}), (source, {"quality": 50})]
+    attempts = [(before, {"form": form, **options}) for before, options in befores]
+    for number, (before, options) in enumerate([*attempts, *((source, {"form": other}) for other in others)]):
         convert_until(before, tmp_path / str(number), 20, **options)
         assert (tmp_path / str(number) / "train.journal").stat().st_size > 0
-        convert(source, tmp_path / str(number), workers=1)
+        convert(source, tmp_path / str(number), workers=1, form=form)
         assert contents_of(tmp_path / str(number)) == contents_of(tmp_path / "plain")
+        assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == [
+            "dataset.json", f"train{form.suffix}", f"val{form.suffix}",
+        ]  # fmt: skip
 
 
-def test_a_finished_split_of_another_conversion_leaves_no_trace(odd, tmp_path, eager):
-    convert(mixed_source(odd), tmp_path / "plain", workers=1)
-    convert_until(mixed_source(odd, copies=6), tmp_path / "d", 2, split="val")
-    assert (tmp_path / "d" / "train.beton").exists()
-    convert(mixed_source(odd), tmp_path / "d", workers=1)
+@pytest.mark.parametrize("before", [beton(), shards(20_000), shards(10_000)], ids=["beton", "same", "smaller"])
+def test_a_finished_split_of_another_conversion_leaves_no_trace(odd, tmp_path, eager, form, before):
+    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert_until(mixed_source(odd, copies=6), tmp_path / "d", 2, split="val", form=before)
+    assert (tmp_path / "d" / f"train{before.suffix}").exists()
+    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
-def test_a_finished_split_is_not_converted_again(odd, tmp_path, eager):
-    convert_until(mixed_source(odd), tmp_path / "d", 2, split="val")
+def test_a_finished_split_is_not_converted_again(odd, tmp_path, eager, form):
+    convert_until(mixed_source(odd), tmp_path / "d", 2, split="val", form=form)
     seen = []
-    convert(mixed_source(odd), tmp_path / "d", workers=1, progress=lambda *step: seen.append(step))
+    convert(mixed_source(odd), tmp_path / "d", workers=1, progress=lambda *step: seen.append(step), form=form)
     assert seen[0][:3] == ("train", 40, 40)
-    convert(mixed_source(odd), tmp_path / "plain", workers=1)
+    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
-def test_data_lost_behind_the_journal_is_written_again(odd, tmp_path, eager):
-    convert(mixed_source(odd), tmp_path / "plain", workers=1)
-    convert_until(mixed_source(odd), tmp_path / "d", 30)
-    partial = tmp_path / "d" / "train.beton.partial"
-    with partial.open("r+b") as file:
-        file.truncate(partial.stat().st_size - 20_000)
-    convert(mixed_source(odd), tmp_path / "d", workers=1)
+def shorten(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - size)
+
+
+def last_shard(folder: Path) -> Path:
+    return max(folder.glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("form", "lose"),
+    [
+        (beton(), lambda partial: shorten(partial, 20_000)),
+        (shards(20_000), lambda partial: shorten(last_shard(partial), 600)),
+        (shards(20_000), lambda partial: last_shard(partial).unlink()),
+        (shards(20_000), lambda partial: (partial / "000001.tar").unlink()),
+    ],
+    ids=["beton", "end", "last shard", "second shard"],
+)
+def test_data_lost_behind_the_journal_is_written_again(odd, tmp_path, eager, form, lose):
+    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert_until(mixed_source(odd), tmp_path / "d", 30, form=form)
+    lose(tmp_path / "d" / f"train{form.suffix}.partial")
+    seen = []
+    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form, progress=lambda *step: seen.append(step))
+    assert seen[0][1] < 30
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
-def test_data_spoilt_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path, eager):
-    convert_until(mixed_source(odd), tmp_path, 30)
-    partial = tmp_path / "train.beton.partial"
-    with partial.open("r+b") as file:
-        file.seek((2 << 20) + 3000)  # the data starts on the second page
+def spoil(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
         file.write(b"spoilt")
+
+
+@pytest.mark.parametrize(
+    ("form", "harm"),
+    [
+        (beton(), lambda partial: spoil(partial, (2 << 20) + 3000)),  # the data starts on the second page
+        (shards(20_000), lambda partial: spoil(partial / "000001.tar", 3000)),
+        (shards(20_000), lambda partial: spoil(partial / "000001.tar", 0)),
+        (shards(20_000), lambda partial: shorten(partial / "000001.tar", 512)),
+    ],
+    ids=["beton", "image", "header", "cut"],
+)
+def test_data_spoilt_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path, eager, form, harm):
+    convert_until(mixed_source(odd), tmp_path, 30, form=form)
+    harm(tmp_path / f"train{form.suffix}.partial")
     with pytest.raises(Failure, match="does not read back"):
-        convert(mixed_source(odd), tmp_path, workers=1)
-    assert not (tmp_path / "train.beton").exists()
-    assert convert(mixed_source(odd), tmp_path, workers=1).splits["train"].samples == 40
+        convert(mixed_source(odd), tmp_path, workers=1, form=form)
+    assert not (tmp_path / f"train{form.suffix}").exists()
+    assert convert(mixed_source(odd), tmp_path, workers=1, form=form).splits["train"].samples == 40
 
 
-def test_a_full_disk_is_a_failure_and_the_rest_is_kept(tmp_path, eager):
+def test_a_full_disk_is_a_failure_and_the_rest_is_kept(tmp_path, eager, form):
+    limit = 600_000 + (2 << 20)  # a .beton's data starts on the second page
+    if form.suffix == ".wds":
+        form, limit = shards(10**9), 600_000  # the limit is a file's: one shard
     source = MemorySource(splits={"train": entries([jpeg(300, 300, n, quality=95) for n in range(60)])})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((2 << 20) + 600_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(Failure, match=r"no room to go on(.|\n)*MiB more(.|\n)*MiB free") as raised:
-            convert(source, tmp_path / "d", workers=1)
+            convert(source, tmp_path / "d", workers=1, form=form)
         assert type(raised.value) is Failure
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     seen = []
-    convert(source, tmp_path / "d", workers=1, progress=lambda *step: seen.append(step))
+    convert(source, tmp_path / "d", workers=1, form=form, progress=lambda *step: seen.append(step))
     assert seen[0][1] > 4
-    convert(source, tmp_path / "whole", workers=1)
+    convert(source, tmp_path / "whole", workers=1, form=form)
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "whole")

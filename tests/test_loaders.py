@@ -1,6 +1,7 @@
 """One contract, held against every loader: which images, which pixels, in which order, and how it ends."""
 
 import io
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from betons import jpeg, photo, write_beton
+from betons import jpeg, photo, write_split
 from PIL import Image
 
 from pipelines.batch import Batch, Loader
@@ -18,7 +19,8 @@ from pipelines.loaders import opening
 from pipelines.loaders.opening import available, choose, open_loader
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
-from pipelines.storage.beton import BetonReader
+from pipelines.storage.dataset import open_reader
+from pipelines.storage.reader import Reader
 
 CPU = torch.device("cpu")
 REASONS = available()
@@ -33,8 +35,21 @@ MEAN_BOUND = {"resident": 0.0, "cpu": 0.1, "ffcv": 4.0, "reference": 0.0}
 """Largest mean difference from `reference`, in levels of 255, for each loader on these photographs."""
 
 
+@pytest.fixture(scope="session", params=[".beton", ".wds"])
+def suffix(request: pytest.FixtureRequest) -> str:
+    """Both formats: the contract is held over each."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def formats_that_a_loader_reads(request: pytest.FixtureRequest) -> None:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("name") == "ffcv" and parameters.get("suffix") == ".wds":
+        pytest.skip("FFCV reads no shards")
+
+
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+def photos(tmp_path_factory: pytest.TempPathFactory, suffix: str) -> Reader:
     """29 images of odd sizes: JPEGs of all subsamplings, some progressive, one turned by EXIF, three stored raw."""
     rng, images = np.random.default_rng(0), []
     for index in range(29):
@@ -44,37 +59,35 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
     turned = Image.Exif()
     turned[0x0112] = 6
     images[1] = (images[1][0], jpeg(images[1][0], exif=turned))
-    return write_beton(tmp_path_factory.mktemp("photos") / "photos.beton", images)
+    return write_split(tmp_path_factory.mktemp("photos") / f"photos{suffix}", images)
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+def small(tmp_path_factory: pytest.TempPathFactory, suffix: str) -> Reader:
     """29 images of 32 x 32, every fifth a JPEG."""
     rng, images = np.random.default_rng(1), []
     for index in range(29):
         image = photo(rng, 32, 32)
         images.append((image, jpeg(image) if index % 5 == 0 else None))
-    return write_beton(tmp_path_factory.mktemp("small") / "small.beton", images)
+    return write_split(tmp_path_factory.mktemp("small") / f"small{suffix}", images)
 
 
-def open_train(
-    name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object
-) -> Loader:
+def open_train(name: str, reader: Reader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object) -> Loader:
     sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
     loader = LoaderSpec(**{"name": name, "workers": 2, **more})
     return open_loader(reader, spec, loader, sampler, train=True, device=CPU)
 
 
-def open_eval(name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1) -> Loader:
+def open_eval(name: str, reader: Reader, spec: AugmentSpec, rank: int = 0, world: int = 1) -> Loader:
     sampler = EvalSampler(reader.num_samples, BATCH, rank, world)
     return open_loader(reader, spec, LoaderSpec(name=name, workers=2), sampler, train=False, device=CPU)
 
 
-def fits(name: str, reader: BetonReader) -> bool:
+def fits(name: str, reader: Reader) -> bool:
     return name != "resident" or len(set(reader.heights)) == 1
 
 
-def both(name: str, photos: BetonReader, small: BetonReader) -> list[tuple[BetonReader, AugmentSpec]]:
+def both(name: str, photos: Reader, small: Reader) -> list[tuple[Reader, AugmentSpec]]:
     """The data sets and crops that a loader takes."""
     pairs = [(photos, RESIZED), (photos, PADDED), (small, PADDED), (small, RESIZED)]
     return [pair for pair in pairs if fits(name, pair[0])]
@@ -104,7 +117,7 @@ def nothing_leaks() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_are_what_the_contract_says(name: str, photos: BetonReader, small: BetonReader) -> None:
+def test_batches_are_what_the_contract_says(name: str, photos: Reader, small: Reader) -> None:
     for reader, spec in both(name, photos, small):
         loader = open_train(name, reader, spec)
         batches = list(loader.epoch(1))
@@ -122,7 +135,7 @@ def test_batches_are_what_the_contract_says(name: str, photos: BetonReader, smal
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_each_view_comes_once_and_images_as_often_as_asked(name: str, small: BetonReader) -> None:
+def test_each_view_comes_once_and_images_as_often_as_asked(name: str, small: Reader) -> None:
     loader = open_train(name, small, PADDED)
     tables = [batch.params.table[:, :2] for epoch in range(2) for batch in loader.epoch(epoch)]
     views = np.concatenate(tables)
@@ -132,7 +145,7 @@ def test_each_view_comes_once_and_images_as_often_as_asked(name: str, small: Bet
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_pixels_are_the_references(name: str, photos: BetonReader, small: BetonReader) -> None:
+def test_pixels_are_the_references(name: str, photos: Reader, small: Reader) -> None:
     for reader, spec in both(name, photos, small):
         for make in (open_train, open_eval):
             batches = list(make(name, reader, spec).epoch(0))
@@ -143,7 +156,7 @@ def test_pixels_are_the_references(name: str, photos: BetonReader, small: BetonR
 
 
 @pytest.mark.parametrize("name", [p for p in LOADERS if p.values[0] != "reference"])
-def test_padded_crops_of_raw_images_are_copies(name: str, small: BetonReader) -> None:
+def test_padded_crops_of_raw_images_are_copies(name: str, small: Reader) -> None:
     raw = np.flatnonzero(small.modes == 1)
     batch = next(iter(open_train(name, small, PADDED).epoch(0)))
     seen = 0
@@ -156,7 +169,7 @@ def test_padded_crops_of_raw_images_are_copies(name: str, small: BetonReader) ->
     assert seen
 
 
-def test_reference_is_pillow(photos: BetonReader) -> None:
+def test_reference_is_pillow(photos: Reader) -> None:
     """The oracle itself, against the recipe spelled out: crop, bicubic resize (width first), nothing else."""
     for batch in open_train("reference", photos, RESIZED).epoch(0):
         for row, sample in enumerate(batch.params.sample):
@@ -173,7 +186,7 @@ def test_reference_is_pillow(photos: BetonReader) -> None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_evaluation_shows_everything_once_and_masks_the_rest(name: str, small: BetonReader) -> None:
+def test_evaluation_shows_everything_once_and_masks_the_rest(name: str, small: Reader) -> None:
     for world in (1, 2):
         seen = []
         for rank in range(world):
@@ -186,7 +199,7 @@ def test_evaluation_shows_everything_once_and_masks_the_rest(name: str, small: B
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_ranks_share_an_epoch(name: str, small: BetonReader) -> None:
+def test_ranks_share_an_epoch(name: str, small: Reader) -> None:
     shards = []
     for rank in range(2):
         batches = open_train(name, small, PADDED, rank, 2).epoch(0)
@@ -199,7 +212,7 @@ def test_ranks_share_an_epoch(name: str, small: BetonReader) -> None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_batch_depends_on_epoch_and_step_alone(name: str, photos: BetonReader, small: BetonReader) -> None:
+def test_a_batch_depends_on_epoch_and_step_alone(name: str, photos: Reader, small: Reader) -> None:
     reader, spec = both(name, photos, small)[0]
     loader = open_train(name, reader, spec)
     whole = list(loader.epoch(1))
@@ -212,7 +225,7 @@ def test_a_batch_depends_on_epoch_and_step_alone(name: str, photos: BetonReader,
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_batch_stays_while_it_is_held(name: str, small: BetonReader) -> None:
+def test_a_batch_stays_while_it_is_held(name: str, small: Reader) -> None:
     sampler = EvalSampler(small.num_samples, 2)
     spec = LoaderSpec(name=name, workers=2, prefetch=1)
     loader = open_loader(small, PADDED, spec, sampler, train=False, device=CPU)
@@ -226,7 +239,7 @@ def test_a_batch_stays_while_it_is_held(name: str, small: BetonReader) -> None:
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("how", ["break", "close", "raise"])
-def test_breaking_off_leaves_no_thread(name: str, how: str, small: BetonReader) -> None:
+def test_breaking_off_leaves_no_thread(name: str, how: str, small: Reader) -> None:
     loader = open_train(name, small, PADDED, prefetch=1)
     before = threading.active_count()
     batches = loader.epoch(0)
@@ -244,13 +257,16 @@ def test_breaking_off_leaves_no_thread(name: str, how: str, small: BetonReader) 
     assert torch.equal(next(iter(loader.epoch(0))).images, first.images)
 
 
-def damaged(reader: BetonReader, folder: Path, sample: int) -> BetonReader:
-    """Copy a file with one bit of one sample flipped."""
-    content = bytearray(reader.path.read_bytes())
-    content[int(reader.offsets[sample] + reader.sizes[sample] // 2)] ^= 1
-    path = folder / "damaged.beton"
-    path.write_bytes(content)
-    return BetonReader(path)
+def damaged(reader: Reader, folder: Path, sample: int) -> Reader:
+    """Copy a split with one bit of one sample flipped."""
+    path = folder / f"damaged{reader.path.suffix}"
+    (shutil.copytree if reader.path.is_dir() else shutil.copy)(reader.path, path)
+    place = reader.place(sample)
+    file = path / place.file.name if path.is_dir() else path
+    content = bytearray(file.read_bytes())
+    content[place.offset + place.size // 2] ^= 1
+    file.write_bytes(content)
+    return open_reader(path)
 
 
 def within(seconds: float, work) -> BaseException | None:
@@ -271,43 +287,51 @@ def within(seconds: float, work) -> BaseException | None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_damaged_sample_is_named(name: str, tmp_path: Path, small: BetonReader) -> None:
+def test_a_damaged_sample_is_named(name: str, tmp_path: Path, small: Reader) -> None:
     reader = damaged(small, tmp_path, 17)
     error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
     assert isinstance(error, Failure)
     assert "sample 17" in str(error)
-    assert str(reader.path) in str(error)
+    assert str(reader.place(17).file) in str(error)
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_jpeg_that_is_none_is_named(name: str, tmp_path: Path) -> None:
+def test_a_jpeg_that_is_none_is_named(name: str, suffix: str, tmp_path: Path) -> None:
     image = photo(np.random.default_rng(0), 32, 32)
     images: list[tuple[Image.Image, bytes | None]] = [(image, jpeg(image)) for _ in range(4)]
     images[2] = (image, b"no JPEG, whatever its CRC32 says")
-    reader = write_beton(tmp_path / "none.beton", images)
+    reader = write_split(tmp_path / f"none{suffix}", images)
     error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
     assert isinstance(error, Failure)
     assert "sample 2 " in str(error)
 
 
-@pytest.mark.skipif(bool(REASONS["ffcv"]), reason=REASONS["ffcv"] or "works here")
-def test_ffcv_leaves_torchs_threads_alone(small: BetonReader) -> None:
+@pytest.mark.parametrize("name", [p for p in LOADERS if p.values[0] == "ffcv"])
+def test_ffcv_leaves_torchs_threads_alone(name: str, small: Reader) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        list(open_train("ffcv", small, PADDED, workers=1).epoch(0))
+        list(open_train(name, small, PADDED, workers=1).epoch(0))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def test_resident_refuses_images_of_several_sizes(photos: BetonReader) -> None:
+@pytest.mark.skipif(bool(REASONS["ffcv"]), reason=REASONS["ffcv"] or "works here")
+def test_ffcv_refuses_shards(tmp_path: Path) -> None:
+    image = photo(np.random.default_rng(0), 32, 32)
+    reader = write_split(tmp_path / "train.wds", [(image, None)] * 4)
+    with pytest.raises(Mistake, match=r"one \.beton file(.|\n)*loader\.name=cpu(.|\n)*deitfast convert dataset"):
+        open_eval("ffcv", reader, PADDED)
+
+
+def test_resident_refuses_images_of_several_sizes(photos: Reader) -> None:
     with pytest.raises(Mistake, match=r"images of one size(.|\n)*loader.name=cpu"):
         open_train("resident", photos, RESIZED)
 
 
 def test_auto_is_resident_for_small_images_that_fit(
-    photos: BetonReader, small: BetonReader, monkeypatch: pytest.MonkeyPatch
+    photos: Reader, small: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose(small, CPU) == "resident"
     assert open_train("auto", small, PADDED).name == "resident"
@@ -318,7 +342,7 @@ def test_auto_is_resident_for_small_images_that_fit(
     assert choose(small, CPU) == "reference"
 
 
-def test_a_loader_that_does_not_work_says_why(small: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_that_does_not_work_says_why(small: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(opening.NEEDS, "ffcv", ("no_such_package", ""))
     assert available()["ffcv"] == "no_such_package is not installed"
     assert available()["reference"] == ""

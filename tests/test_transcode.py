@@ -10,7 +10,7 @@ from images import drawn, encoded, jpeg, pixels
 from PIL import Image
 
 from pipelines.errors import Mistake
-from pipelines.storage.beton import JPEG, RAW
+from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.transcode import BadImageError, Codec, Kind, Sample, transcode
 
 

@@ -14,8 +14,8 @@ from pipelines.errors import Failure
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import EvalSampler, Rows, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
-from pipelines.storage.beton import RAW, BetonReader
 from pipelines.storage.pool import usable_cores
+from pipelines.storage.reader import RAW, Reader
 from pipelines.views import ViewParams, draw_eval, draw_train
 
 CHUNK = 8
@@ -26,7 +26,7 @@ CHUNK = 8
 class Plan:
     """All that decides which batches a loader makes and where they go."""
 
-    reader: BetonReader
+    reader: Reader
     augment: AugmentSpec
     spec: LoaderSpec
     sampler: TrainSampler | EvalSampler
@@ -179,7 +179,7 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
         return codec.decode(data, top, left, height, width)
     except (ValueError, OSError) as error:
         raise Failure(
-            f"sample {sample} of {plan.reader.path} cannot be decoded",
+            f"sample {sample} of {plan.reader.place(sample).file} cannot be decoded",
             expected=f"a JPEG of {plan.reader.widths[sample]} x {plan.reader.heights[sample]} pixels",
             found=str(error),
             remedy="run deitfast verify on the data set and convert it again",

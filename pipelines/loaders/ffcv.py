@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
-from pipelines.errors import Failure
+from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Geometry, Plan
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import Rows
-from pipelines.storage.beton import RAW, BetonReader
+from pipelines.storage.beton import BetonReader
+from pipelines.storage.reader import RAW, Reader
 from pipelines.views import ViewParams
 
 
@@ -85,12 +86,16 @@ class FfcvLoader:
     Memory: three output buffers of batch x S x S x 3 bytes, and one decoded image a worker. (FFCV's own crops
     allocate batch x largest image in each of five buffers: 37 GB for 1,024 images of at most 2,000 x 1,200 pixels.)
     The decoder is compiled in a process's first batch, which takes some seconds.
+
+    Raises:
+        Mistake: the split is in shards, of which FFCV's reader knows nothing.
     """
 
     name = "ffcv"
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
+        self.reader = _beton(plan.reader)
         wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None, "crc32": None}
         with _quiet(), _interpreted():
             self._loader: Any = Loader(
@@ -117,7 +122,7 @@ class FfcvLoader:
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         if start_step >= self.steps_per_epoch:
             return
-        run = _Run(self._loader, self.plan, epoch, start_step)
+        run = _Run(self._loader, self.plan, self.reader, epoch, start_step)
         try:
             for _ in range(start_step, self.steps_per_epoch):
                 decoded, rows, params = run.take()
@@ -128,11 +133,24 @@ class FfcvLoader:
             run.end()
 
 
+def _beton(reader: Reader) -> BetonReader:
+    """Return the reader of the one format that FFCV reads. Raises Mistake for another."""
+    if isinstance(reader, BetonReader):
+        return reader
+    raise Mistake(
+        f"the ffcv loader cannot read {reader.path}",
+        expected="FFCV's own format: one .beton file a split",
+        found="tar shards",
+        remedy="choose another loader (--set loader.name=cpu), or make a copy with "
+        f"`deitfast convert dataset {reader.path.parent} OUTPUT`",
+    )
+
+
 class _Run(EpochIterator):
     """FFCV's thread for one epoch, with draws and checks before each batch, and without its three ways to hang."""
 
-    def __init__(self, loader: Any, plan: Plan, epoch: int, start_step: int) -> None:
-        self.plan, self.at, self.start_step = plan, epoch, start_step
+    def __init__(self, loader: Any, plan: Plan, reader: BetonReader, epoch: int, start_step: int) -> None:
+        self.plan, self.reader, self.at, self.start_step = plan, reader, epoch, start_step
         self.error: BaseException | None = None
         steps = plan.sampler.steps_per_epoch - start_step
         super().__init__(loader, range(steps * loader.batch_size))  # type: ignore[arg-type]  # starts the thread
@@ -152,13 +170,13 @@ class _Run(EpochIterator):
         if self.plan.spec.check:
             for sample in np.unique(rows.samples[rows.valid]):
                 self.plan.stored(int(sample))
-        table = tabulate(self.plan.reader, rows, params)
+        table = tabulate(self.reader, rows, params)
         (images,) = super().run_pipeline(b_ix, table, batch_slot, cuda_event)
         bad = table[table[:, STATUS] != 0, SAMPLE]
         if len(bad):
             raise Failure(
-                f"sample {bad[0]} of {self.plan.reader.path} cannot be decoded",
-                expected=f"a JPEG of {self.plan.reader.widths[bad[0]]} x {self.plan.reader.heights[bad[0]]} pixels",
+                f"sample {bad[0]} of {self.reader.path} cannot be decoded",
+                expected=f"a JPEG of {self.reader.widths[bad[0]]} x {self.reader.heights[bad[0]]} pixels",
                 remedy="run deitfast verify on the data set and convert it again",
             )
         return images, rows, params

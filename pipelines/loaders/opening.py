@@ -12,7 +12,7 @@ from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
-from pipelines.storage.beton import BetonReader
+from pipelines.storage.reader import Reader
 
 NAMES = ("resident", "cpu", "ffcv", "reference")
 NEEDS = {
@@ -27,7 +27,7 @@ RESIDENT_SHARE = 4
 
 
 def open_loader(
-    reader: BetonReader,
+    reader: Reader,
     augment: AugmentSpec,
     spec: LoaderSpec,
     sampler: TrainSampler | EvalSampler,
@@ -69,7 +69,7 @@ def open_loader(
             raise Mistake(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
 
 
-def choose(reader: BetonReader, device: torch.device) -> str:
+def choose(reader: Reader, device: torch.device) -> str:
     """Return what `auto` stands for: resident for small images of one size that fit, else cpu, else reference."""
     from pipelines.loaders.resident import one_size
 

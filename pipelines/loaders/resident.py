@@ -12,7 +12,7 @@ from pipelines.errors import Mistake
 from pipelines.loaders.assemble import CHUNK, Codec, Geometry, Plan, decoded
 from pipelines.loaders.prefetch import prefetched
 from pipelines.loaders.resample import resample
-from pipelines.storage.beton import BetonReader
+from pipelines.storage.reader import Reader
 
 
 class ResidentLoader:
@@ -44,7 +44,7 @@ class ResidentLoader:
             yield self.plan.batch(crops, rows, params)
 
 
-def one_size(reader: BetonReader) -> tuple[int, int] | None:
+def one_size(reader: Reader) -> tuple[int, int] | None:
     """Return the height and width that all images of a split share, or None."""
     heights, widths = reader.heights, reader.widths
     same = len(heights) > 0 and (heights == heights[0]).all() and (widths == widths[0]).all()

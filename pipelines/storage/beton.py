@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import Failure
+from pipelines.storage.reader import JPEG, RAW, REMEDY, Place, compare_crc
 
 VERSION = 2
 MIN_PAGE = 1 << 21
 MAX_PAGE = 1 << 31  # the header holds the page size in 32 bits
-JPEG, RAW = 0, 1
-"""How a sample is stored: an encoded JPEG, or uint8 [height, width, 3]."""
 
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
@@ -32,7 +31,6 @@ IMAGE_FIELD, INT_FIELD = 2, 1  # FFCV's type identifiers of RGBImageField and In
 FIELDS = np.array([(IMAGE_FIELD, b"image", b""), (INT_FIELD, b"label", b""), (INT_FIELD, b"crc32", b"")], dtype=FIELD)
 PREAMBLE = HEADER.itemsize + FIELDS.nbytes
 """Bytes before the first sample's metadata."""
-REMEDY = "convert the dataset again, or copy the file again from where it is whole"
 
 
 def index_end(samples: int) -> int:
@@ -41,7 +39,7 @@ def index_end(samples: int) -> int:
 
 
 class BetonReader:
-    """Random access to the samples of one .beton file through a read-only memory map.
+    """A `reader.Reader` of one .beton file, through a read-only memory map.
 
     Opening checks the whole index (header, fields, metadata, allocation table) for consistency, so that no later
     access can leave the file; image data is compared with its CRC32 only by `checked_sample`.
@@ -68,7 +66,7 @@ class BetonReader:
     sizes: np.ndarray
     """int64 [N]: bytes of the sample."""
     crcs: np.ndarray
-    """uint32 [N]: CRC32 of the sample's bytes."""
+    """uint32 [N]: CRC32 of these bytes."""
     index_crc32: int
     """CRC32 of header, field descriptors, metadata and allocation table, in this order."""
 
@@ -96,21 +94,12 @@ class BetonReader:
         return self._bytes[start : start + self.sizes[index]]
 
     def checked_sample(self, index: int) -> np.ndarray:
-        """Return `sample(index)` once its CRC32 is right.
+        """Return `sample(index)` once its CRC32 is right. Raises Failure."""
+        return compare_crc(self, index, self.sample(index))
 
-        Raises:
-            Failure: the bytes are not those that were written.
-        """
-        data = self.sample(index)
-        found = zlib.crc32(data.data)
-        if found != self.crcs[index]:
-            raise Failure(
-                f"{self.path}: sample {index} is damaged",
-                expected=f"CRC32 {self.crcs[index]:08x} over {self.sizes[index]:,} bytes at {self.offsets[index]:,}",
-                found=f"CRC32 {found:08x}",
-                remedy="`deitfast verify` lists everything damaged; then " + REMEDY,
-            )
-        return data
+    def place(self, index: int) -> Place:
+        """Return where a sample is stored."""
+        return Place(self.path, int(self.offsets[index]), int(self.sizes[index]))
 
     def close(self) -> None:
         """Let go of the file. Views already handed out stay valid; may be called twice."""

@@ -1,8 +1,9 @@
 """Converts a source of images into a dataset folder: in parallel, atomically, and going on where it was stopped.
 
 For each split: workers transcode, this process writes their results in the source's order to `<split>.beton.partial`
-and, behind the data, to `<split>.journal`. When all is written the index is added, the file is read back, and only
-then it gets its name. `dataset.json` comes last. The bytes depend on the source and the options, on nothing else.
+(or, as shards, into `<split>.wds.partial/`) and, behind the data, to `<split>.journal`. When all is written the index
+is added, all of it is read back, and only then it gets its name. `dataset.json` comes last. The bytes depend on the
+source and the options, on nothing else.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from pipelines.storage.dataset import (
     write_spec,
 )
 from pipelines.storage.entry import Source
+from pipelines.storage.formats import Format, beton
 from pipelines.storage.pool import usable_cores
 from pipelines.storage.transcode import Codec
 from pipelines.storage.verify import Progress
@@ -46,6 +48,7 @@ def convert(
     quality: int | None = None,
     workers: int = 0,
     skip_bad: bool = False,
+    form: Format | None = None,
     progress: Progress | None = None,
 ) -> DatasetSpec:
     """Convert a source into the dataset folder `output`; does nothing if exactly that is there already.
@@ -57,6 +60,7 @@ def convert(
         quality: JPEG quality; None: re-encode (at 95) only what must be. See `transcode.Codec`.
         workers: processes; 0: one a usable core; 1: this one.
         skip_bad: leave out files that are no whole images and list them in skipped.txt, rather than stop at the first.
+        form: how splits are stored; None: as one .beton file each.
         progress: called with (stage, done, total, bytes written) as work gets done.
 
     Returns:
@@ -69,7 +73,7 @@ def convert(
     _check_source(source)
     job = Job(
         source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
-        progress or (lambda *_: None), _listing(source),
+        progress or (lambda *_: None), _listing(source), form or beton(),
     )  # fmt: skip
     with _locked(job.output):
         if (job.output / SPEC_FILE).exists():
@@ -138,8 +142,10 @@ def _already_there(job: Job) -> DatasetSpec:
     if (spec.name, spec.classes, spec.codec, spec.source) != asked:
         raise Mistake(
             f"{job.output}: holds another dataset already",
-            expected=f"{job.source.kind} from {job.described}, {job.codec_spec}",
-            found=f"{spec.name} from {spec.source}, {spec.codec}",
+            expected=_told(
+                job.source.kind, job.described, job.codec_spec, [job.paths(split)[0].name for split in spec.splits]
+            ),
+            found=_told(spec.name, spec.source, spec.codec, [split.file for split in spec.splits.values()]),
             remedy="give another output folder, or remove this one",
         )
     dataset = Dataset(job.output, spec)
@@ -149,6 +155,12 @@ def _already_there(job: Job) -> DatasetSpec:
     _remove_leftovers(job)
     log.info("%s: this dataset is there already; nothing to do", job.output)
     return spec
+
+
+def _told(kind: str, source: str, codec: dict[str, int], files: list[str]) -> str:
+    """Return what a dataset is, for people."""
+    options = ", ".join(f"{name} {value}" for name, value in codec.items())
+    return f"{kind} from {source}, {options}, in {' and '.join(files)}"
 
 
 def _remove_leftovers(job: Job) -> None:

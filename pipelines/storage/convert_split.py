@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,13 @@ from PIL import features
 from pipelines.errors import Failure, Mistake
 from pipelines.files import sync_folder
 from pipelines.spec import SplitSpec
-from pipelines.storage.beton import BetonReader
 from pipelines.storage.dataset import content_fingerprint
 from pipelines.storage.entry import Entry, Source
+from pipelines.storage.formats import Format, Writer, beton, shards
 from pipelines.storage.journal import Journal
 from pipelines.storage.pool import in_order
 from pipelines.storage.transcode import BadImageError, Codec, Sample, count_kinds, transcode
 from pipelines.storage.verify import Progress, damaged_samples
-from pipelines.storage.writer import BetonWriter
 
 BATCH_IMAGES, BATCH_BYTES = 64, 2 << 20
 """A worker's task: so many images, or so many bytes of them."""
@@ -48,12 +47,16 @@ class Job:
     progress: Progress
     listing: str
     """Digest of the source's kind, classes and entries."""
+    form: Format
+    """How splits are stored."""
 
     @property
     def key(self) -> str:
         """Names everything that the bytes depend on: another key, another conversion."""
-        libraries = {"pillow": pillow_version, "libjpeg": features.version("libjpeg_turbo") or features.version("jpg")}
-        return json.dumps({"listing": self.listing, "codec": asdict(self.codec), **libraries}, sort_keys=True)
+        jpeg, zlib = (features.version(name) for name in ("libjpeg_turbo", "zlib"))
+        libraries = {"pillow": pillow_version, "libjpeg": jpeg or features.version("jpg"), "zlib": zlib}
+        form = {"format": self.form.suffix, **self.form.options}
+        return json.dumps({"listing": self.listing, "codec": asdict(self.codec), **form, **libraries}, sort_keys=True)
 
     @property
     def described(self) -> str:
@@ -63,7 +66,12 @@ class Job:
     @property
     def codec_spec(self) -> dict[str, int]:
         """The codec as dataset.json has it; quality 0: not asked for."""
-        return {"max_side": self.codec.max_side, "quality": self.codec.quality or 0}
+        return {"max_side": self.codec.max_side, "quality": self.codec.quality or 0, **self.form.options}
+
+    def paths(self, split: str, form: Format | None = None) -> tuple[Path, Path]:
+        """Return where a split is in a format (None: the job's) when it is finished, and where until then."""
+        name = split + (form or self.form).suffix
+        return self.output / name, self.output / f"{name}.partial"
 
 
 def journal_path(job: Job, split: str) -> Path:
@@ -74,17 +82,13 @@ def journal_path(job: Job, split: str) -> Path:
 def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
     """Convert one split, or finish what an interrupted run left; return its spec and what was skipped."""
     entries = job.source.splits[split]
-    final, unfinished = job.output / f"{split}.beton", job.output / f"{split}.beton.partial"
-    if final.exists():
-        if not journal_path(job, split).exists():
-            raise Mistake(f"{final}: in the way, and not of this conversion", remedy="remove it, or convert elsewhere")
-        final.replace(unfinished)  # killed after this split and before the last: its index is checked once more
-    data_size = unfinished.stat().st_size if unfinished.exists() else 0
+    final, unfinished = job.paths(split)
+    _reclaim(job, split)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_room(job, split, unfinished))
-        journal = Journal(journal_path(job, split), job.key, data_size)
+        journal = Journal(journal_path(job, split), job.key, job.form.written(unfinished))
         stack.callback(journal.close)
-        writer = BetonWriter(unfinished, len(entries), sum(entry.size for entry in entries), journal.records)
+        writer = job.form.writer(unfinished, entries, journal.records)
         stack.callback(writer.close)
         _fill(job, split, writer, journal)
         records = journal.all_records()
@@ -99,6 +103,25 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
     return spec, [f"{entries[number].name}\t{reason}" for number, reason in sorted(journal.reasons.items())]
 
 
+def _reclaim(job: Job, split: str) -> None:
+    """Make room for a split: go on with what a killed run had finished, remove what it had written in another format.
+
+    Raises:
+        Mistake: there is a finished split, and nothing that says that it is of an interrupted conversion.
+    """
+    ours = journal_path(job, split).exists()
+    final, unfinished = job.paths(split)
+    if final.exists():
+        if not ours:
+            raise Mistake(f"{final}: in the way, and not of this conversion", remedy="remove it, or convert elsewhere")
+        job.form.remove(unfinished)
+        final.replace(unfinished)  # killed after this split and before the last: its index is checked once more
+    for other in (beton(), shards()):
+        if ours and other.suffix != job.form.suffix:
+            for path in job.paths(split, other):
+                other.remove(path)
+
+
 def check_counts(source: Source, split: str, counts: np.ndarray) -> None:
     """Refuse a training split that has no image of some class."""
     empty = [name for name, count in zip(source.classes, counts, strict=True) if count == 0]
@@ -111,14 +134,16 @@ def check_counts(source: Source, split: str, counts: np.ndarray) -> None:
         )
 
 
-def convert_batch(source: Source, codec: Codec, entries: Sequence[Entry]) -> list[Sample | str]:
+def convert_batch(
+    source: Source, codec: Codec, stored: Callable[[Sample], Sample], entries: Sequence[Entry]
+) -> list[Sample | str]:
     """Read and transcode some entries: a worker's task. A string says why an image is bad."""
     outcomes: list[Sample | str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
         for entry in entries:
             try:
-                outcomes.append(transcode(_read(source, entry), entry.name, codec))
+                outcomes.append(stored(transcode(_read(source, entry), entry.name, codec)))
             except BadImageError as reason:
                 outcomes.append(str(reason))
     return outcomes
@@ -134,7 +159,7 @@ def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
         ) from error
 
 
-def _fill(job: Job, split: str, writer: BetonWriter, journal: Journal) -> None:
+def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
     """Transcode and write whatever entries of the split the journal does not have yet."""
     entries, done = job.source.splits[split], len(journal.records)
     if journal.reasons and not job.skip_bad:
@@ -144,7 +169,7 @@ def _fill(job: Job, split: str, writer: BetonWriter, journal: Journal) -> None:
         log.info("%s: going on after %d of %d images of %s", job.output, done, len(entries), split)
     job.progress(split, done, len(entries), 0)
     batches = list(_batches(entries, done))
-    work = partial(convert_batch, replace(job.source, splits={}), job.codec)
+    work = partial(convert_batch, replace(job.source, splits={}), job.codec, job.form.stored)
     start = flushed_end = writer.end
     flushed_at = time.monotonic()
     workers = max(1, min(job.workers, len(batches)))
@@ -161,14 +186,14 @@ def _fill(job: Job, split: str, writer: BetonWriter, journal: Journal) -> None:
 
 
 def _write(
-    job: Job, split: str, numbers: range, outcomes: Sequence[Sample | str], writer: BetonWriter, journal: Journal
+    job: Job, split: str, numbers: range, outcomes: Sequence[Sample | str], writer: Writer, journal: Journal
 ) -> None:
     """Append a batch's samples to the data and to the journal, in order."""
     entries = job.source.splits[split]
     for number, outcome in zip(numbers, outcomes, strict=True):
         label = entries[number].label
         if isinstance(outcome, Sample):
-            offset = writer.append(outcome.data)
+            offset = writer.append(outcome, label)
             size = len(outcome.data)
             record = (
                 True, outcome.mode, int(outcome.kind), outcome.width, outcome.height, label, outcome.crc32, size, offset
@@ -181,7 +206,7 @@ def _write(
             raise _bad(entries[number], outcome)
 
 
-def _flush(writer: BetonWriter, journal: Journal) -> None:
+def _flush(writer: Writer, journal: Journal) -> None:
     """Have the data on the disk, then the journal that speaks of it."""
     writer.sync()
     journal.flush()
@@ -209,22 +234,27 @@ def _batches(entries: Sequence[Entry], start: int) -> Iterator[Sequence[Entry]]:
 
 def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSpec:
     """Read the finished file again, all of it, and describe it; its name is still the unfinished one."""
-    reader = BetonReader(path)
-    stage = f"{split}: reading back"
-    damages = damaged_samples(reader, decode=False, workers=job.workers, stage=stage, progress=job.progress)
-    stored = records[records["stored"]]
-    if damages or not np.array_equal(reader.crcs, stored["crc32"]):
-        path.unlink()
+    stage, stored = f"{split}: reading back", records[records["stored"]]
+    try:
+        reader = job.form.reader(path)
+        damages = damaged_samples(reader, decode=False, workers=job.workers, stage=stage, progress=job.progress)
+        wrong = f"{len(damages)} damaged samples, the first: {damages[0]}" if damages else ""
+        if not np.array_equal(reader.crcs, stored["crc32"]):
+            wrong = wrong or "another index"
+    except Failure as failure:
+        wrong = str(failure)
+    if wrong:
+        job.form.remove(path)
         raise Failure(
             f"{path}: what was written does not read back",
-            found=f"{len(damages)} damaged samples, the first: {damages[0]}" if damages else "another index",
+            found=wrong,
             remedy="check the disk and its file system; the same command starts this split anew",
         )
     converted = count_kinds(stored["kind"])
     if skipped := len(records) - len(stored):
         converted["skipped"] = skipped
     spec = SplitSpec(
-        file=f"{split}.beton",
+        file=job.paths(split)[0].name,
         samples=reader.num_samples,
         counts=tuple(np.bincount(reader.labels, minlength=len(job.source.classes)).tolist()),
         size=reader.file_size,
@@ -245,7 +275,8 @@ def _room(job: Job, split: str, path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         planned = sum(entry.size for entry in job.source.splits[split])
-        written = path.stat().st_blocks * 512 if path.exists() else 0
+        files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+        written = sum(file.stat().st_blocks for file in files) * 512
         free = shutil.disk_usage(path.parent).free
         raise Failure(
             f"{path}: no room to go on writing ({error.strerror})",

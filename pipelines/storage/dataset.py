@@ -1,4 +1,4 @@
-"""One dataset, one folder: `dataset.json` beside a .beton file for each split."""
+"""One dataset, one folder: `dataset.json` beside a .beton file, or a .wds folder of shards, for each split."""
 
 import hashlib
 import json
@@ -13,6 +13,8 @@ from pipelines.errors import Failure, Mistake
 from pipelines.files import whole_file
 from pipelines.spec import DatasetSpec
 from pipelines.storage.beton import BetonReader
+from pipelines.storage.reader import Reader
+from pipelines.storage.shard_reader import ShardReader
 
 FORMAT = 1
 """Version of dataset.json that this program writes and reads."""
@@ -32,7 +34,7 @@ class Dataset:
     def __init__(self, folder: Path, spec: DatasetSpec) -> None:
         self.folder = folder
         self.spec = spec
-        self._readers: dict[str, BetonReader] = {}
+        self._readers: dict[str, Reader] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Dataset":
@@ -45,12 +47,12 @@ class Dataset:
         folder = Path(folder)
         return cls(folder, read_spec(folder))
 
-    def split(self, name: str) -> BetonReader:
+    def split(self, name: str) -> Reader:
         """Return the reader of one split, opened once and checked against dataset.json.
 
         Raises:
             Mistake: there is no such split.
-            Failure: its file is missing or not the one that was converted.
+            Failure: a file of it is missing or not the one that was converted.
         """
         if name not in self.spec.splits:
             has = ", ".join(self.spec.splits)
@@ -65,7 +67,7 @@ class Dataset:
             reader.close()
         self._readers.clear()
 
-    def _open_split(self, name: str) -> BetonReader:
+    def _open_split(self, name: str) -> Reader:
         split = self.spec.splits[name]
         path = self.folder / split.file
         remedy = "`deitfast verify` says what is damaged; convert again, or copy the file from where it is whole"
@@ -76,7 +78,7 @@ class Dataset:
                 found=f"{path.stat().st_size:,} bytes",
                 remedy=remedy,
             )
-        reader = BetonReader(path)
+        reader = open_reader(path)
         if reader.index_crc32 != split.index_crc32 or reader.num_samples != split.samples:
             reader.close()
             raise Failure(
@@ -88,7 +90,22 @@ class Dataset:
         return reader
 
 
-def content_fingerprint(reader: BetonReader) -> str:
+def open_reader(path: Path) -> Reader:
+    """Open a split's file or folder by its suffix, not compared with any dataset.json.
+
+    Raises:
+        Failure: it is missing or not whole.
+    """
+    match path.suffix:
+        case ".beton":
+            return BetonReader(path)
+        case ".wds":
+            return ShardReader(path)
+        case suffix:
+            raise _damaged(path, "a split that ends in .beton or .wds", suffix)
+
+
+def content_fingerprint(reader: Reader) -> str:
     """Return a split's fingerprint: blake2b over (label, height, width, mode, crc32) of every sample in order."""
     rows = np.zeros(reader.num_samples, dtype=CONTENT)
     rows["label"], rows["height"], rows["width"] = reader.labels, reader.heights, reader.widths

@@ -7,10 +7,11 @@ from pipelines.storage.demo import open_demo
 from pipelines.storage.listing import printable
 from pipelines.storage.opened import OpenedSource, Progress, Workspace
 from pipelines.storage.source_cifar import open_cifar
+from pipelines.storage.source_dataset import open_dataset
 from pipelines.storage.source_imagenet import open_imagenet
 from pipelines.storage.source_tree import open_folder
 
-KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo")
+KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
 
 
 def open_source(
@@ -51,6 +52,8 @@ def open_source(
                 return open_folder(place, workspace, val_fraction)
             case "demo":
                 return open_demo(val_fraction=val_fraction)
+            case "dataset":
+                return open_dataset(place, val_fraction)
             case _:
                 raise Mistake(f"there is no kind of source called {kind}", expected=", ".join(KINDS))
     except OSError as error:

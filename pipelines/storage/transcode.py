@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import Mistake
-from pipelines.storage.beton import JPEG, RAW
+from pipelines.storage.reader import JPEG, RAW
 
 RAW_SIDE = 128
 """Images that were not JPEG and are no longer than this on either side are stored raw."""

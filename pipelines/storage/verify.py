@@ -10,9 +10,10 @@ import numpy as np
 
 from pipelines.errors import Failure, Mistake
 from pipelines.spec import DatasetSpec, SplitSpec
-from pipelines.storage.beton import JPEG, BetonReader
-from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, read_spec
+from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, open_reader, read_spec
 from pipelines.storage.pool import usable_cores
+from pipelines.storage.reader import JPEG, Reader
+from pipelines.storage.shard_reader import ShardReader, shard_damages
 from pipelines.storage.transcode import BadImageError, stored_size
 
 Progress = Callable[[str, int, int, int], None]
@@ -80,7 +81,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
     samples, size = {}, 0
     for name, split in spec.splits.items():
         try:
-            reader = BetonReader(folder / split.file)
+            reader = open_reader(folder / split.file)
         except Failure as failure:
             damages.append(Damage(name, None, "", str(failure)))
             continue
@@ -94,7 +95,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
 
 
 def damaged_samples(
-    reader: BetonReader, *, decode: bool, workers: int = 0, stage: str = "", progress: Progress | None = None
+    reader: Reader, *, decode: bool, workers: int = 0, stage: str = "", progress: Progress | None = None
 ) -> list[tuple[int, str]]:
     """Return (number, reason) of every damaged sample of an open file, in order. Arguments as `verify` has them."""
     total, size = reader.num_samples, 0
@@ -110,14 +111,16 @@ def damaged_samples(
     return damages
 
 
-def _check(reader: BetonReader, numbers: range, decode: bool) -> list[tuple[int, str]]:
+def _check(reader: Reader, numbers: range, decode: bool) -> list[tuple[int, str]]:
     checked = ((number, _sample_damage(reader, number, decode)) for number in numbers)
-    return [(number, reason) for number, reason in checked if reason]
+    return [(number, f"{reader.place(number).file.name}: {reason}") for number, reason in checked if reason]
 
 
-def _sample_damage(reader: BetonReader, number: int, decode: bool) -> str:
+def _sample_damage(reader: Reader, number: int, decode: bool) -> str:
     try:
         data = reader.checked_sample(number)
+        if isinstance(reader, ShardReader):
+            reader.check_frame(number)
         if decode and reader.modes[number] == JPEG:
             expected = int(reader.heights[number]), int(reader.widths[number])
             found = stored_size(data.tobytes())
@@ -130,7 +133,7 @@ def _sample_damage(reader: BetonReader, number: int, decode: bool) -> str:
     return ""
 
 
-def _index_damage(reader: BetonReader, split: SplitSpec) -> list[str]:
+def _index_damage(reader: Reader, split: SplitSpec) -> list[str]:
     """Compare a file's index with what dataset.json says of it."""
     counts = np.bincount(reader.labels, minlength=len(split.counts)) if reader.labels.max() < 2**24 else None
     pairs = {
@@ -142,9 +145,9 @@ def _index_damage(reader: BetonReader, split: SplitSpec) -> list[str]:
     found = [f"{what}: {SPEC_FILE} says {says}, the file {has}" for what, (says, has) in pairs.items() if says != has]
     if counts is None or tuple(counts) != split.counts:
         found.append(f"images of each class: not as {SPEC_FILE} counts them")
-    return found
+    return found + (shard_damages(reader) if isinstance(reader, ShardReader) else [])
 
 
-def _label(spec: DatasetSpec, reader: BetonReader, number: int) -> str:
+def _label(spec: DatasetSpec, reader: Reader, number: int) -> str:
     label = int(reader.labels[number])
     return spec.classes[label] if label < len(spec.classes) else f"class {label}"

@@ -7,6 +7,7 @@ import numpy as np
 
 from pipelines.errors import Failure
 from pipelines.storage.beton import FIELDS, HEADER, MAX_PAGE, MIN_PAGE, PLACE, SAMPLE, VERSION, index_end
+from pipelines.storage.transcode import Sample
 
 USUAL_PAGE = 1 << 23  # FFCV's default; a smaller page wastes more at its end
 SMALL_DATASET = 1 << 28
@@ -52,8 +53,9 @@ class BetonWriter:
             os.ftruncate(self._fd, 0)  # nothing of an older attempt may show through the gaps
         os.ftruncate(self._fd, self.end)
 
-    def append(self, data: bytes) -> int:
-        """Write one sample and return its offset in the file."""
+    def append(self, sample: Sample, label: int) -> int:
+        """Write one sample's bytes and return their offset; what else is known of it goes into the index."""
+        data = sample.data
         self._grow(len(data))
         if self.end // self.page_size != (self.end + len(data) - 1) // self.page_size:
             self.end = _up(self.end, self.page_size)

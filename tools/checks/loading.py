@@ -16,10 +16,10 @@ from pipelines.batch import Batch
 from pipelines.loaders.opening import available, open_loader
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
-from pipelines.storage.beton import RAW, BetonReader
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, Source
+from pipelines.storage.reader import RAW, Reader
 
 pillow: Any = functional  # annotated for tensors; takes images as well
 BICUBIC = functional.InterpolationMode.BICUBIC
@@ -46,7 +46,7 @@ class Given(Source):
         return entry.where
 
 
-def store(files: list[bytes], folder: Path) -> BetonReader:
+def store(files: list[bytes], folder: Path) -> Reader:
     """Convert encoded images to a data set in `folder` and open it."""
     entries = [Entry(f"image {number}", 0, data, len(data)) for number, data in enumerate(files)]
     convert(Given(splits={"train": entries}), folder, workers=1)
@@ -64,7 +64,7 @@ def shrunk(files: list[bytes]) -> list[bytes]:
     return small
 
 
-def loaders(reader: BetonReader, small: BetonReader, size: int) -> Iterator[Check]:
+def loaders(reader: Reader, small: Reader, size: int) -> Iterator[Check]:
     """Compare loaders over training windows and evaluation's centres, of the images and of small copies."""
     spec = AugmentSpec(size=size, repeats=1, mix_group=2)
     padded = replace(spec, size=SMALL, crop="padded")
@@ -96,14 +96,14 @@ def loaders(reader: BetonReader, small: BetonReader, size: int) -> Iterator[Chec
             yield compare(f"{name}, {what}", ours, theirs, ALLOWED[name], by="mean")
 
 
-def one_batch(reader: BetonReader, spec: AugmentSpec) -> Batch:
+def one_batch(reader: Reader, spec: AugmentSpec) -> Batch:
     """Return the reference loader's first training batch, of all images (but the last of an odd number)."""
     sampler = TrainSampler(reader.num_samples, reader.num_samples // 2 * 2, spec.seed, spec.repeats, spec.mix_group)
     plan = LoaderSpec(name="reference")
     return next(iter(open_loader(reader, spec, plan, sampler, train=True, device=torch.device("cpu")).epoch(0)))
 
 
-def batches(name: str, reader: BetonReader, spec: AugmentSpec, train: bool) -> list[Batch]:
+def batches(name: str, reader: Reader, spec: AugmentSpec, train: bool) -> list[Batch]:
     """Return a loader's batches: several epochs of training, or evaluation's one."""
     count = reader.num_samples
     if train:
@@ -119,7 +119,7 @@ def batches(name: str, reader: BetonReader, spec: AugmentSpec, train: bool) -> l
         loader.close()
 
 
-def _torchvisions(reader: BetonReader, batch: Batch, row: int, size: int) -> np.ndarray:
+def _torchvisions(reader: Reader, batch: Batch, row: int, size: int) -> np.ndarray:
     """Return a row's crop as torchvision's functions make it of a PIL image: uint8 [S, S, 3]."""
     image = _image(reader, int(batch.params.sample[row]))
     top, left, height, width = batch.params.window[row].tolist()
@@ -129,7 +129,7 @@ def _torchvisions(reader: BetonReader, batch: Batch, row: int, size: int) -> np.
     return np.asarray(pillow.center_crop(pillow.resize(image, [short], BICUBIC), [size, size]))
 
 
-def _image(reader: BetonReader, sample: int) -> Image.Image:
+def _image(reader: Reader, sample: int) -> Image.Image:
     data = reader.sample(sample)
     if reader.modes[sample] == RAW:
         return Image.fromarray(data.reshape(int(reader.heights[sample]), int(reader.widths[sample]), 3))

@@ -1,0 +1,92 @@
+"""What a converted split offers to whoever reads it, however it is stored: all that loaders know of storage."""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from pipelines.errors import Failure
+
+JPEG, RAW = 0, 1
+"""What a sample's bytes are: an encoded JPEG, or uint8 [height, width, 3]."""
+REMEDY = "convert the dataset again, or copy the file again from where it is whole"
+
+
+class Place(NamedTuple):
+    """Where a sample's bytes lie, as they are stored."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+class Reader(Protocol):
+    """Random access to the samples of one split. Opening it has checked that its files belong to its index."""
+
+    path: Path
+    """The file, or the folder of files, that was opened."""
+    num_samples: int
+    labels: np.ndarray
+    """int64 [N]."""
+    heights: np.ndarray
+    """int32 [N], pixels."""
+    widths: np.ndarray
+    """int32 [N], pixels."""
+    modes: np.ndarray
+    """uint8 [N]: JPEG or RAW."""
+    sizes: np.ndarray
+    """int64 [N]: bytes that `sample` returns."""
+    crcs: np.ndarray
+    """uint32 [N]: CRC32 of these bytes."""
+    file_size: int
+    """Bytes of the files that hold the images."""
+    index_crc32: int
+    """CRC32 of the index: everything here but the images."""
+
+    def sample(self, index: int) -> np.ndarray:
+        """Return one sample's bytes, read-only uint8 [size]; those of a JPEG are a view of the file.
+
+        Raises:
+            Failure: what is stored there is damaged so badly that it has no such bytes.
+        """
+        ...
+
+    def checked_sample(self, index: int) -> np.ndarray:
+        """Return `sample(index)` once its CRC32 is right.
+
+        Raises:
+            Failure: the bytes are not those that were written; the message names the file and the sample.
+        """
+        ...
+
+    def place(self, index: int) -> Place:
+        """Return where a sample is stored."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files. Views already handed out stay valid; may be called twice."""
+        ...
+
+
+def damaged(reader: Reader, index: int, expected: str, found: str) -> Failure:
+    """Return the error that says that a sample is not what was written."""
+    return Failure(
+        f"{reader.place(index).file}: sample {index} is damaged",
+        expected=expected,
+        found=found,
+        remedy="`deitfast verify` lists everything damaged; then " + REMEDY,
+    )
+
+
+def compare_crc(reader: Reader, index: int, data: np.ndarray) -> np.ndarray:
+    """Return `data`, a sample's bytes, once they have its CRC32.
+
+    Raises:
+        Failure: they have another one.
+    """
+    found = zlib.crc32(data.data)
+    if found != reader.crcs[index]:
+        expected = f"CRC32 {reader.crcs[index]:08x} over {len(data):,} bytes at {reader.place(index).offset:,}"
+        raise damaged(reader, index, expected, f"CRC32 {found:08x}")
+    return data
