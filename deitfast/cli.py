@@ -132,6 +132,10 @@ def train(
         list[str] | None,
         typer.Option(metavar="NAME", help=f"A row of the paper's ablation table: {', '.join(ablations.names())}."),
     ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them, instead of stopping."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -141,7 +145,7 @@ def train(
 
     options = TrainOptions(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
-        weights=weights, finetune=finetune, ablate=tuple(ablate or ()),
+        weights=weights, finetune=finetune, ablate=tuple(ablate or ()), skip_bad=skip_bad,
     )  # fmt: skip
     run_training(options, device, _display(), out)
 

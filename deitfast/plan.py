@@ -41,6 +41,7 @@ class TrainOptions:
     weights: Path | None = None
     finetune: Path | None = None
     ablate: tuple[str, ...] = ()
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -140,6 +141,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
         "train.batch": options.batch,
+        "loader.skip_bad": "true" if options.skip_bad else None,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])

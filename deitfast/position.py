@@ -33,6 +33,8 @@ class Position:
     """Wall time of those steps."""
     waited: float = 0.0
     """Part of it that they waited for data."""
+    skipped: int = 0
+    """Rows of them whose image could not be read."""
 
     @classmethod
     def start(cls, device: torch.device, epoch: int = 0) -> "Position":
@@ -51,7 +53,7 @@ class Position:
     @classmethod
     def restore(cls, state: dict[str, Any], device: torch.device) -> "Position":
         """Return the position that `state` was taken of."""
-        own = {name: state[name] for name in ("epoch", "steps", "seconds", "waited")}
+        own = {name: state[name] for name in ("epoch", "steps", "seconds", "waited", "skipped")}
         return cls(torch.tensor(state["losses"], device=device), **own)
 
     def means(self) -> dict[str, float]:

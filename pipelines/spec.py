@@ -141,3 +141,5 @@ class LoaderSpec:
     """Batches made ahead of the step."""
     check: bool = True
     """Compare each image's CRC32 before it is decoded."""
+    skip_bad: bool = False
+    """Leave damaged images out, named in the log and counted in the metrics, where they would end the run."""

@@ -1,12 +1,17 @@
-"""Fixtures that every test file may use: two converted datasets, made once."""
+"""Fixtures that every test file may use: data sets, made once, and a watch over threads."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import betons
 import numpy as np
 import pytest
+from betons import photo, write_beton
 from images import MemorySource, drawn, encoded, entries, jpeg, odd_images, rotated_jpeg
 from PIL import Image
 
+from pipelines.storage.beton import BetonReader
 from pipelines.storage.convert import convert
 
 
@@ -52,3 +57,36 @@ def tiny_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "small"
     convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+    """29 images of odd sizes: JPEGs of all subsamplings, some progressive, one turned by EXIF, three stored raw."""
+    rng, images = np.random.default_rng(0), []
+    for index in range(29):
+        image = photo(rng, int(rng.integers(24, 150)), int(rng.integers(24, 150)))
+        options = {"subsampling": index % 3, "progressive": index % 5 == 0}
+        images.append((image, None if index % 10 == 9 else betons.jpeg(image, **options)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images[1] = (images[1][0], betons.jpeg(images[1][0], exif=turned))
+    return write_beton(tmp_path_factory.mktemp("photos") / "photos.beton", images)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
+    """29 images of 32 x 32, every fifth a JPEG."""
+    rng, images = np.random.default_rng(1), []
+    for index in range(29):
+        image = photo(rng, 32, 32)
+        images.append((image, betons.jpeg(image) if index % 5 == 0 else None))
+    return write_beton(tmp_path_factory.mktemp("small") / "small.beton", images)
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not left, f"threads left behind: {left}"

@@ -3,71 +3,23 @@
 import io
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from betons import jpeg, photo, write_beton
+from loading import BATCH, CPU, LOADERS, PADDED, REASONS, RESIZED, SIZE, open_eval, open_train
 from PIL import Image
 
-from pipelines.batch import Batch, Loader
-from pipelines.errors import Failure, Mistake
+from pipelines.batch import Batch
+from pipelines.errors import Mistake
 from pipelines.loaders import opening
 from pipelines.loaders.opening import available, choose, open_loader
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import BetonReader
 
-CPU = torch.device("cpu")
-REASONS = available()
-LOADERS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(REASONS[name]), reason=REASONS[name] or "works here"))
-    for name in ("resident", "cpu", "ffcv", "reference")
-]
-SIZE, BATCH = 32, 12
-RESIZED = AugmentSpec(size=SIZE, crop="resized", repeats=3, mix_group=4, seed=7)
-PADDED = AugmentSpec(size=SIZE, crop="padded", repeats=2, mix_group=4, seed=7)
 MEAN_BOUND = {"resident": 0.0, "cpu": 0.1, "ffcv": 4.0, "reference": 0.0}
 """Largest mean difference from `reference`, in levels of 255, for each loader on these photographs."""
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
-    """29 images of odd sizes: JPEGs of all subsamplings, some progressive, one turned by EXIF, three stored raw."""
-    rng, images = np.random.default_rng(0), []
-    for index in range(29):
-        image = photo(rng, int(rng.integers(24, 150)), int(rng.integers(24, 150)))
-        options = {"subsampling": index % 3, "progressive": index % 5 == 0}
-        images.append((image, None if index % 10 == 9 else jpeg(image, **options)))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    images[1] = (images[1][0], jpeg(images[1][0], exif=turned))
-    return write_beton(tmp_path_factory.mktemp("photos") / "photos.beton", images)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> BetonReader:
-    """29 images of 32 x 32, every fifth a JPEG."""
-    rng, images = np.random.default_rng(1), []
-    for index in range(29):
-        image = photo(rng, 32, 32)
-        images.append((image, jpeg(image) if index % 5 == 0 else None))
-    return write_beton(tmp_path_factory.mktemp("small") / "small.beton", images)
-
-
-def open_train(
-    name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object
-) -> Loader:
-    sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
-    loader = LoaderSpec(**{"name": name, "workers": 2, **more})
-    return open_loader(reader, spec, loader, sampler, train=True, device=CPU)
-
-
-def open_eval(name: str, reader: BetonReader, spec: AugmentSpec, rank: int = 0, world: int = 1) -> Loader:
-    sampler = EvalSampler(reader.num_samples, BATCH, rank, world)
-    return open_loader(reader, spec, LoaderSpec(name=name, workers=2), sampler, train=False, device=CPU)
 
 
 def fits(name: str, reader: BetonReader) -> bool:
@@ -95,12 +47,7 @@ def assert_equal(some: list[Batch], others: list[Batch]) -> None:
         np.testing.assert_array_equal(one.params.table, other.params.table)
 
 
-@pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = [thread.name for thread in threading.enumerate() if thread not in before]
-    assert not left, f"threads left behind: {left}"
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -242,52 +189,6 @@ def test_breaking_off_leaves_no_thread(name: str, how: str, small: BetonReader) 
         del batches
     assert threading.active_count() == before
     assert torch.equal(next(iter(loader.epoch(0))).images, first.images)
-
-
-def damaged(reader: BetonReader, folder: Path, sample: int) -> BetonReader:
-    """Copy a file with one bit of one sample flipped."""
-    content = bytearray(reader.path.read_bytes())
-    content[int(reader.offsets[sample] + reader.sizes[sample] // 2)] ^= 1
-    path = folder / "damaged.beton"
-    path.write_bytes(content)
-    return BetonReader(path)
-
-
-def within(seconds: float, work) -> BaseException | None:
-    """Run `work` in a thread and return what it raised; fail instead of hanging."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), f"no answer within {seconds} s"
-    return raised[0] if raised else None
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_damaged_sample_is_named(name: str, tmp_path: Path, small: BetonReader) -> None:
-    reader = damaged(small, tmp_path, 17)
-    error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
-    assert isinstance(error, Failure)
-    assert "sample 17" in str(error)
-    assert str(reader.path) in str(error)
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_jpeg_that_is_none_is_named(name: str, tmp_path: Path) -> None:
-    image = photo(np.random.default_rng(0), 32, 32)
-    images: list[tuple[Image.Image, bytes | None]] = [(image, jpeg(image)) for _ in range(4)]
-    images[2] = (image, b"no JPEG, whatever its CRC32 says")
-    reader = write_beton(tmp_path / "none.beton", images)
-    error = within(60, lambda: list(open_eval(name, reader, PADDED).epoch(0)))
-    assert isinstance(error, Failure)
-    assert "sample 2 " in str(error)
 
 
 @pytest.mark.skipif(bool(REASONS["ffcv"]), reason=REASONS["ffcv"] or "works here")

@@ -10,6 +10,7 @@ import torch
 from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
+from pipelines.loaders.damage import BadSamples
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import BetonReader
@@ -49,7 +50,7 @@ def open_loader(
         Mistake: the loader does not work on this machine or with this split; the message says why.
         Failure: a sample is damaged (resident only; the others meet it in `epoch`).
     """
-    plan = Plan(reader, augment, spec, sampler, train, device)
+    plan = Plan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
     match choose(reader, device) if spec.name == "auto" else spec.name:
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
