@@ -25,8 +25,13 @@ def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in SAYS_SO)):
+        if not out_of_memory(error):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         found = next((line for line in lines if any(words in line for words in SAYS_SO)), lines[0] if lines else "")
         raise Failure(f"out of GPU memory for {buffer}", found=found, remedy=remedy) from error
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an exception of torch, DALI or CUDA says that the device has no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in SAYS_SO)

@@ -81,7 +81,7 @@ def test_a_skipped_sample_is_black_and_neither_it_nor_its_partner_counts(
     untouched = open_train(name, small, PADDED)
     whole = everything([batch for epoch in range(4) for batch in untouched.epoch(epoch)])
     assert torch.equal(images[~gone], whole[0][~gone])
-    assert [record.message.count(f"sample {BAD}") for record in caplog.records] == [1]
+    assert [f"sample {BAD}" in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -117,6 +117,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
 
 WORKERS = {
     "cpu": ("pipelines.loaders.cpu.RegionCodec", "decode"),
+    "dali": ("pipelines.loaders.dali_source.EncodedImages", "fetch"),
     "ffcv": ("pipelines.loaders.ffcv", "tabulate"),
     "reference": ("pipelines.loaders.reference.PillowCodec", "decode"),
     "resident": ("pipelines.loaders.resident", "gather"),
