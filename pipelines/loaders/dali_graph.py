@@ -57,9 +57,10 @@ class Graph:
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec
-        self._held: deque[list[np.ndarray]] = deque()
-        """What the runs under way read: DALI takes the encoded images where they lie, in the mapped file."""
-        self._pipeline: Pipeline = build(spec)
+        self._held: deque[list[np.ndarray]] = deque(maxlen=spec.depth + 1)
+        """What the runs under way read, and the last one taken: DALI reads the encoded images where they lie."""
+        self._pipeline: Pipeline = define(spec)
+        self._pipeline.build()
         nothing = np.zeros((spec.views, 1, 8), np.int64)
         nothing[..., 2:6] = 1
         for _ in range(spec.depth):  # DALI's first run starts as many as its queue is deep: let them be empty ones
@@ -86,7 +87,6 @@ class Graph:
         """
         stream = torch.cuda.current_stream(self.spec.device) if self.spec.device.type == "cuda" else None
         outputs = self._pipeline.outputs(stream)
-        self._held.popleft()
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _feed(self, encoded: list[np.ndarray], geometry: np.ndarray) -> None:
@@ -101,8 +101,8 @@ class Graph:
                 self._pipeline.feed_input(f"offset{view}", offset[view].astype(np.int32))
 
 
-def build(spec: GraphSpec) -> Pipeline:
-    """Return the pipeline, built: inputs encoded, start0, end0, (size0, offset0,) start1, ...; R outputs."""
+def define(spec: GraphSpec) -> Pipeline:
+    """Return the pipeline, not built yet: inputs encoded, start0, end0, (size0, offset0,) start1, ...; R outputs."""
     gpu = spec.device.type == "cuda"
     pipeline = Pipeline(
         batch_size=spec.images,
@@ -125,7 +125,6 @@ def build(spec: GraphSpec) -> Pipeline:
             bytes_per_sample_hint=spec.typical,
         )
         pipeline.set_outputs(*(cut(images, view, spec) for view in range(spec.views)))
-    pipeline.build()
     return pipeline
 
 
