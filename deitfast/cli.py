@@ -160,7 +160,7 @@ def eval_(
     data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,
-    loader: Annotated[str, typer.Option(help="auto, resident, cpu, ffcv or reference.")] = "auto",
+    loader: Annotated[str, typer.Option(help="auto, resident, dali, cpu, ffcv or reference.")] = "auto",
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the reference loader's predictions on the same images.")
     ] = False,

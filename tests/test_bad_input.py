@@ -142,7 +142,7 @@ def test_training_counts_what_it_skips(tiny_small: Path, tmp_path: Path) -> None
     with reader.path.open("r+b") as file:
         file.seek(int(reader.offsets[3]))
         file.write(b"\0\1\2\3")
-    recipe = tiny_recipe("augment.repeats=1", "train.epochs=1", "train.ema=0", "train.checkpoint_minutes=10")
+    recipe = tiny_recipe("augment.repeats=1", "train.epochs=1", "train.ema=0", "train.batch=80")
     with pytest.raises(Failure, match="sample 3 is damaged"):
         run(data, tmp_path / "run", recipe)
     run(data, tmp_path / "skipping", override(recipe, ["loader.skip_bad=true"]))

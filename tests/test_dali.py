@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from betons import jpeg, photo, write_beton
-from loading import BATCH, CPU, PADDED, REASONS, RESIZED, open_eval, open_train
+from loading import BATCH, CPU, PADDED, REASONS, RESIZED, damaged, open_eval, open_train
 from PIL import Image
 
 from pipelines.errors import Failure
@@ -22,7 +22,8 @@ if REASONS["dali"]:
     pytest.skip(REASONS["dali"], allow_module_level=True)
 
 from pipelines.loaders import dali_graph, dali_setup
-from pipelines.loaders.dali import DaliLoader
+from pipelines.loaders.dali import DaliLoader, _Placing
+from pipelines.loaders.decode_once import decode_once
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 SPEC = dali_graph.GraphSpec(8, 3, 32, framed=True, threads=1, depth=2, device=CPU, typical=3000)
@@ -74,6 +75,13 @@ def test_running_out_of_memory_names_the_buffer(small: BetonReader, monkeypatch:
     monkeypatch.setattr(dali_graph.Graph, "take", full)
     with pytest.raises(Failure, match=r"out of GPU memory for the images that the dali loader decodes(.|\n)*prefetch"):
         list(loader.epoch(0))
+
+
+def test_batches_before_a_damaged_one_still_come(tmp_path: Path, small: BetonReader) -> None:
+    batches = open_eval("dali", damaged(small, tmp_path, BATCH), PADDED).epoch(0)
+    assert next(batches).valid.all()
+    with pytest.raises(Failure, match=f"sample {BATCH} is damaged"):
+        next(batches)
 
 
 def test_two_iterations_at_once_do_not_mix(photos: BetonReader) -> None:
@@ -136,8 +144,9 @@ def test_memory_is_bounded_by_what_a_run_can_hold(photos: BetonReader) -> None:
     spec = dali_setup.graph_spec(plan, loader._source)
     assert spec.images == BATCH // RESIZED.repeats  # groups of 4 images x 3 views: a step of 12 holds 4
     sizes = sorted(plan.reader.heights.astype(int) * plan.reader.widths * 3)
-    bound = dali_setup.memory_bound(plan, spec)
+    bound = dali_setup.memory(plan, spec, largest=True)
     assert bound["decoded images"] == spec.depth * sum(sizes[-4:])
+    assert dali_setup.memory(plan, spec, largest=False)["decoded images"] < bound["decoded images"]
     assert bound["crops"] == bound["batches"] * 2 // 5 == 2 * 12 * 32 * 32 * 3
 
 
@@ -146,6 +155,18 @@ def test_the_rate_of_a_graph_can_be_measured(photos: BetonReader) -> None:
     assert isinstance(loader, DaliLoader)
     spec = dali_setup.graph_spec(loader.plan, loader._source)
     assert dali_setup.rate(loader.plan, loader._source, spec, 0.5) > 0
+
+
+def test_placing_asks_the_device_nothing(photos: BetonReader) -> None:
+    """On the meta device there are no values: whatever would wait for one fails."""
+    loader = open_train("dali", photos, RESIZED)
+    plan = replace(loader.plan, device=torch.device("meta"))
+    (work, *_) = decode_once(lambda step: plan.draw(0, step), range(loader.steps_per_epoch), RESIZED.repeats)
+    shape = (len(work.samples), RESIZED.size, RESIZED.size, 3)
+    crops = [torch.empty(shape, dtype=torch.uint8, device="meta") for _ in range(RESIZED.repeats)]
+    images, skipped = _Placing(plan).place(work, np.zeros(len(work.samples), np.bool_), crops)
+    assert images.shape == (BATCH, *shape[1:])
+    assert skipped == []
 
 
 def test_auto_is_dali_on_cuda_where_it_is_installed(photos: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from pipelines.batch import Batch
 from pipelines.errors import Mistake
 from pipelines.loaders import opening
+from pipelines.loaders.assemble import Geometry
 from pipelines.loaders.opening import available, choose, open_loader
+from pipelines.loaders.resident import gather
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import BetonReader
@@ -200,6 +202,14 @@ def test_ffcv_leaves_torchs_threads_alone(small: BetonReader) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_resident_batch_asks_the_device_nothing(small: BetonReader) -> None:
+    """On the meta device there are no values: whatever would wait for one fails."""
+    images = torch.empty(29, 32, 32, 3, dtype=torch.uint8, device="meta")
+    for spec in (PADDED, RESIZED):
+        rows, params = open_train("resident", small, spec).plan.draw(0, 0)
+        assert gather(images, rows, Geometry.of(params), SIZE).shape == (BATCH, SIZE, SIZE, 3)
 
 
 def test_resident_refuses_images_of_several_sizes(photos: BetonReader) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.batch import Batch
 from pipelines.loaders.assemble import Plan
 from pipelines.loaders.dali_graph import Graph, GraphSpec
-from pipelines.loaders.dali_setup import graph_spec, memory_bound
+from pipelines.loaders.dali_setup import graph_spec, memory
 from pipelines.loaders.dali_source import EncodedImages
 from pipelines.loaders.decode_once import Work, decode_once
 from pipelines.loaders.prefetch import prefetched, sent
@@ -30,7 +30,7 @@ class DaliLoader:
     """Feeds DALI's graph out of the mapped file, and puts the crops that it cuts where batches want them.
 
     DALI keeps `loader.prefetch` runs under way on threads and streams of its own; besides, one batch waits for the
-    step. Everything here happens in the thread of `prefetched` and on its stream. Memory: see `memory_bound`.
+    step. Everything here happens in the thread of `prefetched` and on its stream. Memory: see `dali_setup.memory`.
     """
 
     name = "dali"
@@ -66,12 +66,16 @@ class DaliLoader:
         graph = self._idle.pop() if self._idle else self._built()
         steps = range(start_step, self.steps_per_epoch)
         works = decode_once(lambda step: self.plan.draw(epoch, step), steps, graph.spec.views)
-        started: deque[tuple[Work, np.ndarray]] = deque()
         placing = _Placing(self.plan)
+        started: deque[tuple[Work, np.ndarray | Exception]] = deque()
 
         def start(pool: ThreadPoolExecutor) -> None:
             if (work := next(works, None)) is not None:
-                encoded, geometry, lost = self._source.fetch(pool, work)
+                try:
+                    encoded, geometry, lost = self._source.fetch(pool, work)
+                except Exception as error:  # raised in its turn, behind the batches before it
+                    started.append((work, error))
+                    return
                 if encoded:
                     graph.start(encoded, geometry)
                 started.append((work, lost))
@@ -80,10 +84,13 @@ class DaliLoader:
             for _ in range(graph.spec.depth):
                 start(pool)
             while started:
+                work, lost = started[0]
+                if isinstance(lost, Exception):
+                    raise lost
                 crops = self._take(graph, [work for work, _ in started])
-                work, lost = started.popleft()
                 images, skipped = placing.place(work, lost, crops)
                 del crops  # DALI's memory
+                started.popleft()
                 start(pool)
                 yield self.plan.batch(images, work.rows, work.params, skipped)
         self._idle.append(graph)
@@ -91,9 +98,10 @@ class DaliLoader:
     def _built(self) -> Graph:
         if self._spec is None:
             self._spec = graph_spec(self.plan, self._source)
-            bound = memory_bound(self.plan, self._spec)
-            parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in bound.items())
-            log.info("dali: at most %.2f GB on %s (%s)", sum(bound.values()) / 1e9, self.plan.device, parts)
+            usual, most = (memory(self.plan, self._spec, largest=largest) for largest in (False, True))
+            parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in usual.items())
+            text = "dali: usually %.2f GB on %s (%s); %.2f GB if the largest images came together"
+            log.info(text, sum(usual.values()) / 1e9, self.plan.device, parts, sum(most.values()) / 1e9)
         with naming_memory("the dali loader's graph", "lower loader.prefetch, loader.workers or train.batch"):
             return Graph(self._spec)
 

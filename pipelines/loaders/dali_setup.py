@@ -54,17 +54,19 @@ def most_images(plan: Plan, views: int) -> int:
     return max(1, *(int((-(-count // views)).sum()) for count in counts))
 
 
-def memory_bound(plan: Plan, spec: GraphSpec) -> dict[str, int]:
-    """Return the largest number of bytes of each buffer, on the GPU, or without one on the host.
+def memory(plan: Plan, spec: GraphSpec, *, largest: bool) -> dict[str, int]:
+    """Return the bytes of each buffer, on the GPU, or without one on the host.
 
-    With D runs under way, n images of R views in each and crops of S x S x 3 bytes: D x the n largest images of the
-    split; D x n x R crops; R + 2 batches (at the step, waiting for it, and begun ahead); and on CUDA 16 MiB for each
-    decoding thread, with as much again in page-locked host memory.
+    With D runs under way, n images of R views in each and crops of S x S x 3 bytes: D x n decoded images (`largest`:
+    the n largest of the split, which bounds it; else n average ones); D x n x R crops; R + 2 batches (at the step,
+    waiting for it, and begun ahead); and on CUDA 16 MiB for each decoding thread, with as much again in page-locked
+    host memory.
     """
-    sizes = np.sort(plan.reader.heights.astype(np.int64) * plan.reader.widths * 3)
+    sizes = plan.reader.heights.astype(np.int64) * plan.reader.widths * 3
+    images = np.sort(sizes)[-spec.images :].sum() if largest else sizes.mean() * spec.images
     crop, rows = spec.side**2 * 3, len(plan.sampler.rows(0, 0).samples)
     return {
-        "decoded images": spec.depth * int(sizes[-spec.images :].sum()),
+        "decoded images": spec.depth * int(images),
         "crops": spec.depth * spec.images * spec.views * crop,
         "batches": (spec.views + 2) * rows * crop,
         "decoder": spec.threads * DEVICE_PADDING if spec.device.type == "cuda" else 0,
