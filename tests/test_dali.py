@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from betons import jpeg, photo, write_beton
-from loading import BATCH, CPU, PADDED, REASONS, RESIZED, damaged, open_eval, open_train
+from loading import BATCH, CPU, PADDED, REASONS, RESIZED, damaged, open_eval, open_train, within
 from PIL import Image
 
 from pipelines.errors import Failure
@@ -38,6 +38,10 @@ def cut_short(tmp_path: Path) -> BetonReader:
     return write_beton(tmp_path / "short.beton", images)
 
 
+def failing(graph: dali_graph.Graph) -> list[torch.Tensor]:
+    raise RuntimeError("Critical error in pipeline:\nError in GPU operator `resize`: launch failure")
+
+
 def test_an_image_that_only_dali_meets_as_broken_is_named(cut_short: BetonReader) -> None:
     with pytest.raises(Failure, match=r"sample 20 of .*short.beton cannot be decoded"):
         list(open_eval("dali", cut_short, RESIZED).epoch(0))
@@ -55,10 +59,16 @@ def test_an_image_that_only_dali_meets_as_broken_is_skipped(cut_short: BetonRead
         assert batches[1].images[19 - BATCH].any()
 
 
-def test_dalis_own_trouble_is_told_as_such(small: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(graph: dali_graph.Graph) -> list[torch.Tensor]:
-        raise RuntimeError("Critical error in pipeline:\nError in GPU operator `resize`: launch failure")
+def test_what_was_skipped_before_is_not_blamed_again(cut_short: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = open_eval("dali", cut_short, RESIZED, skip_bad=True)
+    list(loader.epoch(0))
+    monkeypatch.setattr(dali_graph.Graph, "take", failing)
+    error = within(20, lambda: list(loader.epoch(0)))
+    assert isinstance(error, Failure)
+    assert "DALI failed on" in str(error)
 
+
+def test_dalis_own_trouble_is_told_as_such(small: BetonReader, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = open_train("dali", small, PADDED)
     list(loader.epoch(0))
     monkeypatch.setattr(dali_graph.Graph, "take", failing)
@@ -75,6 +85,13 @@ def test_running_out_of_memory_names_the_buffer(small: BetonReader, monkeypatch:
     monkeypatch.setattr(dali_graph.Graph, "take", full)
     with pytest.raises(Failure, match=r"out of GPU memory for the images that the dali loader decodes(.|\n)*prefetch"):
         list(loader.epoch(0))
+
+
+def test_a_header_of_another_size_is_named(tmp_path: Path) -> None:
+    image, other = (photo(np.random.default_rng(3), side, side) for side in (40, 64))
+    reader = write_beton(tmp_path / "sizes.beton", [(image, jpeg(image)), (image, jpeg(other))])
+    with pytest.raises(Failure, match=r"sample 1 of (.|\n)*one of 64 x 64"):
+        list(open_eval("dali", reader, RESIZED).epoch(0))
 
 
 def test_batches_before_a_damaged_one_still_come(tmp_path: Path, small: BetonReader) -> None:
