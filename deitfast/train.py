@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deitfast import checkpoint
 from deitfast.data import open_split, open_training
 from deitfast.display import Bar, Display, duration, logging_to
-from deitfast.evaluate import evaluate, final_head, gather
+from deitfast.evaluate import evaluate, final_head
 from deitfast.fit import start_model
 from deitfast.optim import peak_lr
 from deitfast.position import Diverged, Position
@@ -243,7 +243,9 @@ class Run:
         if self.runtime.world > 1:
             dist.all_reduce(position.losses)
             position.losses /= self.runtime.world
-            position.skipped = sum(gather(torch.tensor([position.skipped])).tolist())
+            skipped = torch.tensor(position.skipped, device=self.runtime.device)
+            dist.all_reduce(skipped)
+            position.skipped = int(skipped)
         images, epoch = position.steps * train.batch, position.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
