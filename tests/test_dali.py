@@ -1,6 +1,7 @@
 """What only the dali loader does; the contract that it shares is in test_loaders.py and test_bad_input.py."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ if REASONS["dali"]:
 
 from pipelines.loaders import dali_graph, dali_setup
 from pipelines.loaders.dali import DaliLoader, _Placing
-from pipelines.loaders.decode_once import decode_once
+from pipelines.loaders.decode_once import NOTHING, decode_once
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 SPEC = dali_graph.GraphSpec(8, 3, 32, framed=True, threads=1, depth=2, device=CPU, typical=3000)
@@ -92,6 +93,20 @@ def test_a_header_of_another_size_is_named(tmp_path: Path) -> None:
     reader = write_beton(tmp_path / "sizes.beton", [(image, jpeg(image)), (image, jpeg(other))])
     with pytest.raises(Failure, match=r"sample 1 of (.|\n)*one of 64 x 64"):
         list(open_eval("dali", reader, RESIZED).epoch(0))
+
+
+def test_an_image_that_is_skipped_is_one_black_pixel_to_dali(tmp_path: Path, small: BetonReader) -> None:
+    loader = open_train("dali", damaged(small, tmp_path, 17), PADDED, skip_bad=True)
+    steps = range(loader.steps_per_epoch)
+    epochs = [decode_once(lambda step, at=at: loader.plan.draw(at, step), steps, PADDED.repeats) for at in range(2)]
+    work = next(work for works in epochs for work in works if 17 in work.samples)
+    with ThreadPoolExecutor(1) as pool:
+        encoded, geometry, lost = loader._source.fetch(pool, work)
+    (line,) = np.flatnonzero(lost)
+    assert work.samples[line] == 17
+    assert encoded[line] is dali_graph.PIXEL
+    assert (geometry[:, line] == NOTHING).all()
+    np.testing.assert_array_equal(geometry[:, ~lost], work.geometry[:, ~lost])
 
 
 def test_batches_before_a_damaged_one_still_come(tmp_path: Path, small: BetonReader) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.loaders.assemble import Plan
-from pipelines.loaders.dali_graph import Graph, GraphSpec
+from pipelines.loaders.dali_graph import Graph, GraphSpec, release_memory
 from pipelines.loaders.dali_setup import graph_spec, memory
 from pipelines.loaders.dali_source import EncodedImages
 from pipelines.loaders.decode_once import Work, decode_once
@@ -47,8 +47,9 @@ class DaliLoader:
         return prefetched(lambda: self._batches(epoch, start_step), 1, self.plan.device)
 
     def close(self) -> None:
-        """End DALI's threads and free its memory."""
+        """End DALI's threads, and have DALI hand the memory that it keeps back to the device."""
         self._idle.clear()
+        release_memory()
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         step = start_step

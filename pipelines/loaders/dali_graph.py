@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from nvidia.dali import backend as library
 from nvidia.dali import fn as operators
 from nvidia.dali import types as compiled
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
+backend: Any = library
 fn: Any = operators  # generated modules that type checkers see little of
 types: Any = compiled
 
@@ -149,3 +151,8 @@ def cut(images: Any, view: int, spec: GraphSpec) -> Any:
     return fn.slice(
         crops, start=numbers("offset", types.INT32), shape=side, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
     )
+
+
+def release_memory() -> None:
+    """Have DALI give back what it keeps of the device's and of page-locked memory; other graphs keep what they use."""
+    backend.ReleaseUnusedMemory()
