@@ -66,6 +66,11 @@ def test_more_views_than_a_run_cuts_take_another_line() -> None:
     assert len(decoded) > len(np.unique(decoded))
 
 
+def test_later_crops_take_only_what_room_is_left() -> None:
+    """Steps of 8 rows hold two views of each of 4 images: a run that cuts two has no room for the third."""
+    check(works(TrainSampler(SAMPLES, 8, SPEC.seed, SPEC.repeats, SPEC.mix_group), 2))
+
+
 def test_evaluation_leaves_rows_that_only_fill_up_out() -> None:
     found = works(EvalSampler(SAMPLES, 12, rank=1, world=2), 1)
     check(found)
