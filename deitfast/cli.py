@@ -162,6 +162,10 @@ def train(
         list[str] | None,
         typer.Option(metavar="NAME", help=f"A row of the paper's ablation table: {', '.join(ablations.names())}."),
     ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them, instead of stopping."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -172,7 +176,7 @@ def train(
     options = TrainOptions(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
         weights=weights, finetune=finetune, ablate=tuple(ablate or ()), teacher_weights=teacher_weights, cache=cache,
-        views=views, per_image=per_image,
+        views=views, per_image=per_image, skip_bad=skip_bad,
     )  # fmt: skip
     run_training(options, device, _display(), out)
 
@@ -221,7 +225,7 @@ def eval_(
     data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,
-    loader: Annotated[str, typer.Option(help="auto, resident, cpu, ffcv or reference.")] = "auto",
+    loader: Annotated[str, typer.Option(help="auto, resident, dali, cpu, ffcv or reference.")] = "auto",
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the reference loader's predictions on the same images.")
     ] = False,

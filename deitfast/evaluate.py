@@ -12,6 +12,7 @@ from deitfast.model import joint
 from pipelines.augment.chain import augment
 from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
+from pipelines.memory import naming_memory
 from pipelines.spec import AugmentSpec
 
 HEADS = ("class", "distillation")
@@ -87,7 +88,8 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        heads, labels = _predict(model, loader, augment_spec, device, amp, progress)
+        with naming_memory("evaluation", "lower train.batch: evaluation takes no larger one"):
+            heads, labels = _predict(model, loader, augment_spec, device, amp, progress)
     finally:
         model.train(was_training)
     return tuple(gather(head) for head in heads), gather(labels)

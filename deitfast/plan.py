@@ -46,6 +46,7 @@ class TrainOptions:
     cache: str | None = None
     views: int | None = None
     per_image: bool = False
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -172,6 +173,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
         "train.batch": options.batch,
+        "loader.skip_bad": "true" if options.skip_bad else None,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])

@@ -35,6 +35,8 @@ class Position:
     """Part of it that they waited for data."""
     asked: int = 0
     """Views of those steps that this rank's teacher was asked for."""
+    skipped: int = 0
+    """Rows of them whose image could not be read."""
 
     @classmethod
     def start(cls, device: torch.device, epoch: int = 0) -> "Position":
@@ -53,8 +55,8 @@ class Position:
     @classmethod
     def restore(cls, state: dict[str, Any], device: torch.device) -> "Position":
         """Return the position that `state` was taken of."""
-        names = ("epoch", "steps", "seconds", "waited", "asked")
-        own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last
+        names = ("epoch", "steps", "seconds", "waited", "asked", "skipped")
+        own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last two
         return cls(torch.tensor(state["losses"], device=device), **own)
 
     def means(self) -> dict[str, float]:

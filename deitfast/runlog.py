@@ -127,7 +127,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "nvidia-nvimgcodec-cu13", "ffcv", "pydantic")
+    libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "pydantic", "ffcv")
+    libraries += ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
     return {
         "deitfast": __version__,
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from deitfast.teach import Filling, open_targets
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure, Mistake
+from pipelines.memory import naming_memory
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
@@ -167,8 +169,12 @@ class Run:
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
             bar.start(position.steps)
             for batch in self._timed(self.loader.epoch(position.epoch, position.steps)):
-                position.losses += self._step(batch)
+                with naming_memory(
+                    "the training step", "lower train.batch, raise train.accumulate, or take a smaller model"
+                ):
+                    position.losses += self._step(batch)
                 position.steps += 1
+                position.skipped += batch.skipped
                 looking = position.steps % look == 0
                 if looking:
                     self._look(bar)
@@ -248,6 +254,9 @@ class Run:
         if self.runtime.world > 1:
             dist.all_reduce(position.losses)
             position.losses /= self.runtime.world
+            skipped = torch.tensor(position.skipped, device=self.runtime.device)
+            dist.all_reduce(skipped)
+            position.skipped = int(skipped)
         images, epoch = position.steps * train.batch, position.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -257,6 +266,7 @@ class Run:
             "seconds": round(position.seconds, 3),
             "images_per_second": round(images / max(position.seconds, 1e-9), 1),
             "waited_seconds": round(position.waited, 3),
+            "skipped": position.skipped,
         }
         if self.targets:
             row["teacher_asked"] = position.asked * self.runtime.world
@@ -307,5 +317,7 @@ def describe(row: dict[str, Any], epochs: int) -> str:
         if name in row:
             parts.append(f"{label} {row[name][final_head(row[name])]['top1']:.2%}")
     waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)
+    if row["skipped"]:
+        parts.append(f"{row['skipped']:,} damaged skipped")
     parts.append(f"{row['images_per_second']:,.0f} images/s, waiting {waiting:.0%}, {duration(row['seconds'])}")
     return ", ".join(parts)

@@ -18,9 +18,12 @@ class Batch:
     labels: Tensor
     """int64 [B], on the loader's device."""
     valid: Tensor
-    """bool [B], on the loader's device; False where evaluation padded the last batch."""
+    """bool [B], on the loader's device; False where evaluation padded the last batch, for an image that was skipped
+    as it cannot be read, and for the row that would be mixed with it."""
     params: ViewParams
     """What was drawn for each row, on the host."""
+    skipped: int = 0
+    """Rows whose image cannot be read (with `loader.skip_bad`)."""
 
 
 class Loader(Protocol):
@@ -39,7 +42,8 @@ class Loader(Protocol):
         """Yield the batches of `epoch` from `start_step` on. A yielded batch stays valid while its caller holds it.
 
         Raises:
-            Failure: a sample's bytes are damaged; the message names it.
+            Failure: a sample's bytes are damaged; the message names it. With `skip_bad` its rows are black and not
+                valid instead.
         """
         ...
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -126,7 +126,7 @@ class AugmentSpec:
         return self
 
 
-LoaderName = Literal["auto", "resident", "cpu", "ffcv", "reference"]
+LoaderName = Literal["auto", "resident", "dali", "cpu", "ffcv", "reference"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,10 +134,14 @@ class LoaderSpec:
     """How batches are made; never what is in them."""
 
     name: LoaderName = "auto"
-    """auto: resident for small images that fit in memory, else cpu, else reference."""
+    """auto: resident for small images that fit in memory, else dali on CUDA, else cpu, else reference."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Decoding threads; 0: as many as this process may use cores."""
     prefetch: int = Field(default=2, ge=1, le=64)
     """Batches made ahead of the step."""
     check: bool = True
     """Compare each image's CRC32 before it is decoded."""
+    skip_bad: bool = False
+    """Leave damaged images out, named in the log and counted in the metrics, where they would end the run."""
+    hw_decoder_load: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """Share of the JPEGs that the GPU's own JPEG decoder takes (dali on CUDA); auto: measured once for a machine."""

@@ -1,14 +1,18 @@
-"""Fixtures that every test file may use: converted datasets, made once."""
+"""Fixtures that every test file may use: data sets, made once, and a watch over threads."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from images import MemorySource, drawn, encoded, entries, jpeg, mixed_source, odd_images, rotated_jpeg
+from loading import write_photos, write_small
 from PIL import Image
 
 from pipelines.storage.convert import convert
 from pipelines.storage.formats import shards
+from pipelines.storage.reader import Reader
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +65,32 @@ def mixed_shards(odd: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("data") / "mixed"
     convert(mixed_source(odd), folder, workers=1, form=shards(20_000))
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """`write_photos` in a .beton."""
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos.beton")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """`write_small` in a .beton."""
+    return write_small(tmp_path_factory.mktemp("small") / "small.beton")
+
+
+@pytest.fixture(autouse=True)
+def formats_that_a_loader_reads(request: pytest.FixtureRequest) -> None:
+    """Skip what a test over loaders and formats asks of a loader that does not read the format."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("name") == "ffcv" and parameters.get("suffix") == ".wds":
+        pytest.skip("FFCV reads no shards")
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not left, f"threads left behind: {left}"

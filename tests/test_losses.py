@@ -1,5 +1,6 @@
 """The losses against a plain dense reading of their formulas, in value and gradient."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,3 +166,26 @@ def test_missing_head_and_missing_teacher_are_named():
         distilled_loss((case.logits[0],), case.inputs, case.teacher, DistillSpec(mode="soft"), 0.1)
     with pytest.raises(Mistake, match="no teacher's target"):
         distilled_loss(tuple(case.logits), case.inputs, None, DistillSpec(mode="hard"), 0.1)
+
+
+@pytest.mark.parametrize("mode", ["none", "hard", "soft"])
+def test_rows_that_are_not_valid_count_for_nothing(mode):
+    case, kept = sample(9), torch.tensor([True, False, True, True, False, True])
+    teacher = {"none": None, "hard": case.teacher.argmax(1), "soft": case.teacher}[mode]
+    names = ("pixels", "labels", "partner_labels", "share", "valid")
+    fewer = replace(case.inputs, **{name: getattr(case.inputs, name)[kept] for name in names})
+    logits = [z.requires_grad_() for z in case.logits]
+    spec = DistillSpec(mode=mode)
+    expected, _ = distilled_loss(
+        tuple(z[kept] for z in logits), fewer, teacher if teacher is None else teacher[kept], spec, 0.1
+    )
+    poisoned = tuple(torch.where(kept[:, None], z, torch.nan) for z in logits)
+    ours, _ = distilled_loss(poisoned, replace(case.inputs, valid=kept), teacher, spec, 0.1)
+    assert_agree(ours, expected, *logits)
+
+
+def test_a_batch_without_a_valid_row_teaches_nothing():
+    case = sample(10)
+    inputs = replace(case.inputs, valid=torch.zeros(BATCH, dtype=torch.bool))
+    total, _ = distilled_loss(tuple(case.logits), inputs, None, DistillSpec(), 0.1)
+    assert total == 0

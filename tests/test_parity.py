@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small network, and no FFCV to compile."""
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setattr(learning, "NETWORKS", learning.NETWORKS[-1:])
-    reasons = {"resident": "", "cpu": "", "ffcv": "left out", "reference": ""}
+    reasons = {"resident": "", "dali": "", "cpu": "", "ffcv": "left out", "reference": ""}
     monkeypatch.setattr(loading, "available", lambda: reasons)
 
 
@@ -43,7 +43,14 @@ def test_everything_is_compared_and_passes(quick: None) -> None:
     assert result.exit_code == 0, result.output
     found = outcomes(result.output)
     assert set(found.values()) == {"pass"}
-    assert set(ops.TABLE) | {"sub-policies", "normalise", "erase", "cpu, evaluation", "hard distillation"} <= set(found)
+    assert set(ops.TABLE) | {
+        "sub-policies",
+        "normalise",
+        "erase",
+        "cpu, evaluation",
+        "dali, evaluation",
+        "hard distillation",
+    } <= set(found)
     assert "ffcv" in result.output
     assert f"{len(found)} pass, 0 fail, 1 not compared" in result.output
     assert "MixUp, 0" not in result.output

@@ -1,6 +1,6 @@
 """From (epoch, step) to a batch on the host: what every decoding loader shares."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -11,6 +11,7 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure
+from pipelines.loaders.damage import BadSamples
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import EvalSampler, Rows, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
@@ -33,6 +34,7 @@ class Plan:
     train: bool
     """Draw windows at random (train) or take the recipe's centre (evaluation)."""
     device: torch.device
+    bad: BadSamples
 
     @property
     def workers(self) -> int:
@@ -58,10 +60,18 @@ class Plan:
         side = self.augment.size
         return torch.zeros(rows, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
-    def batch(self, images: torch.Tensor, rows: Rows, params: ViewParams) -> Batch:
-        """Return the batch of `rows` with `images`, uint8 [B, S, S, 3], on whatever device they are."""
+    def batch(
+        self, images: torch.Tensor, rows: Rows, params: ViewParams, skipped: np.ndarray | Sequence[int] = ()
+    ) -> Batch:
+        """Return the batch of `rows` with `images`, uint8 [B, S, S, 3], on whatever device they are.
+
+        `skipped` are the rows whose image cannot be read; they are black in `images`.
+        """
         labels = torch.from_numpy(self.reader.labels[rows.samples])
-        return Batch(images, labels, torch.from_numpy(rows.valid), params)
+        valid = rows.valid.copy()
+        valid[np.asarray(skipped, np.int64)] = False
+        valid &= valid[rows.partners]  # what is mixed with a black picture teaches nothing either
+        return Batch(images, labels, torch.from_numpy(valid), params, len(skipped))
 
 
 class Codec(Protocol):
@@ -109,17 +119,24 @@ class HostLoader:
         geometry, out = Geometry.of(params), images.numpy()
         work = by_sample(rows)
         chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-        for _ in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out), chunks):
-            pass
-        return self.plan.batch(images, rows, params)
+        skipped = [
+            row for rows in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out), chunks) for row in rows
+        ]
+        return self.plan.batch(images, rows, params, skipped)
 
-    def _render_chunk(self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray) -> None:
-        codec = self._codecs.get()
+    def _render_chunk(self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray) -> list[int]:
+        """Render images and return the rows of those that cannot be read."""
+        codec, skipped = self._codecs.get(), []
         try:
             for sample, views in chunk:
-                self._render_sample(codec, sample, views, geometry, out)
+                try:
+                    self._render_sample(codec, sample, views, geometry, out)
+                except Failure as failure:
+                    self.plan.bad.meet(sample, failure)
+                    skipped += views.tolist()
         finally:
             self._codecs.put(codec)
+        return skipped
 
     def _render_sample(
         self, codec: Codec, sample: int, views: np.ndarray, geometry: "Geometry", out: np.ndarray
@@ -178,12 +195,17 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
     try:
         return codec.decode(data, top, left, height, width)
     except (ValueError, OSError) as error:
-        raise Failure(
-            f"sample {sample} of {plan.reader.place(sample).file} cannot be decoded",
-            expected=f"a JPEG of {plan.reader.widths[sample]} x {plan.reader.heights[sample]} pixels",
-            found=str(error),
-            remedy="run deitfast verify on the data set and convert it again",
-        ) from error
+        raise undecodable(plan.reader, sample, str(error)) from error
+
+
+def undecodable(reader: Reader, sample: int, found: str = "") -> Failure:
+    """Return what to raise for a sample whose bytes are as they were converted and yet no image."""
+    return Failure(
+        f"sample {sample} of {reader.place(sample).file} cannot be decoded",
+        expected=f"a JPEG of {reader.widths[sample]} x {reader.heights[sample]} pixels",
+        found=found,
+        remedy="run deitfast verify on the data set and convert it again, or leave it out with loader.skip_bad",
+    )
 
 
 def fit(codec: Codec, crop: np.ndarray, resized: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:

@@ -5,7 +5,7 @@ enlarges) instead of an antialiased bicubic; about 2/255 from `reference` on ran
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -19,7 +19,7 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import Geometry, Plan
+from pipelines.loaders.assemble import Geometry, Plan, undecodable
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import Rows
 from pipelines.storage.beton import BetonReader
@@ -125,10 +125,10 @@ class FfcvLoader:
         run = _Run(self._loader, self.plan, self.reader, epoch, start_step)
         try:
             for _ in range(start_step, self.steps_per_epoch):
-                decoded, rows, params = run.take()
+                decoded, rows, params, skipped = run.take()
                 images = self.plan.canvas(len(decoded))
                 images.numpy()[:] = decoded  # FFCV writes the next batch into the same buffer
-                yield self.plan.batch(images, rows, params)
+                yield self.plan.batch(images, rows, params, skipped)
         finally:
             run.end()
 
@@ -167,22 +167,27 @@ class _Run(EpochIterator):
         if self.terminate_event.is_set():
             raise _EndedError
         rows, params = self.plan.draw(self.at, self.start_step + b_ix)
-        if self.plan.spec.check:
-            for sample in np.unique(rows.samples[rows.valid]):
-                self.plan.stored(int(sample))
-        table = tabulate(self.reader, rows, params)
+        table = tabulate(self.reader, rows, params, self._damaged(rows) if self.plan.spec.check else ())
         (images,) = super().run_pipeline(b_ix, table, batch_slot, cuda_event)
-        bad = table[table[:, STATUS] != 0, SAMPLE]
-        if len(bad):
-            raise Failure(
-                f"sample {bad[0]} of {self.reader.path} cannot be decoded",
-                expected=f"a JPEG of {self.reader.widths[bad[0]]} x {self.reader.heights[bad[0]]} pixels",
-                remedy="run deitfast verify on the data set and convert it again",
-            )
-        return images, rows, params
+        for sample in table[table[:, STATUS] != 0, SAMPLE].tolist():
+            self.plan.bad.meet(sample, undecodable(self.reader, sample))
+        skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, self.plan.bad.samples()))
+        images[skipped] = 0
+        return images, rows, params, skipped
 
-    def take(self) -> tuple[np.ndarray, Rows, ViewParams]:
-        """Return the next batch, or raise what ended the thread."""
+    def _damaged(self, rows: Rows) -> list[int]:
+        """Return the samples of a batch whose bytes are not those that were converted."""
+        found = []
+        for sample in np.unique(rows.samples[rows.valid]).tolist():
+            try:
+                self.plan.stored(sample)
+            except Failure as failure:
+                self.plan.bad.meet(sample, failure)
+                found.append(sample)
+        return found
+
+    def take(self) -> tuple[np.ndarray, Rows, ViewParams, np.ndarray]:
+        """Return the next batch's crops, rows, parameters and skipped rows, or raise what ended the thread."""
         while True:
             alive = self.is_alive()  # asked first: what a dying thread had put is still there
             try:
@@ -205,10 +210,10 @@ class _EndedError(Exception):
     """The consumer wants no more batches."""
 
 
-def tabulate(reader: BetonReader, rows: Rows, params: ViewParams) -> np.ndarray:
+def tabulate(reader: BetonReader, rows: Rows, params: ViewParams, damaged: Sequence[int]) -> np.ndarray:
     """Return a batch's table; rows of one sample are adjacent, and the status (0: fine) is still to be written."""
     geometry, count = Geometry.of(params), np.arange(len(rows.samples))
-    samples = np.where(rows.valid, rows.samples, EMPTY)
+    samples = np.where(rows.valid & ~np.isin(rows.samples, damaged), rows.samples, EMPTY)
     stored = (reader.heights, reader.widths, reader.modes, reader.offsets, reader.sizes)
     drawn = (samples, count, geometry.window, geometry.resized, geometry.offset)
     table = np.column_stack([*drawn, *(column[rows.samples] for column in stored), np.zeros_like(count)])

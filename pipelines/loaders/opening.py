@@ -10,12 +10,14 @@ import torch
 from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
+from pipelines.loaders.damage import BadSamples
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
 
-NAMES = ("resident", "cpu", "ffcv", "reference")
+NAMES = ("resident", "dali", "cpu", "ffcv", "reference")
 NEEDS = {
+    "dali": ("nvidia.dali", "pipelines.loaders.dali"),
     "cpu": ("nvidia.nvimgcodec", "pipelines.loaders.cpu"),
     "ffcv": ("ffcv", "pipelines.loaders.ffcv"),
 }
@@ -49,12 +51,17 @@ def open_loader(
         Mistake: the loader does not work on this machine or with this split; the message says why.
         Failure: a sample is damaged (resident only; the others meet it in `epoch`).
     """
-    plan = Plan(reader, augment, spec, sampler, train, device)
+    plan = Plan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
     match choose(reader, device) if spec.name == "auto" else spec.name:
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
 
             return ResidentLoader(plan, _region_codec() if not why_not("cpu") else _pillow_codec())
+        case "dali":
+            _require("dali")
+            from pipelines.loaders.dali import DaliLoader
+
+            return DaliLoader(plan)
         case "cpu":
             _require("cpu")
             return HostLoader("cpu", plan, _region_codec())
@@ -70,7 +77,10 @@ def open_loader(
 
 
 def choose(reader: Reader, device: torch.device) -> str:
-    """Return what `auto` stands for: resident for small images of one size that fit, else cpu, else reference."""
+    """Return what `auto` stands for.
+
+    Resident for small images of one size that fit; else dali on CUDA, and cpu elsewhere; reference without either.
+    """
     from pipelines.loaders.resident import one_size
 
     size = one_size(reader)
@@ -78,6 +88,8 @@ def choose(reader: Reader, device: torch.device) -> str:
         needed = reader.num_samples * size[0] * size[1] * 3
         if needed * RESIDENT_SHARE <= min(free_memory(device), free_memory(torch.device("cpu"))):
             return "resident"
+    if device.type == "cuda" and not why_not("dali"):
+        return "dali"
     return "reference" if why_not("cpu") else "cpu"
 
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
+from pipelines.memory import naming_memory
+
+BUFFER = "the batches that the loader makes ahead"
+REMEDY = "lower loader.prefetch or train.batch"
 
 
 def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.device) -> Iterator[Batch]:
@@ -23,6 +27,7 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
 
     Raises:
         Exception: whatever `make` or its iterator raised, in the order of the batches.
+        Failure: there is no GPU memory for the batches.
     """
     lane = _Lane(device)
     arrived: SimpleQueue[_Parcel | BaseException | None] = SimpleQueue()
@@ -52,7 +57,7 @@ def _produce(
     stop: Event,
 ) -> None:
     try:
-        with lane.context():
+        with lane.context(), naming_memory(BUFFER, REMEDY):
             batches = make()
             try:
                 while True:
@@ -70,6 +75,13 @@ def _produce(
         arrived.put(error)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on its way to `device`; on CUDA through page-locked memory, as the host would wait otherwise."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class _Lane:
     """The way to a device. On CUDA: a side stream, so that copies overlap with the step; else a plain copy."""
 
@@ -81,17 +93,17 @@ class _Lane:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def send(self, batch: Batch) -> "_Parcel":
-        batch = _each(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        batch = _each(batch, lambda tensor: sent(tensor, self.device))
         if self.stream is None:
             return _Parcel(batch, None)
-        sent = torch.cuda.Event()
-        sent.record(self.stream)
-        return _Parcel(batch, sent)
+        done = torch.cuda.Event()
+        done.record(self.stream)
+        return _Parcel(batch, done)
 
     def receive(self, parcel: "_Parcel") -> Batch:
-        if parcel.sent is not None:
+        if parcel.done is not None:
             consumer = torch.cuda.current_stream(self.device)
-            consumer.wait_event(parcel.sent)
+            consumer.wait_event(parcel.done)
             _each(parcel.batch, lambda tensor: _used_by(tensor, consumer))
         return parcel.batch
 
@@ -101,7 +113,7 @@ class _Parcel:
     """A batch on its way, and the event that its copy to the device is done with (CUDA)."""
 
     batch: Batch
-    sent: torch.cuda.Event | None
+    done: torch.cuda.Event | None
 
 
 def _used_by(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.errors import Mistake
+from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import CHUNK, Codec, Geometry, Plan, decoded
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import prefetched, sent
 from pipelines.loaders.resample import resample
+from pipelines.memory import naming_memory
+from pipelines.sampler import Rows
 from pipelines.storage.reader import Reader
+
+OUT_OF_SIGHT = 1 << 20
+"""Offset of a frame that sees nothing of any image."""
 
 
 class ResidentLoader:
@@ -25,7 +30,9 @@ class ResidentLoader:
 
     def __init__(self, plan: Plan, codec: Callable[[], Codec]) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
-        self.images: Tensor = load(plan, codec).to(plan.device)
+        images, self._damaged = load(plan, codec)
+        with naming_memory("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
+            self.images: Tensor = images.to(plan.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
@@ -38,10 +45,11 @@ class ResidentLoader:
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         for step in range(start_step, self.steps_per_epoch):
             rows, params = self.plan.draw(epoch, step)
-            crops = gather(self.images, rows.samples, Geometry.of(params), self.plan.augment.size)
-            if not rows.valid.all():
-                crops[torch.from_numpy(~rows.valid).to(crops.device)] = 0
-            yield self.plan.batch(crops, rows, params)
+            crops = gather(self.images, rows, Geometry.of(params), self.plan.augment.size)
+            skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, list(self._damaged)))
+            for sample in rows.samples[skipped].tolist():
+                self.plan.bad.meet(sample, self._damaged[sample])
+            yield self.plan.batch(crops, rows, params, skipped)
 
 
 def one_size(reader: Reader) -> tuple[int, int] | None:
@@ -51,8 +59,8 @@ def one_size(reader: Reader) -> tuple[int, int] | None:
     return (int(heights[0]), int(widths[0])) if same else None
 
 
-def load(plan: Plan, codec: Callable[[], Codec]) -> Tensor:
-    """Decode a whole split to uint8 [N, H, W, 3] on the host.
+def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, Failure]]:
+    """Decode a whole split to uint8 [N, H, W, 3] on the host, with what is wrong with images that are to be skipped.
 
     Raises:
         Mistake: its images differ in size.
@@ -67,30 +75,40 @@ def load(plan: Plan, codec: Callable[[], Codec]) -> Tensor:
             remedy="choose another loader: --set loader.name=cpu",
         )
     images = torch.empty(plan.reader.num_samples, *size, 3, dtype=torch.uint8)
-    out = images.numpy()
+    out, damaged = images.numpy(), dict[int, Failure]()
 
     def fill(start: int) -> None:
         own = codec()
         for sample in range(start, min(start + 8 * CHUNK, len(out))):
-            out[sample] = decoded(plan, own, sample, 0, 0, *size)
+            try:
+                out[sample] = decoded(plan, own, sample, 0, 0, *size)
+            except Failure as failure:
+                if not plan.spec.skip_bad:
+                    raise
+                damaged[sample] = failure
+                out[sample] = 0
 
     with ThreadPoolExecutor(plan.workers) as pool:
         for _ in pool.map(fill, range(0, len(out), 8 * CHUNK)):
             pass
-    return images
+    return images, damaged
 
 
-def gather(images: Tensor, samples: np.ndarray, geometry: Geometry, size: int) -> Tensor:
-    """Return a batch's crops, uint8 [B, S, S, 3], from images uint8 [N, H, W, 3], all on one device."""
-    device = images.device
-    chosen = torch.from_numpy(samples).to(device)
-    window, resized, offset = (
-        torch.from_numpy(x).to(device) for x in (geometry.window, geometry.resized, geometry.offset)
+def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int) -> Tensor:
+    """Return a batch's crops, uint8 [B, S, S, 3], from images uint8 [N, H, W, 3], on their device.
+
+    One copy carries what the device must know, and the host waits for nothing. Rows that are not valid are black.
+    """
+    whole = not geometry.window[:, :2].any() and bool((geometry.window[:, 2:] == geometry.resized).all())
+    offset = np.where(rows.valid[:, None], geometry.offset, OUT_OF_SIGHT)
+    columns = np.column_stack([rows.samples, np.arange(len(offset)), geometry.window, geometry.resized, offset])
+    chosen, own, window, resized, offset = (
+        part.squeeze(1) for part in sent(torch.from_numpy(columns), images.device).split([1, 1, 4, 2, 2], dim=1)
     )
-    if (geometry.window[:, :2] == 0).all() and (geometry.window[:, 2:] == geometry.resized).all():
+    if whole:
         return framed(images, chosen, resized, offset, size)
     stretched = resample(images[chosen], window, resized, int(geometry.resized.max()))
-    return framed(stretched, torch.arange(len(samples), device=device), resized, offset, size)
+    return framed(stretched, own, resized, offset, size)
 
 
 def framed(images: Tensor, chosen: Tensor, extent: Tensor, offset: Tensor, size: int) -> Tensor:

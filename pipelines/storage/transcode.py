@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import Mistake
+from pipelines.storage.jpeg import HUFFMAN_FRAMES, read_frame
 from pipelines.storage.reader import JPEG, RAW
 
 RAW_SIDE = 128
@@ -26,7 +27,6 @@ LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag
-HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 
 
 class Kind(IntFlag):
@@ -164,7 +164,7 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: Codec) -> S
         image.load()
         return _store(_to_rgb(image), kind, codec, lossless=True)
     size = image.size
-    passable = image.mode == "RGB" and _frame(content)[0] in HUFFMAN_FRAMES
+    passable = image.mode == "RGB" and read_frame(content).marker in HUFFMAN_FRAMES
     as_it_is = codec.quality is None and not codec.shrinks(size)
     if passable and as_it_is:
         _prove(image, content)
@@ -269,21 +269,5 @@ def _check_end(content: bytes) -> None:
 
     Inside compressed data FF is always followed by 00 or a restart marker, so FF D9 is the end wherever it stands.
     """
-    if content.find(b"\xff\xd9", _frame(content)[1]) < 0:
+    if content.find(b"\xff\xd9", read_frame(content).scan) < 0:
         raise BadImageError("the JPEG stops before its end marker")
-
-
-def _frame(content: bytes) -> tuple[int, int]:
-    """Return (the frame's marker, where the first scan starts) of a JPEG; ITU-T T.81, annex B."""
-    frame, position = 0, 2
-    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
-        marker = content[position + 1]
-        if marker == 0xDA and frame:
-            return frame, position
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill bytes, markers without length
-            position += 1 if marker == 0xFF else 2
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = marker
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    raise BadImageError("the JPEG stops before its image data")

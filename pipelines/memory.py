@@ -1,0 +1,37 @@
+"""Running out of GPU memory, told as which buffer it was for and what to lower."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipelines.errors import Failure
+
+SAYS_SO = ("out of memory", "cudaErrorMemoryAllocation", "std::bad_alloc")
+"""How libraries that are not torch word it."""
+
+
+@contextmanager
+def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
+    """Turn running out of GPU memory inside the block into a Failure that says what for.
+
+    Args:
+        buffer: what the block keeps on the GPU; ends the sentence "out of GPU memory for ...".
+        remedy: what to lower.
+
+    Raises:
+        Failure: the device has no memory left. Everything else passes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        found = next((line for line in lines if any(words in line for words in SAYS_SO)), lines[0] if lines else "")
+        raise Failure(f"out of GPU memory for {buffer}", found=found, remedy=remedy) from error
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an exception of torch, DALI or CUDA says that the device has no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in SAYS_SO)

@@ -1,0 +1,47 @@
+"""What a JPEG's header says of its frame (ITU-T T.81, annex B), without decoding anything."""
+
+from dataclasses import dataclass
+
+BASELINE = 0xC0
+"""Marker of a baseline frame, the only kind that the GPUs' own JPEG decoders take."""
+HUFFMAN_FRAMES = (BASELINE, 0xC1, 0xC2)  # baseline, extended, progressive
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A JPEG's frame header."""
+
+    marker: int
+    """Second byte of its marker: one of HUFFMAN_FRAMES, or a rarer kind."""
+    height: int
+    width: int
+    components: int
+    """1: grey, 3: colour, 4: CMYK."""
+    scan: int
+    """Where the first scan starts, in bytes."""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether a hardware decoder takes it: baseline, and grey or colour."""
+        return self.marker == BASELINE and self.components in (1, 3)
+
+
+def read_frame(content: bytes) -> Frame:
+    """Return the frame of a JPEG. Reads from marker to marker: some ten steps.
+
+    Raises:
+        ValueError: no JPEG, or one that ends before its first scan.
+    """
+    frame, position = 0, 2
+    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
+        marker = content[position + 1]
+        if marker == 0xDA and frame:
+            height, width = (int.from_bytes(content[frame + at : frame + at + 2], "big") for at in (5, 7))
+            return Frame(content[frame + 1], height, width, content[frame + 9], scan=position)
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill bytes, markers without length
+            position += 1 if marker == 0xFF else 2
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = position
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    raise ValueError("the JPEG stops before its image data")
