@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_chain import drawn_batch
 
+from checks.timing import augment_times
 from pipelines.augment.chain import run_kernels
+from pipelines.batch import Batch
 from pipelines.errors import Mistake
+from pipelines.spec import AugmentSpec
 
 triton = pytest.importorskip("triton")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -101,3 +105,17 @@ def test_kernels_run_where_they_can_and_are_asked_to(monkeypatch: pytest.MonkeyP
     assert not run_kernels("auto", CUDA)
     with pytest.raises(Mistake, match="cannot run here"):
         run_kernels("on", CUDA)
+
+
+def test_only_a_gpu_is_timed() -> None:
+    with pytest.raises(Mistake, match="only a CUDA device"):
+        augment_times(drawn_batch(0), AugmentSpec(size=32))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_times_are_of_both_ways() -> None:
+    batch = drawn_batch(0, rows=64, size=224)
+    away = Batch(batch.images.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.params)
+    times = augment_times(away, AugmentSpec(), runs=3)
+    assert set(times) == {"reference", "kernels"}
+    assert all(len(each) == 3 and min(each) > 0 for each in times.values())
