@@ -13,6 +13,7 @@ from rich.table import Table
 
 from deitfast.data import open_training
 from deitfast.display import Display
+from deitfast.model import reads_patches
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
 from deitfast.step import Learner
@@ -82,10 +83,11 @@ def _stages(
     if names == (LOADER,):
         return {LOADER: lambda: next(fresh)}
     learner = Learner(recipe, classes, runtime)
-    held = next(fresh)
+    held, patch = next(fresh), reads_patches(learner.model)
 
     def augmented(batch: Batch) -> ModelInput:
-        return augment(batch, recipe.augment, dtype=runtime.pixels, train=True)
+        kernels = recipe.train.kernels
+        return augment(batch, recipe.augment, dtype=runtime.pixels, train=True, patch=patch, kernels=kernels)
 
     inputs = augmented(held)
     return {

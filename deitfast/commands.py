@@ -163,7 +163,13 @@ def _predict(
     label = f"evaluating {split} ({loader.name} loader)"
     with closing(loader), display.bar(label, loader.steps_per_epoch) as bar:
         heads, labels = predict(
-            trained.model, loader, recipe.augment, runtime.device, runtime.amp, lambda done, _: bar.reach(done)
+            trained.model,
+            loader,
+            recipe.augment,
+            runtime.device,
+            runtime.amp,
+            lambda done, _: bar.reach(done),
+            kernels=recipe.train.kernels,
         )
     return loader.name, heads, labels
 

@@ -32,8 +32,8 @@ class Ema:
         self.updates += 1
         (averages, counters), (weights, counts) = _split(self.model), _split(model)
         torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        for counter, count in zip(counters, counts, strict=True):
-            counter.copy_(count)
+        if counters:
+            torch._foreach_copy_(counters, counts)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates and the averaged model's own state."""

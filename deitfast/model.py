@@ -1,7 +1,8 @@
 """The networks: ViT and DeiT, and one place that builds every architecture.
 
 Every model takes pixels, floating point [B, 3, S, S], and returns a tuple of logits [B, classes]: the class head's
-alone, or the class head's and the distillation head's, in training and in evaluation alike.
+alone, or the class head's and the distillation head's, in training and in evaluation alike. Transformers take the
+pixels cut into patches as well (`reads_patches`).
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deitfast.recipe import ModelSpec
+from pipelines.augment.patches import cut_patches
 from pipelines.errors import Mistake
 
 DEPTH = 12
@@ -57,6 +59,11 @@ def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) ->
     )
 
 
+def reads_patches(model: nn.Module) -> int:
+    """Return the side of the patches that a model takes instead of pixels; 0 where it takes pixels only."""
+    return model.patch_embed.patch if isinstance(model, VisionTransformer) else 0
+
+
 def joint(heads: tuple[Tensor, ...]) -> Tensor:
     """Return the published prediction: the mean of the heads' logits [B, classes]."""
     return sum(heads[1:], start=heads[0]) / len(heads)
@@ -74,14 +81,6 @@ def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
     return branch * (mask / kept)
 
 
-def cut_patches(pixels: Tensor, patch: int) -> Tensor:
-    """Cut pixels [B, C, H, W] into patches [B, H/p * W/p, C * p * p], row by row, each in the order (C, y, x)."""
-    batch, channels, height, width = pixels.shape
-    rows, columns = height // patch, width // patch
-    tiles = pixels.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-    return tiles.reshape(batch, rows * columns, channels * patch * patch)
-
-
 class PatchEmbed(nn.Module):
     """The patch projection: a matrix product over patches.
 
@@ -95,11 +94,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels [B, 3, S, S] to tokens [B, (S/p)^2, width]."""
-        return self.project(cut_patches(pixels, self.patch))
-
-    def project(self, patches: Tensor) -> Tensor:
-        """Map patches [B, N, 3 * p * p] as `cut_patches` orders them to tokens [B, N, width]."""
+        """Map pixels [B, 3, S, S], or patches [B, N, 3 p p] as `cut_patches` orders them, to tokens [B, N, width]."""
+        patches = cut_patches(pixels, self.patch) if pixels.ndim == 4 else pixels
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -200,7 +196,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map pixels [B, 3, S, S] to the heads' logits, each [B, classes]."""
+        """Map pixels [B, 3, S, S], or in patches [B, N, 3 p p], to the heads' logits, each [B, classes]."""
         patches = self.patch_embed(pixels)
         prefix = self.cls_token if self.dist_token is None else torch.cat((self.cls_token, self.dist_token), dim=1)
         tokens = torch.cat((prefix.expand(pixels.shape[0], -1, -1), patches), dim=1)

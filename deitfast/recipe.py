@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipelines.errors import Mistake
-from pipelines.spec import STRICT, AugmentSpec, LoaderSpec, digest
+from pipelines.spec import STRICT, AugmentSpec, Kernels, LoaderSpec, digest
 
 Arch = Literal[
     "deit_ti", "deit_s", "deit_b", "vit_ti", "vit_s", "vit_b",
@@ -128,8 +128,11 @@ class TrainSpec:
     """Seed of initialisation, stochastic depth and dropout."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast dtype; auto: bf16 where the device computes in it, else fp16 on CUDA, else off."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA only, where it pays."""
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"
+    """torch.compile; graphs: with CUDA graphs, for steps that end sooner than their kernels can be started; auto: on
+    CUDA only, with graphs up to 64 px on one GPU."""
+    kernels: Kernels = "auto"
+    """Augmentation in Triton's kernels or in batched torch, to the same bits; auto: the kernels on CUDA."""
     ema: float = Field(default=0.99996, ge=0, lt=1)
     """Decay of the averaged weights, evaluated beside the plain ones; 0: none."""
     fraction: float = Field(default=1.0, gt=0, le=1)
@@ -169,6 +172,8 @@ class Recipe:
             raise ValueError(
                 f"train.batch {self.train.batch} is no multiple of train.accumulate {self.train.accumulate}"
             )
+        if self.train.compile == "graphs" and self.train.accumulate > 1:
+            raise ValueError("train.compile graphs keeps one gradient at a time; set train.accumulate to 1")
         if self.model.weights and self.model.finetune:
             raise ValueError("model.weights and model.finetune are two ways to start; set one of them")
         if self.distill.mode != "none" and not transformer:

@@ -113,4 +113,4 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 def choose_compile(compile_: str, device: torch.device) -> bool:
     """Return whether `train.compile` means torch.compile on a device."""
-    return compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
+    return compile_ in ("on", "graphs") or (compile_ == "auto" and device.type == "cuda")

@@ -233,4 +233,4 @@ def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: Train
 def model_input(batch: Batch, recipe: Recipe, runtime: Runtime) -> ModelInput:
     """Return what the teacher sees of a batch: mixed views, or images as in evaluation."""
     train = recipe.distill.targets != "per_image"
-    return augment(batch, recipe.augment, dtype=runtime.pixels, train=train)
+    return augment(batch, recipe.augment, dtype=runtime.pixels, train=train, kernels=recipe.train.kernels)

@@ -18,6 +18,7 @@ from deitfast.data import open_split, open_training
 from deitfast.display import Bar, Display, duration, logging_to
 from deitfast.evaluate import evaluate, final_head
 from deitfast.fit import start_model
+from deitfast.model import reads_patches
 from deitfast.optim import peak_lr
 from deitfast.position import Diverged, Position
 from deitfast.recipe import Recipe, differences
@@ -38,7 +39,7 @@ from pipelines.storage.dataset import Dataset
 log = logging.getLogger("deitfast")
 LOOKS_AN_EPOCH = 50
 """How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
-LEARNS_THE_SAME = ("loader.", "distill.cache", "train.checkpoint_minutes", "train.evaluate_every")
+LEARNS_THE_SAME = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
 """Fields that a resumed run may change: they decide how fast, not what, it learns."""
 
 
@@ -117,6 +118,9 @@ class Run:
         """What the model began with; empty where it was drawn, or comes out of the checkpoint."""
         begun = folder.checkpoint.exists()
         self.learner = Learner(recipe, len(self.spec.classes), runtime, None if begun else self._begin)
+        # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
+        asks = self.targets and not (self.targets.cache and self.targets.cache.complete)
+        self.patch = 0 if asks else reads_patches(self.learner.model)
         self.peak = peak_lr(recipe.optim, recipe.train.batch)
         self.position = Position.start(runtime.device)
         self.saved = time.monotonic()
@@ -199,7 +203,8 @@ class Run:
     def _step(self, batch: Batch) -> Tensor:
         """Take one batch through augmentation, teacher and update; return its losses."""
         position, recipe, runtime = self.position, self.recipe, self.runtime
-        inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=True)
+        dtype, kernels = runtime.pixels, recipe.train.kernels
+        inputs = augment(batch, recipe.augment, dtype=dtype, train=True, patch=self.patch, kernels=kernels)
         targets = None
         if self.targets:
             before = self.targets.asked
@@ -301,6 +306,7 @@ class Run:
                     self.runtime.amp,
                     len(self.spec.classes),
                     lambda done, _, bar=bar: bar.reach(done),
+                    kernels=self.recipe.train.kernels,
                 )
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
             everything[name] = {head: metrics.everything() for head, metrics in heads.items()}

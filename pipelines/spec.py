@@ -126,6 +126,8 @@ class AugmentSpec:
         return self
 
 
+Kernels = Literal["auto", "on", "off"]
+"""Whether augmentation runs in Triton's kernels or in batched torch; auto: in the kernels on CUDA, where Triton is."""
 LoaderName = Literal["auto", "resident", "dali", "cpu", "ffcv", "reference"]
 
 

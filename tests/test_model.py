@@ -5,8 +5,9 @@ import timm
 import torch
 import torchvision
 
-from deitfast.model import build_model, cut_patches, drop_path, joint
+from deitfast.model import build_model, drop_path, joint
 from deitfast.recipe import ModelSpec
+from pipelines.augment.patches import cut_patches
 from pipelines.errors import Mistake
 
 TIMM = {"ti": "deit_tiny", "s": "deit_small", "b": "deit_base"}

@@ -3,10 +3,15 @@
 The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of colour jitter),
 normalise, erase, mix. All that is random has been drawn on the host (`pipelines.views`); one copy carries it to the
 device, and the host never waits for an answer.
+
+Here it is done twice, to the same bits: in batched torch, which runs anywhere and is the reference, and in Triton
+kernels (`pipelines.augment.kernels`), which a GPU does in a few passes.
 """
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -14,14 +19,13 @@ from torch import Tensor
 
 from pipelines.augment import ops
 from pipelines.augment.erase import erase
+from pipelines.augment.patches import cut_patches
 from pipelines.batch import Batch
+from pipelines.errors import Mistake
 from pipelines.operations import OPERATIONS
 from pipelines.packed import UNIT
-from pipelines.spec import AugmentSpec
+from pipelines.spec import AugmentSpec, Kernels
 from pipelines.views import COLUMNS, SLICES, ViewParams
-
-SLOTS = {"operation": "magnitude", "jitter": "factor"}
-"""Columns of the operations that an image may get, one after the other, and those of their magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class ModelInput:
     """What a step needs of a batch: the very tensor that the student and the teacher see, and its mixed target."""
 
     pixels: Tensor
-    """[B, 3, S, S] in the model's dtype, normalised, channels-last in memory."""
+    """[B, 3, S, S] in the model's dtype, normalised, channels-last in memory; or in patches, as `augment` was asked."""
     labels: Tensor
     """int64 [B]: each row's own label."""
     partner_labels: Tensor
@@ -42,7 +46,15 @@ class ModelInput:
     """What was drawn for each row, on the host: names the (sample, view) that a cached target belongs to."""
 
 
-def augment(batch: Batch, spec: AugmentSpec, *, dtype: torch.dtype, train: bool) -> ModelInput:
+def augment(
+    batch: Batch,
+    spec: AugmentSpec,
+    *,
+    dtype: torch.dtype,
+    train: bool,
+    patch: int = 0,
+    kernels: Kernels = "auto",
+) -> ModelInput:
     """Make the model's input of a batch; `batch` itself stays as it is.
 
     Everything up to the mixture is computed in uint8 or float32, and cast at the end.
@@ -52,10 +64,17 @@ def augment(batch: Batch, spec: AugmentSpec, *, dtype: torch.dtype, train: bool)
         spec: the recipe's augmentation; gives the normalisation and the seed of erasing's noise.
         dtype: of the pixels.
         train: False normalises and does nothing else, whatever was drawn.
+        patch: side of the patches to cut the pixels into, [B, (S/p)^2, 3 p p] in `cut_patches`' order; 0: not.
+        kernels: what does it; the result is the same.
+
+    Raises:
+        Mistake: kernels are on where they cannot run.
     """
+    if run_kernels(kernels, batch.images.device):
+        return _in_kernels(batch, spec, dtype, train, patch)
     if not train:
         own = torch.ones_like(batch.labels, dtype=torch.float32)
-        return _input(batch, normalise(batch.images, spec), dtype, batch.labels, own)
+        return _input(batch, normalise(batch.images, spec), dtype, patch, batch.labels, own)
     drawn = _send(batch.params, batch.images.device)
     images = torch.where(_per_image(drawn.columns["flip"] == 1), batch.images.flip(2), batch.images)
     for slot in drawn.slots:
@@ -68,7 +87,43 @@ def augment(batch: Batch, spec: AugmentSpec, *, dtype: torch.dtype, train: bool)
     share = columns["share"].float() / UNIT
     if drawn.mixed:
         mix(pixels, columns["partner"], share, columns["box"])
-    return _input(batch, pixels, dtype, batch.labels[columns["partner"]], share)
+    return _input(batch, pixels, dtype, patch, batch.labels[columns["partner"]], share)
+
+
+def run_kernels(kernels: str, device: torch.device) -> bool:
+    """Return whether the kernels run on a device, for `train.kernels`.
+
+    Raises:
+        Mistake: `kernels` is on, and they cannot.
+    """
+    if kernels == "off":
+        return False
+    triton = find_spec("triton") is not None
+    if triton and device.type == "cuda":
+        return True
+    # Triton's own variable: then its interpreter runs them, on any device
+    if kernels == "on" and not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise Mistake(
+            "train.kernels is on, but the augmentation kernels cannot run here",
+            expected="a CUDA device, and Triton, which comes with PyTorch's CUDA builds",
+            found=f"device {device}, {'Triton' if triton else 'no Triton'}",
+            remedy="set train.kernels to auto: without the kernels the results are the same",
+        )
+    return kernels == "on"
+
+
+def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool, patch: int) -> ModelInput:
+    from pipelines.augment import kernels  # Triton is only there where PyTorch has it
+
+    device = batch.images.device
+    sent = kernels.send(batch.params, device) if train else None
+    mean, std = _normalisation(spec.mean, spec.std, device)
+    pixels = kernels.model_input(batch.images, sent, mean, std, seed=spec.seed, patch=patch, dtype=dtype)
+    if sent is None:
+        share = torch.ones_like(batch.labels, dtype=torch.float32)
+        return ModelInput(pixels, batch.labels, batch.labels, share, batch.valid, batch.params)
+    partners, share = sent[:, SLICES["partner"].start].long(), sent[:, SLICES["share"].start].float() / UNIT
+    return ModelInput(pixels, batch.labels, batch.labels[partners], share, batch.valid, batch.params)
 
 
 def normalise(images: Tensor, spec: AugmentSpec) -> Tensor:
@@ -93,7 +148,9 @@ def mix(pixels: Tensor, partners: Tensor, share: Tensor, boxes: Tensor) -> None:
     y, x = at.view(-1, 1, 1), at.view(1, -1, 1)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
     theirs = torch.where(height > 0, inside.float(), 1 - _per_image(share))
-    pixels.lerp_(pixels.index_select(0, partners), theirs)  # lerp is exact at weights 0 and 1
+    # two products and a sum, as timm mixes: torch.lerp rounds once or twice, as the device happens to
+    mixed_in = pixels.index_select(0, partners).mul_(theirs)
+    pixels.mul_(1 - theirs).add_(mixed_in)
 
 
 @dataclass(frozen=True)
@@ -115,8 +172,8 @@ def _send(params: ViewParams, device: torch.device) -> _Drawn:
 
     It travels as float64 [B, 31 + 3 a slot that any row uses]: float64 holds every int32 exactly.
     """
-    operations = np.concatenate([params[name] for name in SLOTS], axis=1)
-    magnitudes = np.concatenate([params[name] for name in SLOTS.values()], axis=1)
+    operations = np.concatenate([params[name] for name in ops.SLOTS], axis=1)
+    magnitudes = np.concatenate([params[name] for name in ops.SLOTS.values()], axis=1)
     used = np.flatnonzero(operations.any(0))
     extra = np.zeros((len(params), len(used), 3))
     groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, at]) for at, slot in enumerate(used)]
@@ -152,10 +209,13 @@ def _group(operations: np.ndarray, magnitudes: np.ndarray, lines: np.ndarray) ->
     return groups
 
 
-def _input(batch: Batch, pixels: Tensor, dtype: torch.dtype, partner_labels: Tensor, share: Tensor) -> ModelInput:
-    """NHWC pixels as an NCHW view in `dtype`: that is channels-last."""
+def _input(
+    batch: Batch, pixels: Tensor, dtype: torch.dtype, patch: int, partner_labels: Tensor, share: Tensor
+) -> ModelInput:
+    """NHWC pixels as an NCHW view in `dtype`, which is channels-last, or cut into patches."""
     cast = pixels.to(dtype).permute(0, 3, 1, 2)
-    return ModelInput(cast, batch.labels, partner_labels, share, batch.valid, batch.params)
+    cut = cut_patches(cast, patch) if patch else cast
+    return ModelInput(cut, batch.labels, partner_labels, share, batch.valid, batch.params)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ def erase(images: Tensor, boxes: Tensor, samples: Tensor, views: Tensor, spec: A
     y = top[row] + within // width[row]
     x = left[row] + within % width[row]
     pixels = y * images.shape[2] + x
-    noise = draws.erase_noise(samples[row], views[row], pixels, pack(spec), _normal_table(images.device))
+    noise = draws.erase_noise(samples[row], views[row], pixels, pack(spec), normal_table(images.device))
     images[row, y, x] = torch.stack(noise, dim=-1).float() / UNIT
 
 
 @lru_cache(maxsize=8)
-def _normal_table(device: torch.device) -> Tensor:
-    """`fixed.normal_table()`, kept on the device, as copying it would wait."""
+def normal_table(device: torch.device) -> Tensor:
+    """Return `fixed.normal_table()`, int64 [4097], kept on the device, as copying it would wait."""
     return torch.tensor(fixed.normal_table(), device=device)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipelines.augment import ops_affine, ops_colour
 
+SLOTS = {"operation": "magnitude", "jitter": "factor"}
+"""Columns of the operations that an image may get, one after the other, and those of their magnitudes."""
 PIXELS_AT_ONCE_CPU, PIXELS_AT_ONCE_GPU = 1 << 16, 1 << 22
 """Pixels that one call of an operation works on: its float64 temporaries stay in a CPU's caches, and small on a GPU."""
 

@@ -1,0 +1,117 @@
+"""Augmentation on a GPU in Triton: the launches, and what the host prepares for them.
+
+A batch goes through three launches for each slot of operations that any of its rows uses (tables for the operations
+that are one, colours, geometry) and one at the end: normalise, erase, mix, cast and lay out. Every program
+reads what to do from the drawn rows on the device. So the host neither groups rows nor waits, an image is read and
+written only by the operations it gets, and what lies between the passes is uint8.
+
+The results are the reference's (`chain` with `kernels="off"`) bit for bit. Under TRITON_INTERPRET=1, set before this
+module is imported, the kernels run in Triton's interpreter on the CPU.
+"""
+# pyright: reportArgumentType=false
+# A constexpr parameter takes the plain value, which Triton's annotations do not say.
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from pipelines.augment import ops
+from pipelines.augment.erase import normal_table
+from pipelines.augment.kernels_affine import apply_affine
+from pipelines.augment.kernels_colour import apply_colour, make_table
+from pipelines.augment.kernels_input import write_input
+from pipelines.augment.kernels_rows import words
+from pipelines.operations import OPERATIONS
+from pipelines.packed import UNIT
+from pipelines.views import ViewParams
+
+TABLES, COLOURS, MOVES, LAST = (2048, 2048), (4096, 1024), (4096, 256), (1024, 1024)
+"""Pixels that a program of each kernel works on, in all and at once: most programs of the first three have nothing to
+do, so there are few of them; float64 coordinates fill the registers at one pixel a thread."""
+EXACT = {"num_warps": 8, "enable_fp_fusion": False}
+"""How every kernel is compiled: a fused multiply-add rounds once where Pillow rounds twice."""
+
+
+def _canonical() -> np.ndarray:
+    first = {}
+    for index, name in enumerate(OPERATIONS[1:], start=1):
+        first.setdefault(ops.TABLE[name].apply, index)
+    return np.array([0, *(first[ops.TABLE[name].apply] for name in OPERATIONS[1:])], np.int32)
+
+
+CANONICAL = _canonical()
+"""For each index into OPERATIONS the first that does the same to pixels: flavours differ in their arguments alone."""
+
+
+def model_input(
+    images: Tensor, sent: Tensor | None, mean: Tensor, std: Tensor, *, seed: int, patch: int, dtype: torch.dtype
+) -> Tensor:
+    """Return what the model reads: pixels [B, 3, S, S], channels-last, or with `patch` patches [B, (S/p)^2, 3 p p].
+
+    Args:
+        images: uint8 [B, S, S, 3]; stay as they are.
+        sent: what `send` returned; None normalises and does nothing else.
+        mean: float32 [3], in pixel values.
+        std: float32 [3], likewise.
+        seed: of erasing's noise.
+        patch: side of the patches, in the order of `cut_patches`; 0 for pixels.
+        dtype: of the result.
+    """
+    images = images.contiguous()
+    rows, size = images.shape[:2]
+    slots = 0 if sent is None else (sent.shape[1] - words(0)) // (words(1) - words(0))
+    shape = (rows, (size // patch) ** 2, 3 * patch * patch) if patch else (rows, size, size, 3)
+    out = torch.empty(shape, dtype=dtype, device=images.device)
+    work = images.new_empty((min(slots, 2), *images.shape))
+    with torch.cuda.device_of(images):
+        if sent is not None and slots:
+            _operate(images, work, sent, slots)
+        drawn, normal = (images, mean) if sent is None else (sent, normal_table(images.device))
+        grid, cut = _cut(rows, size, LAST)
+        layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": sent is not None, "BLOCK": cut["BLOCK"]}
+        write_input[grid](images, work, drawn, out, mean, std, normal, seed, rows, **layout, **EXACT)
+    return out if patch else out.permute(0, 3, 1, 2)
+
+
+def _operate(images: Tensor, work: Tensor, sent: Tensor, slots: int) -> None:
+    """Put every image through its operations, slot by slot, from `images` and `work` into `work`."""
+    rows, size = images.shape[:2]
+    tables, arguments = images.new_empty((rows, 3, 256)), sent.view(torch.float64)
+    colours, colour = _cut(rows, size, COLOURS)
+    moves, move = _cut(rows, size, MOVES)
+    shape = {"SIZE": size, "SLOTS": slots, **EXACT}
+    for slot in range(slots):
+        given = images, work, sent, arguments
+        make_table[3 * rows,](*given, tables, slot, rows, **shape, BLOCK=_cut(rows, size, TABLES)[1]["BLOCK"])
+        apply_colour[colours](*given, tables, slot, rows, **shape, **colour)
+        apply_affine[moves](*given, slot, rows, **shape, **move)
+
+
+def _cut(rows: int, size: int, most: tuple[int, int]) -> tuple[tuple[int], dict[str, int]]:
+    """Return a grid of `rows` images cut into chunks, and the chunk and block that its kernel is compiled for."""
+    pixels = triton.next_power_of_2(size * size)
+    chunk, block = min(pixels, most[0]), min(pixels, most[1])
+    return (rows * triton.cdiv(size * size, chunk),), {"CHUNK": chunk, "BLOCK": block}
+
+
+def send(params: ViewParams, device: torch.device) -> Tensor:
+    """Carry a batch's drawn parameters to the device in one copy: int32 [B, 32 + 6 K], see `kernels_rows`.
+
+    K is the number of slots that any row uses.
+    """
+    operations = np.concatenate([params[name] for name in ops.SLOTS], axis=1)
+    magnitudes = np.concatenate([params[name] for name in ops.SLOTS.values()], axis=1)
+    used = np.flatnonzero(operations.any(0))
+    operations, magnitudes = operations[:, used], magnitudes[:, used] / UNIT
+    arguments = np.zeros((*operations.shape, 2))
+    for index in np.unique(operations[operations > 0]):
+        of_it = operations == index
+        arguments[of_it] = ops.arguments(OPERATIONS[index], magnitudes[of_it])
+    applied = np.cumsum(operations > 0, axis=1, dtype=np.int32)
+    before = np.concatenate([np.zeros((len(params), 1), np.int32), applied], axis=1)
+    seen = arguments.reshape(len(params), -1).view(np.int32)
+    host = torch.from_numpy(np.concatenate([params.table, CANONICAL[operations], before, seen], axis=1))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

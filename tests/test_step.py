@@ -1,0 +1,168 @@
+"""The training step: compiled without a break, and never waiting for the device."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from small_runs import CPU, tiny_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deitfast.evaluate import predict
+from deitfast.model import reads_patches
+from deitfast.recipe import Recipe, override
+from deitfast.runtime import Runtime
+from deitfast.step import Learner, takes_graphs
+from pipelines.augment.chain import ModelInput, augment
+from pipelines.batch import Batch
+from pipelines.errors import Mistake
+from pipelines.sampler import Rows
+from pipelines.views import draw_train
+
+# Dynamo looks at the logits' .grad under a filter of its own, which pytest's turning of warnings into errors precedes.
+TRACED = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+ROWS, CLASSES = 16, 10
+MODES = ("none", "soft", "hard")
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount")
+"""Operators whose result, or its shape, the host has to know."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for given in args
+            if isinstance(given, (list, tuple))
+            for index in given
+        )
+        assert name not in WAITS, f"{func} waits for the device"
+        assert not masked, f"{func} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks instead of twelve, for speed."""
+    monkeypatch.setattr("deitfast.model.DEPTH", 2)
+    torch._dynamo.reset()
+
+
+def recipe_of(mode: str, *settings: str) -> Recipe:
+    distill = [f"distill.mode={mode}", "distill.teacher=somewhere"] if mode != "none" else []
+    return tiny_recipe(*distill, *settings)
+
+
+def batch_for(recipe: Recipe) -> Batch:
+    rng = np.random.default_rng(0)
+    size, samples = recipe.augment.size, np.arange(ROWS)
+    rows = Rows(samples, samples * 0, samples // 8, samples * 0, samples[::-1], samples >= 0)
+    params = draw_train(recipe.augment, rows, np.full(ROWS, size), np.full(ROWS, size))
+    images = torch.from_numpy(rng.integers(0, 256, (ROWS, size, size, 3), dtype=np.uint8))
+    return Batch(images, torch.arange(ROWS) % CLASSES, torch.ones(ROWS, dtype=torch.bool), params)
+
+
+def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -> ModelInput:
+    return augment(batch_for(recipe), recipe.augment, dtype=dtype, train=True, patch=patch)
+
+
+def targets(mode: str) -> torch.Tensor | None:
+    if mode == "none":
+        return None
+    return torch.arange(ROWS) % CLASSES if mode == "hard" else torch.randn(ROWS, CLASSES)
+
+
+class Batches:
+    """A loader of two evaluation batches."""
+
+    steps_per_epoch = 2
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.batch = batch_for(recipe)
+
+    def epoch(self, epoch: int, start_step: int = 0):
+        yield from (self.batch, self.batch)
+
+
+def test_patches_teach_what_pixels_teach() -> None:
+    recipe = recipe_of("none", "model.drop_path=0.0")
+    losses, learned = [], []
+    for read in (False, True):
+        learner = Learner(recipe, CLASSES, CPU)
+        patch = reads_patches(learner.model)
+        assert patch == 16
+        inputs = inputs_for(recipe, patch if read else 0)
+        assert inputs.pixels.shape == ((ROWS, 4, 768) if read else (ROWS, 3, 32, 32))
+        losses.append(learner.step(inputs, None, 1e-3, 0))
+        learned.append(learner.model.patch_embed.proj.weight)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(learned[0], learned[1])
+
+
+@TRACED
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_and_loss_are_one_graph_each(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing with fullgraph raises at the first break; the eager backend computes what it traced."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    recipe = recipe_of(mode, "train.accumulate=2")
+    plain, compiled = (Learner(recipe, CLASSES, replace(CPU, compile=on)) for on in (False, True))
+    assert compiled.loss is not plain.loss
+    inputs, teacher = inputs_for(recipe, 16), targets(mode)
+    for seed in range(2):
+        torch.testing.assert_close(
+            compiled.step(inputs, teacher, 1e-3, seed), plain.step(inputs, teacher, 1e-3, seed), rtol=1e-5, atol=1e-6
+        )
+    for one, other in ((compiled.model, plain.model), (compiled.ema.model, plain.ema.model)):
+        ours, _ = predict(one, Batches(recipe), recipe.augment, CPU.device, None)
+        theirs, _ = predict(other, Batches(recipe), recipe.augment, CPU.device, None)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@TRACED
+@pytest.mark.parametrize("arch", ["resnet18", "vit_ti"])
+def test_other_networks_are_one_graph(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    recipe = recipe_of("none", f"model.arch={arch}")
+    learner = Learner(recipe, CLASSES, replace(CPU, compile=True))
+    inputs = inputs_for(recipe, reads_patches(learner.model))
+    assert learner.step(inputs, None, 1e-3, 0).isfinite().all()
+
+
+@pytest.mark.parametrize(("mode", "amp"), [("none", None), ("soft", None), ("hard", torch.float16)])
+def test_a_step_never_waits_for_the_device(mode: str, amp: torch.dtype | None) -> None:
+    recipe = recipe_of(mode, "optim.clip=1.0", "train.accumulate=2")
+    runtime = replace(CPU, amp=amp)
+    learner, batch, teacher = Learner(recipe, CLASSES, runtime), batch_for(recipe), targets(mode)
+    with NoWaiting():
+        for seed in range(2):
+            inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=True, patch=16)
+            learner.step(inputs, teacher, 1e-3, seed)
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x > 0), lambda x: torch.equal(x, x)]
+)
+def test_waiting_is_noticed(wait) -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        wait(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "device", "expected"),
+    [
+        ([], 1, "cuda", True), ([], 2, "cuda", False), ([], 1, "cpu", False),
+        (["augment.size=96"], 1, "cuda", False), (["train.accumulate=2"], 1, "cuda", False),
+        (["train.compile=on"], 1, "cuda", False), (["augment.size=96", "train.compile=graphs"], 2, "cuda", True),
+    ],
+)  # fmt: skip
+def test_graphs_are_for_small_inputs_on_one_gpu(settings: list[str], world: int, device: str, expected: bool) -> None:
+    runtime = Runtime(torch.device(device), rank=0, world=world, amp=None, compile=True)
+    assert takes_graphs(recipe_of("none", *settings), runtime) == expected
+
+
+def test_graphs_keep_one_gradient_at_a_time() -> None:
+    with pytest.raises(Mistake, match=r"set train\.accumulate to 1"):
+        override(tiny_recipe(), ["train.compile=graphs", "train.accumulate=2"])
