@@ -20,6 +20,13 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
     Raises:
         Mistake: the batch does not divide among the ranks, or the split is too small for it.
     """
+    sampler = training_sampler(dataset, recipe, runtime)
+    reader = dataset.split("train")
+    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=True, device=runtime.device)
+
+
+def training_sampler(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> TrainSampler:
+    """Return what decides this rank's training rows; raises as `open_training`."""
     reader, batch = dataset.split("train"), recipe.train.batch
     if batch % (runtime.world * recipe.train.accumulate):
         raise Mistake(
@@ -29,7 +36,7 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
     subset = None
     if recipe.train.fraction < 1:
         subset = stratified_subset(reader.labels, recipe.train.fraction, recipe.augment.seed)
-    sampler = TrainSampler(
+    return TrainSampler(
         reader.num_samples,
         batch,
         recipe.augment.seed,
@@ -39,7 +46,6 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
         world=runtime.world,
         subset=subset,
     )
-    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=True, device=runtime.device)
 
 
 def open_split(dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime) -> Loader:

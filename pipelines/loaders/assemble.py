@@ -12,7 +12,7 @@ import torch
 from pipelines.batch import Batch
 from pipelines.errors import Failure
 from pipelines.loaders.prefetch import prefetched
-from pipelines.sampler import EvalSampler, Rows, TrainSampler
+from pipelines.sampler import Rows, Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import RAW, BetonReader
 from pipelines.storage.pool import usable_cores
@@ -29,7 +29,7 @@ class Plan:
     reader: BetonReader
     augment: AugmentSpec
     spec: LoaderSpec
-    sampler: TrainSampler | EvalSampler
+    sampler: Sampler
     train: bool
     """Draw windows at random (train) or take the recipe's centre (evaluation)."""
     device: torch.device

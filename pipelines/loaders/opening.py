@@ -10,7 +10,7 @@ import torch
 from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
-from pipelines.sampler import EvalSampler, TrainSampler
+from pipelines.sampler import Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import BetonReader
 
@@ -30,7 +30,7 @@ def open_loader(
     reader: BetonReader,
     augment: AugmentSpec,
     spec: LoaderSpec,
-    sampler: TrainSampler | EvalSampler,
+    sampler: Sampler,
     *,
     train: bool,
     device: torch.device,
