@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import broken_off, prefetched
 from pipelines.sampler import Rows, Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.beton import RAW, BetonReader
@@ -109,14 +110,19 @@ class HostLoader:
         geometry, out = Geometry.of(params), images.numpy()
         work = by_sample(rows)
         chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-        for _ in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out), chunks):
+        stop = broken_off()
+        for _ in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out, stop), chunks):
             pass
         return self.plan.batch(images, rows, params)
 
-    def _render_chunk(self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray) -> None:
+    def _render_chunk(
+        self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray, stop: Event
+    ) -> None:
         codec = self._codecs.get()
         try:
             for sample, views in chunk:
+                if stop.is_set():  # Ctrl-C, while images come slowly: this batch will not be looked at
+                    return
                 self._render_sample(codec, sample, views, geometry, out)
         finally:
             self._codecs.put(codec)

@@ -4,12 +4,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from queue import SimpleQueue
-from threading import Event, Semaphore, Thread
+from threading import Event, Semaphore, Thread, local
 
 import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
+
+_PRODUCER = local()
+
+
+def broken_off() -> Event:
+    """Return, to code in the producing thread, what is set as soon as nobody waits for its batches any more."""
+    return getattr(_PRODUCER, "stop", None) or Event()
 
 
 def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.device) -> Iterator[Batch]:
@@ -19,7 +26,8 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
     threads of its own. On CUDA it runs under a side stream, and the copy to the device overlaps with the step.
 
     However the iteration ends (exhausted, exception, `close`, `break`, garbage collection, Ctrl-C), the thread is
-    told to stop and joined; it finishes at most the batch that it is working on.
+    told to stop and joined; it finishes at most the batch that it is working on, and less where that looks at
+    `broken_off`.
 
     Raises:
         Exception: whatever `make` or its iterator raised, in the order of the batches.
@@ -51,6 +59,7 @@ def _produce(
     slots: Semaphore,
     stop: Event,
 ) -> None:
+    _PRODUCER.stop = stop
     try:
         with lane.context():
             batches = make()
