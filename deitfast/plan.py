@@ -41,6 +41,8 @@ class TrainOptions:
     weights: Path | None = None
     finetune: Path | None = None
     ablate: tuple[str, ...] = ()
+    fraction: float | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -84,7 +86,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
         recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
     _check_teacher(recipe, name, side)
     out = begun.path if begun else options.out or _free_folder(recipe, name)
-    return TrainJob(recipe, data, out, options.resume, options.command)
+    return TrainJob(recipe, data, out, options.resume, options.command, options.tensorboard)
 
 
 def uses_demo_teacher(recipe: Recipe) -> bool:
@@ -140,6 +142,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "model.finetune": options.finetune.resolve() if options.finetune else None,
         "train.epochs": options.epochs,
         "train.batch": options.batch,
+        "train.fraction": options.fraction,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])

@@ -64,6 +64,12 @@ def said(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
+def remarks(runs: list[RunRecord]) -> list[str]:
+    """Return all that a reader must know first: what cannot be compared, and what is missing of which run."""
+    several = len(runs) > 1
+    return warnings(runs) + [f"{run.name}: {note}" if several else note for run in runs for note in run.notes]
+
+
 def warnings(runs: list[RunRecord]) -> list[str]:
     """Return what speaks against comparing the runs' figures, a sentence each."""
     found, first = [], runs[0]

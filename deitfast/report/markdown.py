@@ -1,7 +1,7 @@
 """The report's tables as Markdown, to paste where figures cannot go."""
 
 from deitfast.report import summary
-from deitfast.report.compare import lessons, warnings
+from deitfast.report.compare import lessons, remarks
 from deitfast.report.read import RunRecord
 from deitfast.report.summary import TextTable
 
@@ -13,8 +13,8 @@ def markdown(runs: list[RunRecord]) -> str:
     """Return the report's words and tables."""
     parts = [f"# {_plain(summary.title(runs))}"]
     parts += [_plain(summary.lead(run)) for run in runs if len(runs) == 1]
-    if remarks := [*warnings(runs), *(f"{run.name}: {note}" for run in runs for note in run.notes)]:
-        parts.append("\n".join(f"- {_plain(remark)}" for remark in remarks))
+    if said := remarks(runs):
+        parts.append("\n".join(f"- {_plain(remark)}" for remark in said))
     parts.append(_table(summary.runs_table(runs)))
     parts += ["## Every head", _table(summary.heads_table(runs))]
     if len(runs) > 1:

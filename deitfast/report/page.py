@@ -4,7 +4,7 @@ from importlib import resources
 
 from deitfast import __version__
 from deitfast.report import sections, summary
-from deitfast.report.compare import warnings
+from deitfast.report.compare import remarks
 from deitfast.report.markup import Html, tag
 from deitfast.report.read import RunRecord
 from deitfast.report.samples import Sample
@@ -40,10 +40,8 @@ def _header(title: str, runs: list[RunRecord]) -> Html:
     if len(runs) == 1:
         figures = [tag("div", tag("dt", name), tag("dd", value)) for value, name in summary.key_figures(runs[0])]
         parts += [tag("p", summary.lead(runs[0]), class_="soft"), tag("dl", *figures, class_="figures")]
-    remarks = warnings(runs)
-    remarks += [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
-    if remarks:
-        parts.append(tag("div", tag("ul", *(tag("li", remark) for remark in remarks)), class_="notes"))
+    if said := remarks(runs):
+        parts.append(tag("div", tag("ul", *(tag("li", remark) for remark in said)), class_="notes"))
     return tag("header", *parts)
 
 

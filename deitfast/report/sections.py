@@ -155,7 +155,8 @@ def _accuracies(runs: list[RunRecord]) -> list[tuple[RunRecord, Curve]]:
     found = []
     if len(runs) == 1:
         heads = list(runs[0].final()[1].get("val", {})) or ["class"]
-        heads.sort(key=lambda head: head != final_head(dict.fromkeys(heads)))  # the published one in the first colour
+        published = final_head(dict.fromkeys(heads))
+        heads.sort(key=lambda head: head != published)  # it gets the first colour
         for number, head in enumerate(heads):
             found.append((runs[0], Curve(head, *runs[0].evaluated("val", head, "top1"), number)))
     else:
