@@ -66,8 +66,13 @@ def said(value: Any) -> str:
 
 def remarks(runs: list[RunRecord]) -> list[str]:
     """Return all that a reader must know first: what cannot be compared, and what is missing of which run."""
-    several = len(runs) > 1
-    return warnings(runs) + [f"{run.name}: {note}" if several else note for run in runs for note in run.notes]
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.notes:
+            said.setdefault(note, []).append(run.name)
+    if len(runs) == 1:
+        return list(said)
+    return warnings(runs) + [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
 def warnings(runs: list[RunRecord]) -> list[str]:

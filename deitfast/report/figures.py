@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = 8
-"""Colours for runs and heads (Okabe and Ito's, told apart by colour-blind eyes); the ninth run is dashed."""
+"""Colours for runs and heads (Okabe and Ito's, told apart by colour-blind eyes); the ninth run is dash-dotted."""
 INK, SOFT, LINE, ACCENT = "#010101", "#010102", "#010103", "#010104"
 STAND_IN = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)"} | {
     f"#0201{number:02x}": f"var(--run-{number})" for number in range(COLOURS)
@@ -71,7 +71,15 @@ class Curve:
     dashed: bool = False
 
 
-def panel(title: str, x_label: str, curves: Iterable[Curve], *, unit: str = "", legend: bool = False) -> Html:
+def panel(
+    title: str,
+    x_label: str,
+    curves: Iterable[Curve],
+    *,
+    unit: str = "",
+    legend: bool = False,
+    size: tuple[float, float] = PANEL,
+) -> Html:
     """Return one small plot; curves without points are left out.
 
     Args:
@@ -81,13 +89,14 @@ def panel(title: str, x_label: str, curves: Iterable[Curve], *, unit: str = "", 
         unit: "share" for values in [0, 1] shown in per cent, "part" for the same from 0 on and not enlarged beyond 5 %,
             "rate" for a learning rate, "" for plain numbers from 0.
         legend: name the lines inside the plot.
+        size: width and height in inches.
     """
     drawn = [curve for curve in curves if len(curve.x)]
-    with _figure(title + x_label, PANEL, title) as (_, axes, svg):
+    with _figure(title + x_label, size, title) as (_, axes, svg):
         axes.set_title(title)
         axes.set_xlabel(x_label)
         for curve in drawn:
-            style = "--" if curve.dashed or curve.colour >= COLOURS else "-"
+            style = "--" if curve.dashed else "-" if curve.colour < COLOURS else "-."
             marker = "o" if len(curve.x) <= MARKED else None
             axes.plot(curve.x, curve.y, style, color=colour(curve.colour), marker=marker, label=curve.label)
         if not drawn:
@@ -155,7 +164,7 @@ def data_efficiency(curves: Sequence[Efficiency]) -> Html:
         Curve(each.label, [100 * x for x, _ in each.points], [y for _, y in each.points], number)
         for number, each in enumerate(curves)
     ]
-    return panel("top-1 (%)", "training images used (%)", lines, unit="share", legend=True)
+    return panel("top-1 (%)", "training images used (%)", lines, unit="share", size=(COLUMN, 3.0))
 
 
 def colour(number: int) -> str:
@@ -197,7 +206,7 @@ def _inline(svg: str, label: str) -> Html:
 def _scale(axes: "Axes", unit: str, x_label: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x_label == "epoch"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=x_label == "epoch"))
     low, high = axes.get_ylim()
     axes.set_ylim(low if unit == "share" and low > 0.15 * high else min(0.0, low), max(high, 0.05 * (unit == "part")))
     if unit in ("share", "part"):

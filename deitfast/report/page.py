@@ -31,7 +31,8 @@ def page(runs: list[RunRecord], pictures: list[Pictures]) -> str:
         tag("link", rel="icon", href="data:,"),
         tag("style", Html(style)),
     )
-    body = tag("body", _header(title, runs), tag("main", *_main(runs, pictures)), _footer())
+    several = "several" if len(runs) > 1 else None
+    body = tag("body", _header(title, runs), tag("main", *_main(runs, pictures)), _footer(), class_=several)
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 

@@ -17,6 +17,8 @@ NAMED_CLASSES = 24
 """Most classes whose confusion matrix is written with names and counts, and whose accuracies are single bars."""
 DRAWN_CLASSES = 200
 """Most classes whose confusion matrix is drawn at all: beyond them a cell is smaller than a pixel."""
+DASHED_RUNS = 4
+"""Most runs that get a second, dashed line in the same plot."""
 NAME_LENGTH = 22
 """Letters of a class name on an axis."""
 
@@ -40,23 +42,22 @@ def curves(runs: list[RunRecord]) -> Html:
     panels.append(figures.panel("images/s", "epoch", speed))
     waiting = [_waiting(number, run) for number, run in enumerate(runs)]
     panels.append(figures.panel("waiting for data (% of the time)", "epoch", waiting, unit="part"))
-    said = "Loss: the training loss, of augmented images; dashed: the validation loss of the published head."
+    said = "Loss: the training loss, of augmented images"
+    said += "; dashed: the validation loss of the published head." if len(runs) <= DASHED_RUNS else "."
     if len(runs) > 1:
-        said += " Top-1: the published head; dashed: of the averaged weights."
+        said += " Top-1: the published head" + ("; dashed: averaged weights." if len(runs) <= DASHED_RUNS else ".")
     said += " Training time leaves evaluation out. The learning rate is that of each epoch's last step."
     return _section("Learning", key(runs), tag("div", *panels, class_="panels"), tag("p", said, class_="soft"))
 
 
 def key(runs: list[RunRecord]) -> Html:
     """Return which colour is which run; nothing for a single one."""
-    if len(runs) == 1:
-        return Html()
-    return tag("ul", *(tag("li", chip(number), run.name) for number, run in enumerate(runs)), class_="key")
+    return _key([run.name for run in runs]) if len(runs) > 1 else Html()
 
 
 def chip(number: int) -> Html:
-    """Return a run's colour as a dot; of the ninth run and later as a dash."""
-    class_ = "chip" if number < COLOURS else "chip dashed"
+    """Return a run's colour as a dot; from the ninth run on as a dash."""
+    class_ = "chip" if number < COLOURS else "chip repeated"
     return tag("span", class_=class_, style=f"color: var(--run-{number % COLOURS})")
 
 
@@ -72,8 +73,9 @@ def comparison(runs: list[RunRecord]) -> Html:
         parts.append(_section("What differs between the recipes", tag("p", "Nothing: all runs have the same recipe.")))
     if found := efficiency(runs):
         said = "Validation top-1 of the published head against the share of the training images that were used."
-        figure = tag("figure", figures.data_efficiency(found), tag("figcaption", said))
-        parts.append(_section("Data efficiency", tag("div", figure, class_="panels")))
+        names = _key([each.label for each in found]) if len(found) > 1 else Html()
+        figure = tag("figure", figures.data_efficiency(found), tag("figcaption", said), class_="single")
+        parts.append(_section("Data efficiency", names, figure))
     if taught := lessons(runs):
         parts.append(_section("Teachers and students", text_table(summary.lessons_table(taught))))
     return tag("", *parts)
@@ -88,24 +90,25 @@ def classes(run: RunRecord) -> Html:
     names, count = [_shortened(name) for name in run.classes], len(run.classes)
     recalls = summary.recalls(confusion)
     parts: list[Html] = []
+    beside: list[Html] = []
     if count <= DRAWN_CLASSES:
         told = "counts of images; " if count <= NAMED_CLASSES else ""
         caption = f"Rows: truth; columns: prediction of head “{head}”; {told}shade: square root of the row's share."
         drawn = figures.matrix(confusion, names, named=count <= NAMED_CLASSES)
-        parts.append(tag("figure", drawn, tag("figcaption", caption), class_="matrix"))
+        parts.append(tag("figure", drawn, tag("figcaption", caption), class_="single"))
     known = [(float(value), name) for value, name in zip(recalls, names, strict=True) if not np.isnan(value)]
     if count <= NAMED_CLASSES:
         known.sort(key=lambda pair: -pair[0])
         drawn = figures.bars([value for value, _ in known], [name for _, name in known])
-        parts.append(tag("figure", drawn, tag("figcaption", "Share of each class's validation images recognised.")))
+        beside.append(tag("figure", drawn, tag("figcaption", "Share of each class's validation images recognised.")))
     else:
         drawn = figures.ranked([value for value, _ in known])
         parts.append(tag("figure", drawn, tag("figcaption", f"Accuracy of {len(known):,} classes, best to worst.")))
         for best in (False, True):
             title = "Recognised best" if best else "Recognised worst"
             parts.append(text_table(summary.extremes(confusion, run.classes, best=best), title))
-    parts.append(text_table(summary.confused(confusion, run.classes), "Taken for each other most often"))
-    return tag("div", *parts, class_="columns")
+    beside.append(text_table(summary.confused(confusion, run.classes), "Taken for each other most often"))
+    return tag("div", *parts, tag("div", *beside), class_="columns")
 
 
 def samples(run: RunRecord, pictures: Sequence[Sample], note: str) -> Html:
@@ -138,6 +141,10 @@ def text_table(plain: TextTable, caption: str = "", *, chips: bool = False) -> H
     return table(plain.head, rows, right, caption=caption)
 
 
+def _key(names: list[str]) -> Html:
+    return tag("ul", *(tag("li", chip(number), name) for number, name in enumerate(names)), class_="key")
+
+
 def _section(title: str, *inner: str) -> Html:
     return tag("section", tag("h2", title), *inner)
 
@@ -146,7 +153,8 @@ def _losses(runs: list[RunRecord]) -> list[tuple[RunRecord, Curve]]:
     found = []
     for number, run in enumerate(runs):
         found.append((run, Curve("training", *run.series("loss"), number)))
-        found.append((run, Curve("validation", *run.evaluated("val", "", "loss"), number, dashed=True)))
+        if len(runs) <= DASHED_RUNS:
+            found.append((run, Curve("validation", *run.evaluated("val", "", "loss"), number, dashed=True)))
     return found
 
 
@@ -163,7 +171,8 @@ def _accuracies(runs: list[RunRecord]) -> list[tuple[RunRecord, Curve]]:
         found = [(run, Curve(run.name, *run.evaluated("val", "", "top1"), n)) for n, run in enumerate(runs)]
     for number, run in enumerate(runs):
         averaged = run.evaluated("val_ema", "", "top1")
-        found.append((run, Curve("averaged weights", *averaged, number, dashed=True)))
+        if len(runs) <= DASHED_RUNS:
+            found.append((run, Curve("averaged weights", *averaged, number, dashed=True)))
     return found
 
 

@@ -89,7 +89,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
 def runs_table(runs: list[RunRecord]) -> TextTable:
     """Return a row a run: what it was, its published head's figures, and what it took."""
     figure = [FIGURES[name] for name in SUMMED_UP]
-    head = ["run", "network", "distillation", "data", "images used (%)", "epochs", *figure]
+    head = ["run", *figure, "network", "distillation", "data", "images used (%)", "epochs"]
     rows = []
     for run in runs:
         settings, heads = run.settings, run.final()[1].get("val", {})
@@ -98,12 +98,12 @@ def runs_table(runs: list[RunRecord]) -> TextTable:
         rows.append(
             [
                 run.name,
+                *cells(figures, SUMMED_UP),
                 str(settings.get("model.arch", NONE)),
                 str(settings.get("distill.mode", NONE)),
                 run.dataset or NONE,
                 share(settings.get("train.fraction"), "g"),
                 f"{done}/{planned}" if planned else str(done),
-                *cells(figures, SUMMED_UP),
                 time(run),
                 rate(run),
                 waiting(run),
