@@ -232,7 +232,8 @@ class Run:
         evaluations = -(-(train.epochs - position.epoch) // train.evaluate_every)
         left = duration(seconds / position.steps * (steps - done) + self.evaluating * evaluations)
         bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}, run {left}")
-        self.watch.look(done, loss=loss, images_per_second=rate, waiting=waiting)
+        if position.steps < self.loader.steps_per_epoch:  # the epoch's last figures are those of its row
+            self.watch.look(done, loss=loss, images_per_second=rate, waiting=waiting)
 
     def _steps_done(self) -> int:
         return self.position.epoch * self.loader.steps_per_epoch + self.position.steps

@@ -25,14 +25,16 @@ class Watch:
         self._board = TensorBoard(folder / "tensorboard") if folder and tensorboard else None
 
     def look(self, step: int, **figures: float) -> None:
-        """Show figures of the current epoch so far; `step` counts from the run's start."""
+        """Show figures of the current epoch so far; `step` counts from the run's start, and is not the epoch's last."""
         if self._board:
             self._board.write(step, {f"{RUNNING}/{name}": value for name, value in figures.items()})
 
     def epoch(self, step: int, row: dict[str, Any], *, last: bool) -> None:
         """Show an epoch's row of metrics.jsonl, which is written already."""
         if self._board:
-            self._board.write(step, _scalars(EPOCH, row))
+            waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)
+            whole = {"loss": row["loss"], "images_per_second": row["images_per_second"], "waiting": waiting}
+            self._board.write(step, _scalars(EPOCH, row) | _scalars(RUNNING, whole))
         if self._report and last:
             self._report.write()
         elif self._report:

@@ -72,6 +72,7 @@ def test_files_that_cannot_be_written_cost_a_warning(tmp_path: Path, caplog, mon
     from deitfast import watch
 
     monkeypatch.setattr(watch.log, "propagate", True)
+    monkeypatch.setattr(watch.log, "handlers", [])  # a command that ran in this process may have left its own
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     board = TensorBoard(tmp_path / "tensorboard")
     for step in (1, 2):
