@@ -231,7 +231,7 @@ class Run:
         steps, done = self.loader.steps_per_epoch * train.epochs, self._steps_done()
         evaluations = -(-(train.epochs - position.epoch) // train.evaluate_every)
         left = duration(seconds / position.steps * (steps - done) + self.evaluating * evaluations)
-        bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}, run {left}")
+        bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}, run ends in {left}")
         if position.steps < self.loader.steps_per_epoch:  # the epoch's last figures are those of its row
             self.watch.look(done, loss=loss, images_per_second=rate, waiting=waiting)
 

@@ -36,7 +36,7 @@ class Watch:
             whole = {"loss": row["loss"], "images_per_second": row["images_per_second"], "waiting": waiting}
             self._board.write(step, _scalars(EPOCH, row) | _scalars(RUNNING, whole))
         if self._report and last:
-            self._report.write()
+            self._report.write(final=True)
         elif self._report:
             self._report.refresh()
 

@@ -30,14 +30,16 @@ class LiveReport:
         if self._spent + self._cost <= TIME_SHARE * (time.monotonic() - self._began):
             self.write()
 
-    def write(self) -> None:
-        """Write the report; a warning where that fails."""
+    def write(self, *, final: bool = False) -> None:
+        """Write the report, and say where it is if it is the `final` one; a warning where that fails."""
         began = time.monotonic()
         try:
             (run,) = read_runs([self._folder])
             if self._pictures is None:
                 self._pictures = samples_of(run)
             write([run], [self._pictures], self._folder / PAGE, self._folder / TABLE)
+            if final:
+                log.info("report: %s", self._folder / PAGE)
         except Exception as error:  # whatever it is, training is worth more than its report
             log.warning("the report could not be written: %s: %s", type(error).__name__, error)
         self._cost = time.monotonic() - began
