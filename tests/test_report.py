@@ -270,7 +270,7 @@ def test_runs_of_different_data_sets_are_compared_with_a_warning(capsys, tmp_pat
 
 
 def test_class_names_and_paths_are_text_not_markup(tmp_path: Path) -> None:
-    classes = ("<script>alert(1)</script>", "a & b", "$\\frac{", "猫", '"quoted"', "|")
+    classes = ("<script>alert(1)</script>", "a & b", "$\\frac{$", "猫", '"quoted"', "|")
     folder = fake(tmp_path / "<i>run&", classes=classes)
     page = page_of(folder)
     outline = Outline(page)
