@@ -151,6 +151,9 @@ def train(
     batch: Annotated[
         int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
     ] = None,
+    fraction: Annotated[
+        float | None, typer.Option("--data-fraction", help="Share of the training images to use, of every class alike.")
+    ] = None,
     settings: Settings = None,
     weights: Annotated[
         Path | None, typer.Option(help="Start from these weights: a run or a file (DeiT, timm, Hugging Face).")
@@ -167,6 +170,9 @@ def train(
         typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them, instead of stopping."),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard, to tensorboard/ in the run.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a network; several GPUs or nodes with `torchrun ... -m deitfast train`."""
@@ -176,7 +182,7 @@ def train(
     options = TrainOptions(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
         weights=weights, finetune=finetune, ablate=tuple(ablate or ()), teacher_weights=teacher_weights, cache=cache,
-        views=views, per_image=per_image, skip_bad=skip_bad,
+        views=views, per_image=per_image, skip_bad=skip_bad, fraction=fraction, tensorboard=tensorboard,
     )  # fmt: skip
     run_training(options, device, _display(), out)
 
@@ -286,6 +292,23 @@ def bench(
     from deitfast.commands import run_bench
 
     run_bench(part, data, arch, batch, seconds, tuple(settings or ()), device, _display(), out)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="The page. Default: RUN/report.html; of several runs ./report.html.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="The tables as Markdown. Default: beside the page, .md for .html.")
+    ] = None,
+) -> None:
+    """Show what runs have learned: one HTML page with curves, metrics, classes and sample images; a Markdown table."""
+    from deitfast.commands import run_report
+
+    _display()
+    run_report(runs, out_, markdown, out)
 
 
 @app.command()

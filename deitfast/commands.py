@@ -1,6 +1,7 @@
 """What the commands train, eval, export and bench do once their options are read."""
 
 import json
+import logging
 import os
 import time
 from contextlib import closing
@@ -30,6 +31,7 @@ from deitfast.plan import (
     uses_demo_teacher,
 )
 from deitfast.recipe import Recipe, TrainSpec
+from deitfast.report.write import PAGE, write_report
 from deitfast.runlog import RunFolder, write_text
 from deitfast.runtime import Runtime, start
 from deitfast.tables import (
@@ -45,6 +47,8 @@ from deitfast.train import train
 from deitfast.trained import TrainedModel, load_file, load_run
 from pipelines.errors import Mistake
 from pipelines.storage.dataset import SPEC_FILE, Dataset
+
+log = logging.getLogger("deitfast")
 
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
@@ -180,6 +184,18 @@ def run_export(run: Path, out_path: Path, form: str, *, ema: bool, out: Console)
         raise Mistake(f"there is no format {form}", expected=", ".join(FORMATS))
     trained = load_run(run, torch.device("cpu"), ema=ema)
     for file in export_timm(trained, out_path):
+        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+
+
+def run_report(runs: list[Path], page: Path | None, table: Path | None, out: Console) -> None:
+    """Write the report of some runs, warn of what it lacks, and say where it is."""
+    page = page or (runs[0] / PAGE if len(runs) == 1 else Path(PAGE))
+    table = table or page.with_suffix(".md")
+    if page == table:
+        raise Mistake(f"{page} cannot be both page and table", remedy="name two files with --out and --markdown")
+    for remark in write_report(runs, page, table):
+        log.warning("%s", remark)
+    for file in (page, table):
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 

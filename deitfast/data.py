@@ -20,22 +20,15 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
     Raises:
         Mistake: the batch does not divide among the ranks, or the split is too small for it.
     """
-    batch = recipe.train.batch
-    if batch % (runtime.world * recipe.train.accumulate):
-        raise Mistake(
-            f"train.batch {batch} does not divide among {runtime.world} processes x "
-            f"train.accumulate {recipe.train.accumulate}"
-        )
-    sampler = training_sampler(dataset, recipe, runtime, batch)
-    return open_loader(
-        dataset.split("train"), recipe.augment, recipe.loader, sampler, train=True, device=runtime.device
-    )
+    sampler = training_sampler(dataset, recipe, runtime, recipe.train.batch)
+    reader = dataset.split("train")
+    return open_loader(reader, recipe.augment, recipe.loader, sampler, train=True, device=runtime.device)
 
 
 def training_sampler(
     dataset: Dataset, recipe: Recipe, runtime: Runtime, batch: int, *, whole: bool = False
 ) -> TrainSampler:
-    """Return this rank's rows of the training split.
+    """Return what decides this rank's training rows; raises as `open_training`.
 
     Args:
         dataset: the data set.
@@ -45,6 +38,11 @@ def training_sampler(
         whole: also those groups that do not fill a batch, and every view only once: for a teacher.
     """
     reader, augment = dataset.split("train"), recipe.augment
+    if batch % (runtime.world * recipe.train.accumulate):
+        raise Mistake(
+            f"train.batch {batch} does not divide among {runtime.world} processes x "
+            f"train.accumulate {recipe.train.accumulate}"
+        )
     subset = None
     if recipe.train.fraction < 1:
         subset = stratified_subset(reader.labels, recipe.train.fraction, augment.seed)

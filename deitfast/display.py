@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 log = logging.getLogger("deitfast")
 LOGGERS = (log, logging.getLogger("pipelines"))
@@ -57,6 +58,15 @@ class Bar:
         return ", ".join(part for part in (f"{self._done:,} of {self._total:,}", self._text, left) if part)
 
 
+class _Lines(Progress):
+    """A bar and, on a line of its own, the text: both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is on the screen."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(f"  {task.fields['text']}", overflow="ellipsis") for task in self.tasks if task.fields["text"])
+
+
 class Display:
     """Hands out bars; knows whether somebody is watching."""
 
@@ -75,10 +85,9 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        with _Lines(*columns, console=self._console, transient=True) as progress:
             yield Bar(label, total, progress)
 
 

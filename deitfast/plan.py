@@ -47,6 +47,8 @@ class TrainOptions:
     views: int | None = None
     per_image: bool = False
     skip_bad: bool = False
+    fraction: float | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -92,7 +94,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
         recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
     _check_teacher(recipe, name, side)
     out = begun.path if begun else options.out or _free_folder(recipe, name)
-    return TrainJob(recipe, data, out, options.resume, options.command)
+    return TrainJob(recipe, data, out, options.resume, options.command, options.tensorboard)
 
 
 def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> TeachJob:
@@ -174,6 +176,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "train.epochs": options.epochs,
         "train.batch": options.batch,
         "loader.skip_bad": "true" if options.skip_bad else None,
+        "train.fraction": options.fraction,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])

@@ -249,14 +249,14 @@ def load(name: str) -> Recipe:
 def _tree(name: str) -> tuple[dict[str, Any], str]:
     """Return what a recipe's file says, and how errors call it."""
     if name in names():
-        text, origin = (_BUILT_IN / f"{name}.toml").read_text(), f"recipe {name}"
+        file, origin = _BUILT_IN / f"{name}.toml", f"recipe {name}"
     elif (path := Path(name)).is_file():
-        text, origin = path.read_text(), f"recipe {path}"
+        file, origin = path, f"recipe {path}"
     else:
         raise Mistake(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
     try:
-        return tomllib.loads(text), origin
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(file.read_text(encoding="utf-8")), origin
+    except ValueError as error:  # TOML's and UTF-8's errors
         raise Mistake(f"{origin} is not TOML", found=str(error)) from None
 
 

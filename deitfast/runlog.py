@@ -88,13 +88,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, a dict an epoch, leaving out lines cut short by a crash."""
-        file, rows = self.path / "metrics.jsonl", []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        file = self.path / "metrics.jsonl"
+        return read_rows(file)[0] if file.exists() else []
 
     def finished(self) -> bool:
         """Whether the run's last epoch is in metrics.jsonl."""
@@ -105,6 +100,22 @@ class RunFolder:
         """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
+
+
+def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of a metrics.jsonl that are whole, and how many lines are not."""
+    rows, damaged = [], 0
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row["epoch"], int)
+        except (ValueError, KeyError):
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,14 +16,14 @@ from deitfast.data import training_sampler
 from deitfast.display import Bar, Display, duration
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
-from deitfast.stopping import Stop, catching_signals
+from deitfast.stopping import Interrupted, Stop, catching_signals
 from deitfast.targets import Cached, InLoop, PerImage
 from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.opening import open_loader
-from pipelines.sampler import EvalSampler, TrainSampler
+from pipelines.sampler import EvalSampler, Sampler
 from pipelines.storage.dataset import Dataset
 from pipelines.teacher_cache import TeacherCache
 
@@ -54,7 +54,7 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
     with closing(Dataset.open(job.data)) as dataset:
         loaded = load_teacher(job.recipe.distill, dataset.spec.classes)
         filling = Filling(job.recipe, dataset, runtime, display)
-        with closing(filling), catching_signals() as stop:
+        with closing(filling), catching_signals(runtime) as stop:
             cache = open_cache(job.recipe, dataset, filling.loader.name, loaded.identity(), runtime)
             if cache is None:
                 raise Mistake("nowhere to keep the answers", remedy="name the cache's folder with --out")
@@ -101,7 +101,7 @@ def open_targets(
     if distill.targets != "per_image":
         return answers
     if not cache.complete:
-        with closing(Filling(recipe, dataset, runtime, display)) as filling, catching_signals() as stop:
+        with closing(Filling(recipe, dataset, runtime, display)) as filling, catching_signals(runtime) as stop:
             filling.fill(answers, stop)
     return PerImage(TeacherCache.open(cache.folder), recipe, len(classes), runtime.device)
 
@@ -154,16 +154,22 @@ class Filling:
         first = next((step for step in steps if self._missing(slot, step, answers).any()), None)
         if first is None:
             return
-        for step, batch in enumerate(self.loader.epoch(slot, first), first):
-            wanted = self._missing(slot, step, answers)
-            if wanted.any():
-                answers.ask(model_input(batch, self.recipe, self.runtime), wanted)
-                bar.advance(int(wanted.sum()) * self.runtime.world, f"{bar.rate():,.0f} images/s")
-            if stop.signal:
-                answers.save()
-                log.info("stopped; the same command goes on from here")
-                raise KeyboardInterrupt
-        answers.save()
+        batches = self.loader.epoch(slot, first)
+        try:
+            for step in range(first, self.sampler.steps_per_epoch):
+                with stop.at_once():
+                    batch = next(batches)
+                wanted = self._missing(slot, step, answers)
+                if wanted.any():
+                    answers.ask(model_input(batch, self.recipe, self.runtime), wanted)
+                    bar.advance(int(wanted.sum()) * self.runtime.world, f"{bar.rate():,.0f} images/s")
+                if stop.signal:
+                    raise Interrupted
+        except Interrupted:
+            log.info("stopped; the same command goes on from here")
+            raise
+        finally:
+            answers.save()
 
     def _missing(self, slot: int, step: int, answers: Cached) -> np.ndarray:
         rows = self.sampler.rows(slot, step)
@@ -216,7 +222,7 @@ def _compare(answers: Cached, inputs: ModelInput, known: np.ndarray, runtime: Ru
         )
 
 
-def views_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, batch: int) -> TrainSampler | EvalSampler:
+def views_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, batch: int) -> Sampler:
     """Return the rows that a teacher looks at: all views of the run, or each image whole."""
     if recipe.distill.targets != "per_image":
         return training_sampler(dataset, recipe, runtime, batch, whole=True)
@@ -224,7 +230,7 @@ def views_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, batch: int) -> 
     return EvalSampler(samples, min(batch // runtime.world, samples), runtime.rank, runtime.world)
 
 
-def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: TrainSampler | EvalSampler) -> Loader:
+def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: Sampler) -> Loader:
     """Return the loader of those rows."""
     reader, train = dataset.split("train"), recipe.distill.targets != "per_image"
     return open_loader(reader, recipe.augment, recipe.loader, sampler, train=train, device=runtime.device)

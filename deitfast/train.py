@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from deitfast.runlog import RunFolder, RunInfo, write_text
 from deitfast.runtime import Runtime
 from deitfast.schedule import learning_rate
 from deitfast.step import Learner
-from deitfast.stopping import Stop, catching_signals
+from deitfast.stopping import Interrupted, Stop, catching_signals
 from deitfast.targets import Cached
 from deitfast.targets import describe as describe_targets
 from deitfast.teach import Filling, open_targets
+from deitfast.watch import Watch
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure, Mistake
@@ -41,6 +43,8 @@ LOOKS_AN_EPOCH = 50
 """How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
 LEARNS_THE_SAME = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
 """Fields that a resumed run may change: they decide how fast, not what, it learns."""
+STEP_MEMORY = ("the training step", "lower train.batch, raise train.accumulate, or take a smaller model")
+"""What runs out of memory in a step, and what to do then."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TrainJob:
     out: Path
     resume: bool
     command: tuple[str, ...]
+    tensorboard: bool = False
 
 
 def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
@@ -124,6 +129,9 @@ class Run:
         self.peak = peak_lr(recipe.optim, recipe.train.batch)
         self.position = Position.start(runtime.device)
         self.saved = time.monotonic()
+        self.untried = True  # no step was done in this process yet: the first one compiles, which can take minutes
+        self.evaluating = 0.0  # seconds that the last evaluation took
+        self.watch = Watch(folder.path if runtime.main else None, tensorboard=job.tensorboard)
 
     def _begin(self, model: nn.Module) -> None:
         self.start = start_model(model, self.recipe.model, self.spec.classes)
@@ -134,21 +142,33 @@ class Run:
         if self.folder.checkpoint.exists():
             self._go_back()
             log.info("resuming in epoch %d after %d steps", self.position.epoch + 1, self.position.steps)
+        elif self.runtime.compile:
+            self._save()  # compiling ends at once when asked to, at a moment when nothing can be saved
         row: dict[str, Any] = {}
         last: Diverged | None = None
-        with catching_signals() as stop, closing(self.loader):
-            while self.position.epoch < self.recipe.train.epochs:
-                try:
-                    self._train_epoch(stop)
-                except Diverged as event:
-                    self._recover(event, last)
-                    last = event
-                    continue
-                row = self._finish_epoch()
+        with catching_signals(self.runtime) as stop, closing(self.watch), closing(self.loader):
+            try:
+                while self.position.epoch < self.recipe.train.epochs:
+                    try:
+                        self._train_epoch(stop)
+                    except Diverged as event:
+                        self._recover(event, last)
+                        last = event
+                        continue
+                    row = self._finish_epoch(stop)
+            except Interrupted:
+                self._stop()
+                raise
             self._complete_cache(stop)
         if self.validation:
             self.validation.close()
         return row
+
+    def _stop(self) -> None:
+        """Save what was learned: what a first step that did not end was doing is not."""
+        if not self.untried:
+            self._save()
+        log.info("stopped in epoch %d after %d steps; --resume goes on", self.position.epoch + 1, self.position.steps)
 
     def _greet(self) -> None:
         recipe, runtime = self.recipe, self.runtime
@@ -172,28 +192,29 @@ class Run:
         look = max(1, steps // LOOKS_AN_EPOCH)
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
             bar.start(position.steps)
-            for batch in self._timed(self.loader.epoch(position.epoch, position.steps)):
-                with naming_memory(
-                    "the training step", "lower train.batch, raise train.accumulate, or take a smaller model"
-                ):
-                    position.losses += self._step(batch)
+            for batch in self._timed(self.loader.epoch(position.epoch, position.steps), stop):
+                with naming_memory(*STEP_MEMORY), stop.at_once(self.untried):
+                    losses = self._step(batch)
+                self.untried = False
+                position.losses += losses
                 position.steps += 1
                 position.skipped += batch.skipped
                 looking = position.steps % look == 0
                 if looking:
                     self._look(bar)
-                if stop.asked(self.runtime, looking=looking):
-                    self._save()
-                    log.info("stopped in epoch %d after %d steps; --resume goes on", position.epoch + 1, position.steps)
-                    raise KeyboardInterrupt
+                stop.check(looking=looking)
                 if time.monotonic() - self.saved >= 60 * train.checkpoint_minutes:
                     self._save()
         self._save()
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, batches: Iterator[Batch], stop: Stop) -> Iterator[Batch]:
         """Pass batches on; count the time in the loader, and in loader and step together."""
         asked = time.monotonic()
-        for batch in batches:
+        while True:
+            with stop.at_once():
+                batch = next(batches, None)
+            if batch is None:
+                return
             self.position.waited += time.monotonic() - asked
             yield batch
             now = time.monotonic()
@@ -221,12 +242,20 @@ class Run:
         return self.learner.step(inputs, targets, lr, position.step_seed(recipe.train.seed, runtime.rank))
 
     def _look(self, bar: Bar) -> None:
-        """Show where the epoch stands; the one place in it that waits for the device."""
-        position = self.position
+        """Show where the epoch and the run stand; the one place in it that waits for the device."""
+        position, train = self.position, self.recipe.train
         loss = position.means()["loss"]
         seconds = max(position.seconds, 1e-9)
-        rate, waiting = position.steps * self.recipe.train.batch / seconds, position.waited / seconds
-        bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}")
+        rate, waiting = position.steps * train.batch / seconds, position.waited / seconds
+        steps, done = self.loader.steps_per_epoch * train.epochs, self._steps_done()
+        evaluations = -(-(train.epochs - position.epoch) // train.evaluate_every)
+        left = duration(seconds / position.steps * (steps - done) + self.evaluating * evaluations)
+        bar.reach(position.steps, f"loss {loss:.3f}, {rate:,.0f} images/s, waiting {waiting:.0%}, run ends in {left}")
+        if position.steps < self.loader.steps_per_epoch:  # the epoch's last figures are those of its row
+            self.watch.look(done, loss=loss, images_per_second=rate, waiting=waiting)
+
+    def _steps_done(self) -> int:
+        return self.position.epoch * self.loader.steps_per_epoch + self.position.steps
 
     def _save(self) -> None:
         if self.targets:
@@ -253,7 +282,7 @@ class Run:
         log.warning("the loss is not finite at %s: going back to the last checkpoint", event)
         self._go_back()
 
-    def _finish_epoch(self) -> dict[str, Any]:
+    def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         """Evaluate, write the epoch's row, and move on to the next."""
         position, train = self.position, self.recipe.train
         if self.runtime.world > 1:
@@ -276,10 +305,12 @@ class Run:
         if self.targets:
             row["teacher_asked"] = position.asked * self.runtime.world
         if self.validation and (epoch % train.evaluate_every == 0 or epoch == train.epochs):
-            row |= self._evaluate(self.validation)
+            row |= self._evaluate(self.validation, stop)
         if self.runtime.main:
             self.folder.append(row)
         log.info("%s", describe(row, train.epochs))
+        with stop.at_once():
+            self.watch.epoch(self._steps_done(), row, last=epoch == train.epochs)
         self.position = Position.start(self.runtime.device, epoch)
         return row
 
@@ -290,14 +321,19 @@ class Run:
         with closing(Filling(self.recipe, self.dataset, self.runtime, self.display)) as filling:
             filling.fill(self.targets, stop)
 
-    def _evaluate(self, loader: Loader) -> dict[str, Any]:
+    def _evaluate(self, loader: Loader, stop: Stop) -> dict[str, Any]:
         """Return the metrics of every head, of the weights as they are and averaged: {"val": {head: ...}, ...}."""
         models = {"val": self.learner.model}
         if self.learner.ema:
             models["val_ema"] = self.learner.ema.model
-        found, everything = {}, {}
+        found, everything, began = {}, {}, time.monotonic()
+
+        def seen(done: int, steps: int, bar: Bar) -> None:
+            bar.reach(done)
+            stop.check(looking=done % max(1, steps // LOOKS_AN_EPOCH) == 0)
+
         for name, model in models.items():
-            with self.display.bar("evaluating", loader.steps_per_epoch) as bar:
+            with stop.at_once(), self.display.bar("evaluating", loader.steps_per_epoch) as bar:
                 heads = evaluate(
                     model,
                     loader,
@@ -305,11 +341,12 @@ class Run:
                     self.runtime.device,
                     self.runtime.amp,
                     len(self.spec.classes),
-                    lambda done, _, bar=bar: bar.reach(done),
+                    partial(seen, bar=bar),
                     kernels=self.recipe.train.kernels,
                 )
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
             everything[name] = {head: metrics.everything() for head, metrics in heads.items()}
+        self.evaluating = time.monotonic() - began
         if self.runtime.main:
             tree = {"epoch": self.position.epoch + 1, "classes": self.spec.classes, **everything}
             write_text(self.folder.evaluation, json.dumps(tree))

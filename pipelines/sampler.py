@@ -12,6 +12,7 @@ started at without the ones before it. Both orders are sorts by Philox keys (`pi
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -51,6 +52,17 @@ def group_size(spec: AugmentSpec, rank_batch: int) -> int:
         return 1
     _check_groups(rank_batch, 1, spec.mix_group)
     return spec.mix_group
+
+
+class Sampler(Protocol):
+    """Rows as a function of (epoch, step): all that a loader asks for."""
+
+    steps_per_epoch: int
+    """Steps in one epoch."""
+
+    def rows(self, epoch: int, step: int) -> Rows:
+        """Return this rank's rows of a step, in 0..steps_per_epoch - 1 of an epoch from 0."""
+        ...
 
 
 class TrainSampler:

@@ -39,9 +39,9 @@ def test_help_comes_at_once() -> None:
         [sys.executable, "-X", "importtime", "-m", "deitfast", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for command in ("convert", "info", "verify", "train", "eval", "export", "bench", "doctor", "recipes"):
+    for command in ("convert", "info", "verify", "train", "eval", "export", "report", "bench", "doctor", "recipes"):
         assert command in done.stdout
-    for heavy in ("torch", "numpy", "numba", "PIL", "pydantic"):
+    for heavy in ("torch", "numpy", "numba", "PIL", "pydantic", "matplotlib"):
         assert f" {heavy}\n" not in done.stderr, f"--help imports {heavy}"
     assert time.monotonic() - began < 10  # a loaded machine's bound; what keeps it short is checked above
 
@@ -65,6 +65,8 @@ def test_help_comes_at_once() -> None:
         (["train", "--nonsense"], "No such option"),
         (["nonsense"], "No such command"),
         (["recipes", "nonsense"], "there is no recipe nonsense"),
+        (["report", "missing"], "there is no run in missing"),
+        (["report"], "Missing argument"),
         (["bench", "--data", "missing"], "missing"),
     ],
 )
@@ -87,6 +89,8 @@ def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], sa
         (["--recipe", "nowhere.toml"], "there is no recipe nowhere.toml"),
         (["--device", "abacus"], "--device abacus is no device"),
         (["--batch", "4096"], "batch"),
+        (["--data-fraction", "1.5"], "train.fraction"),
+        (["--data-fraction", "0.1"], "do not fill one batch"),
     ],
 )
 def test_options_that_do_not_fit_leave_no_run_behind(capsys, tiny_small: Path, options: list[str], says: str) -> None:
@@ -118,9 +122,10 @@ def test_a_user_converts_trains_evaluates_and_goes_on(capsys, tiny_small: Path) 
     small = ["--data", tiny_small, "--batch", 16, "--set", "augment.mix_group=8", "--set", "model.patch=16"]
     assert call(capsys, "train", *small, "--arch", "vit_ti", "--epochs", 1, "--out", "teacher")[0] == 0
     distilled = ["train", *small, "--distill", "hard", "--teacher", "teacher", "--epochs", 1, "--out", "student"]
-    code, out, _ = call(capsys, *distilled)
+    code, out, err = call(capsys, *distilled)
     assert code == 0
     assert "joint" in out
+    assert f"report: {Path('student/report.html')}" in err
     code, out, _ = call(capsys, "eval", "student", "--json", "metrics.json", "--loader", "reference")
     assert code == 0
     assert "confusion matrix" in out

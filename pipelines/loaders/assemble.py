@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from pipelines.batch import Batch
 from pipelines.errors import Failure
 from pipelines.loaders.damage import BadSamples
-from pipelines.loaders.prefetch import prefetched
-from pipelines.sampler import EvalSampler, Rows, TrainSampler
+from pipelines.loaders.prefetch import broken_off, prefetched
+from pipelines.sampler import Rows, Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.pool import usable_cores
 from pipelines.storage.reader import RAW, Reader
@@ -30,7 +31,7 @@ class Plan:
     reader: Reader
     augment: AugmentSpec
     spec: LoaderSpec
-    sampler: TrainSampler | EvalSampler
+    sampler: Sampler
     train: bool
     """Draw windows at random (train) or take the recipe's centre (evaluation)."""
     device: torch.device
@@ -119,16 +120,20 @@ class HostLoader:
         geometry, out = Geometry.of(params), images.numpy()
         work = by_sample(rows)
         chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-        skipped = [
-            row for rows in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out), chunks) for row in rows
-        ]
+        stop, skipped = broken_off(), []
+        for rows_skipped in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out, stop), chunks):
+            skipped += rows_skipped
         return self.plan.batch(images, rows, params, skipped)
 
-    def _render_chunk(self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray) -> list[int]:
+    def _render_chunk(
+        self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray, stop: Event
+    ) -> list[int]:
         """Render images and return the rows of those that cannot be read."""
         codec, skipped = self._codecs.get(), []
         try:
             for sample, views in chunk:
+                if stop.is_set():  # Ctrl-C, while images come slowly: this batch will not be looked at
+                    break
                 try:
                     self._render_sample(codec, sample, views, geometry, out)
                 except Failure as failure:

@@ -11,7 +11,7 @@ from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import Codec, HostLoader, Plan
 from pipelines.loaders.damage import BadSamples
-from pipelines.sampler import EvalSampler, TrainSampler
+from pipelines.sampler import Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
 
@@ -32,7 +32,7 @@ def open_loader(
     reader: Reader,
     augment: AugmentSpec,
     spec: LoaderSpec,
-    sampler: TrainSampler | EvalSampler,
+    sampler: Sampler,
     *,
     train: bool,
     device: torch.device,

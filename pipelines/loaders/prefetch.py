@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from queue import SimpleQueue
-from threading import Event, Semaphore, Thread
+from threading import Event, Semaphore, Thread, local
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from pipelines.memory import naming_memory
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"
 
+_PRODUCER = local()
+
+
+def broken_off() -> Event:
+    """Return, to code in the producing thread, what is set as soon as nobody waits for its batches any more."""
+    return getattr(_PRODUCER, "stop", None) or Event()
+
 
 def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.device) -> Iterator[Batch]:
     """Yield the batches of `make()` on `device`, produced in a background thread at most `ahead` of the consumer.
@@ -23,7 +30,8 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
     threads of its own. On CUDA it runs under a side stream, and the copy to the device overlaps with the step.
 
     However the iteration ends (exhausted, exception, `close`, `break`, garbage collection, Ctrl-C), the thread is
-    told to stop and joined; it finishes at most the batch that it is working on.
+    told to stop and joined; it finishes at most the batch that it is working on, and less where that looks at
+    `broken_off`.
 
     Raises:
         Exception: whatever `make` or its iterator raised, in the order of the batches.
@@ -56,6 +64,7 @@ def _produce(
     slots: Semaphore,
     stop: Event,
 ) -> None:
+    _PRODUCER.stop = stop
     try:
         with lane.context(), naming_memory(BUFFER, REMEDY):
             batches = make()

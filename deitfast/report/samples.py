@@ -1,0 +1,178 @@
+"""Training images as the network sees them: a few rows of the run's first batch, made again by the run's own pipeline.
+
+Everything random about a view is a function of (seed, sample, view), so these are the very images of the run's first
+step. Only the rows that are shown and their partners in the mixture are read, however large the data set.
+"""
+
+import io
+from base64 import b64encode
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deitfast import recipe as recipes
+from deitfast.data import training_sampler
+from deitfast.recipe import Recipe
+from deitfast.report.read import RunRecord
+from deitfast.runtime import Runtime
+from deitfast.teacher import Teacher, load_teacher
+from pipelines.augment.chain import ModelInput, augment
+from pipelines.errors import Failure
+from pipelines.loaders.opening import open_loader, why_not
+from pipelines.operations import OPERATIONS
+from pipelines.packed import UNIT
+from pipelines.sampler import Rows, Sampler, group_size
+from pipelines.spec import AugmentSpec
+from pipelines.storage.dataset import Dataset
+from pipelines.views import ViewParams
+
+SHOWN = 12
+"""Images of a run that are shown."""
+OF_A_GROUP = 3
+"""So many of one mixing group, which shares one kind of mixture and one lambda, where the batch has groups enough."""
+LOSSLESS_SIDE = 64
+"""Largest side in pixels that is embedded as PNG; larger ones are JPEGs."""
+HOST = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image and what the network is to say of it."""
+
+    image: str
+    """A data URI."""
+    side: int
+    """Its side in pixels."""
+    target: tuple[tuple[str, float], ...]
+    """(class name, share) of the mixture, before label smoothing."""
+    teacher: str
+    """Name of the teacher's class, "" where it is not known."""
+    done: tuple[str, ...]
+    """What was done to it after cropping, in order."""
+
+
+def samples_of(run: RunRecord) -> tuple[list[Sample], str]:
+    """Return some of a run's training images, and a sentence on what is missing ("" where nothing is)."""
+    try:
+        recipe = recipes.load(str(run.path / "recipe.toml"))
+        with closing(Dataset.open(Path(str(run.info.get("data", ""))))) as dataset:
+            if dataset.spec.fingerprint != run.info.get("fingerprint"):
+                return [], f"No training images are shown: {dataset.folder} holds another data set by now."
+            inputs, shown = first_inputs(dataset, recipe)
+            names, note = _teachers_answers(recipe, dataset.spec.classes, inputs.pixels[torch.from_numpy(shown)])
+            return _described(inputs, shown, recipe.augment, dataset.spec.classes, names), note
+    except (Failure, OSError) as error:
+        return [], f"No training images are shown: {_first_line(error)}."
+
+
+def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[ModelInput, np.ndarray]:
+    """Return the model's input for the shown rows of the first step and their partners, and which rows are shown.
+
+    Raises:
+        Mistake: data set or recipe do not fit.
+        Failure: a sample is damaged.
+    """
+    sampler = Few(training_sampler(dataset, recipe, HOST, recipe.train.batch), recipe)
+    decoder = replace(recipe.loader, name="reference" if why_not("cpu") else "cpu", prefetch=1)
+    loader = open_loader(dataset.split("train"), recipe.augment, decoder, sampler, train=True, device=HOST.device)
+    with closing(loader):
+        (batch,) = loader.epoch(0)
+    return augment(batch, recipe.augment, dtype=torch.float32, train=True), sampler.shown
+
+
+class Few:
+    """A sampler of one step: SHOWN rows of another sampler's first step, and the rows that they are mixed with."""
+
+    steps_per_epoch = 1
+
+    def __init__(self, whole: Sampler, recipe: Recipe) -> None:
+        rows = whole.rows(0, 0)
+        group = group_size(recipe.augment, len(rows.samples))
+        groups = len(rows.samples) // group
+        each = min(group, max(OF_A_GROUP, SHOWN // groups))
+        starts = group * np.arange(min(groups, SHOWN // each))
+        wanted = (starts[:, None] + np.arange(each)).ravel()
+        kept = np.unique(np.concatenate([wanted, rows.partners[wanted]]))
+        self._rows = Rows(
+            samples=rows.samples[kept],
+            views=rows.views[kept],
+            groups=rows.groups[kept],
+            passes=rows.passes[kept],
+            partners=np.searchsorted(kept, rows.partners[kept]),
+            valid=rows.valid[kept],
+        )
+        self.shown = np.searchsorted(kept, wanted)
+        """Rows to show, of the step's own."""
+
+    def rows(self, epoch: int, step: int) -> Rows:
+        """Return the step's rows; there is only one."""
+        return self._rows
+
+
+def _teachers_answers(recipe: Recipe, classes: tuple[str, ...], pixels: Tensor) -> tuple[list[str], str]:
+    """Return the teacher's class for each image of [B, 3, S, S], and a sentence where they cannot be had."""
+    unknown = [""] * len(pixels)
+    if recipe.distill.mode == "none":
+        return unknown, ""
+    if not Path(recipe.distill.teacher_weights or recipe.distill.teacher or "/nowhere").exists():
+        return unknown, "The teacher's labels are not shown: it is not here, and a report fetches nothing."
+    try:
+        teacher = Teacher(load_teacher(recipe.distill, classes), recipe, HOST)
+    except (Failure, OSError, KeyError, RuntimeError) as error:
+        return unknown, f"The teacher's labels are not shown: {_first_line(error)}."
+    return [classes[label] for label in teacher.logits(pixels).argmax(1).tolist()], ""
+
+
+def _described(
+    inputs: ModelInput, shown: np.ndarray, spec: AugmentSpec, classes: tuple[str, ...], teachers: list[str]
+) -> list[Sample]:
+    pictures = pixels_of(inputs.pixels[torch.from_numpy(shown)], spec)
+    found = []
+    for row, picture, teacher in zip(shown.tolist(), pictures, teachers, strict=True):
+        share = float(inputs.share[row])
+        own, other = (classes[int(labels[row])] for labels in (inputs.labels, inputs.partner_labels))
+        target = ((own, share), (other, 1 - share)) if share < 1 and own != other else ((own, 1.0),)
+        found.append(Sample(_embedded(picture), spec.size, target, teacher, done(inputs.params, row)))
+    return found
+
+
+def pixels_of(normalised: Tensor, spec: AugmentSpec) -> np.ndarray:
+    """Return the pictures, uint8 [B, S, S, 3], that normalised pixels [B, 3, S, S] were made of."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return ((normalised * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def done(params: ViewParams, row: int) -> tuple[str, ...]:
+    """Return what happens to a row after cropping, in order, as a person would call it."""
+    operations = [*params.operation[row].tolist(), *params.jitter[row].tolist()]
+    steps = ["flipped"] if params.flip[row] else []
+    steps += [_called(OPERATIONS[index]) for index in operations if index]
+    if params.erase[row, 2]:
+        steps.append("erased")
+    if params.box[row, 2]:
+        steps.append("CutMix")
+    elif params.share[row] < UNIT:
+        steps.append("MixUp")
+    return tuple(steps)
+
+
+def _called(operation: str) -> str:
+    """AutoContrast as auto contrast: an operation's name in words, without the flavour of its magnitude."""
+    name = operation.removesuffix("Original").removeprefix("Jitter")
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+
+def _embedded(picture: np.ndarray) -> str:
+    file, form = io.BytesIO(), "png" if max(picture.shape) <= LOSSLESS_SIDE else "jpeg"
+    Image.fromarray(picture).save(file, form, **({"quality": 85} if form == "jpeg" else {"optimize": True}))
+    return f"data:image/{form};base64,{b64encode(file.getvalue()).decode()}"
+
+
+def _first_line(error: Exception) -> str:
+    text = error.problem if isinstance(error, Failure) else str(error)
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
