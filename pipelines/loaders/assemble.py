@@ -85,6 +85,7 @@ class HostLoader:
 
     def __init__(self, name: str, plan: Plan, codec: Callable[[], Codec]) -> None:
         self.name, self.plan, self.steps_per_epoch = name, plan, plan.sampler.steps_per_epoch
+        self.new_codec = codec
         self._codecs: SimpleQueue[Codec] = SimpleQueue()  # a worker borrows one for the time of a chunk
         for _ in range(plan.workers):
             self._codecs.put(codec())
@@ -124,12 +125,8 @@ class HostLoader:
     def _render_sample(
         self, codec: Codec, sample: int, views: np.ndarray, geometry: "Geometry", out: np.ndarray
     ) -> None:
-        top, left, height, width = geometry.union(views)
-        pixels = decoded(self.plan, codec, sample, top, left, height, width)
-        for row in views:
-            y, x, h, w = geometry.window[row] - (top, left, 0, 0)
-            crop = pixels[y : y + h, x : x + w]
-            fit(codec, crop, geometry.resized[row], geometry.offset[row], out[row])
+        window = geometry.union(views)
+        geometry.cut(codec, decoded(self.plan, codec, sample, *window), window, views, out)
 
 
 @dataclass(frozen=True)
@@ -154,6 +151,17 @@ class Geometry:
         top, left = windows[:, :2].min(0)
         bottom, right = (windows[:, :2] + windows[:, 2:]).max(0)
         return int(top), int(left), int(bottom - top), int(right - left)
+
+    def cut(
+        self, codec: Codec, pixels: np.ndarray, at: tuple[int, int, int, int], rows: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Cut the windows of `rows` out of `pixels`, which are an image's at the window `at`, and resize them to `out`.
+
+        `out` is the whole batch, uint8 [B, S, S, 3].
+        """
+        for row in rows:
+            y, x, height, width = self.window[row] - (at[0], at[1], 0, 0)
+            fit(codec, pixels[y : y + height, x : x + width], self.resized[row], self.offset[row], out[row])
 
 
 def by_sample(rows: Rows) -> list[tuple[int, np.ndarray]]:

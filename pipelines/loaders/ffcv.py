@@ -27,7 +27,7 @@ from pipelines.views import ViewParams
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's number of threads, which importing FFCV sets to one, and FFCV's deprecation warnings away."""
     threads = torch.get_num_threads()
     try:
@@ -38,7 +38,7 @@ def _quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with _quiet():
+with quiet():
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader import Loader, OrderOption
@@ -92,7 +92,7 @@ class FfcvLoader:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None, "crc32": None}
-        with _quiet(), _interpreted():
+        with quiet(), _interpreted():
             self._loader: Any = Loader(
                 str(plan.reader.path),
                 batch_size=len(plan.sampler.rows(0, 0).samples),
