@@ -12,7 +12,10 @@ from rich.console import Console
 from torch import Tensor
 
 from deitfast import recipe as recipes
-from deitfast.bench import PARTS, bench_table, measure
+from deitfast.bench.page import page
+from deitfast.bench.record import save
+from deitfast.bench.session import Wish, run_session
+from deitfast.bench.tables import show
 from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
@@ -155,30 +158,37 @@ def run_export(run: Path, out_path: Path, form: str, *, ema: bool, out: Console)
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 
-def run_bench(
-    part: str,
-    data: Path | None,
-    arch: str,
-    batch: int | None,
-    seconds: float,
-    settings: tuple[str, ...],
-    device: str,
-    display: Display,
-    out: Console,
-) -> None:
-    """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
-    if part not in PARTS:
-        raise Mistake(f"bench has no part called {part}", expected=", ".join(PARTS))
-    folder = data_folder(data)
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `deitfast bench` besides those of a `Wish`, as typed."""
+
+    data: Path | None
+    arch: str
+    batch: int | None
+    settings: tuple[str, ...]
+    json_file: Path | None = None
+    html_file: Path | None = None
+
+    def recipe(self, dataset: Dataset) -> Recipe:
+        """Return the recipe whose stages are measured."""
+        recipe = recipes.choose(recipes.known_arch(self.arch), dataset.spec.name, typical_side(dataset))
+        given = [f"train.batch={self.batch}"] if self.batch else []
+        return recipes.override(recipe, [*given, *self.settings])
+
+
+def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, out: Console) -> None:
+    """Measure a recipe's stages on a data set, print what was found, and write it where asked."""
+    folder = data_folder(options.data)
     _make_demo_set(folder, display)
     with closing(Dataset.open(folder)) as dataset:
-        recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
-        given = [f"train.batch={batch}"] if batch else []
-        recipe = recipes.override(recipe, [*given, *settings])
+        recipe = options.recipe(dataset)
         with start(recipe.train, device) as runtime:
-            measured = measure(dataset, recipe, runtime, part, seconds, display)
-            if runtime.main:
-                out.print(bench_table(measured, recipe, folder, runtime))
+            found = run_session(dataset, recipe, runtime, wish, display)
+    out.print(show(found))
+    if options.json_file:
+        save(found, options.json_file)
+    if options.html_file:
+        write_text(options.html_file, page(found))
 
 
 def _make_demo_set(data: Path, display: Display) -> None:
