@@ -213,9 +213,7 @@ def bench(
     settings: Settings = None,
     try_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--try", metavar="A.B=VALUE", help="Predict this change, then measure it; or data=FOLDER."
-        ),
+        typer.Option("--try", metavar="A.B=VALUE", help="Predict this change, then measure it; or data=FOLDER."),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Also timm, FFCV and DALI, on the same files.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,9 @@ from deitfast.train import train
 from deitfast.trained import TrainedModel, load_file, load_run
 from pipelines.errors import Mistake
 from pipelines.storage.dataset import SPEC_FILE, Dataset
+
+CPU_BATCH = 64
+"""Images in a batch of `bench` on a CPU at most, where none is named."""
 
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
@@ -175,6 +178,16 @@ class BenchOptions:
         given = [f"train.batch={self.batch}"] if self.batch else []
         return recipes.override(recipe, [*given, *self.settings])
 
+    def affordable(self, recipe: Recipe, wish: Wish) -> tuple[Recipe, Wish]:
+        """Return a recipe whose steps a CPU takes in seconds, where no batch was asked for, and a wish that says so."""
+        named = self.batch or any(setting.startswith("train.batch") for setting in self.settings)
+        if named or wish.part == "loader" or recipe.train.batch <= CPU_BATCH:
+            return recipe, wish
+        note = (
+            f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, of which a CPU has enough for minutes"
+        )
+        return recipes.override(recipe, [f"train.batch={CPU_BATCH}"]), replace(wish, notes=(note,))
+
 
 def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, out: Console) -> None:
     """Measure a recipe's stages on a data set, print what was found, and write it where asked."""
@@ -183,6 +196,8 @@ def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, 
     with closing(Dataset.open(folder)) as dataset:
         recipe = options.recipe(dataset)
         with start(recipe.train, device) as runtime:
+            if runtime.device.type == "cpu":
+                recipe, wish = options.affordable(recipe, wish)
             found = run_session(dataset, recipe, runtime, wish, display)
     out.print(show(found))
     if options.json_file:

@@ -255,7 +255,7 @@ def test_peers_that_are_not_there_are_named(bench_of_crops: Workbench, monkeypat
     monkeypatch.setattr(peers, "_module", missing)
     found = bench(tiny_dataset, replace(QUICK, part="loader", rounds=1, peers=True))
     absent = {peer.name: peer.left_out for peer in found.peers if not peer.measured}
-    assert absent["DataLoader, PIL, timm's DeiT transform"] == "timm is not installed"
+    assert absent[peers.DATALOADER] == "timm is not installed"
     assert absent.keys() == peers.LOADERS.keys()
     assert [peer.name for peer in found.peers if peer.measured] == ["deitfast"]
 
@@ -287,6 +287,6 @@ def test_every_peer_runs(tiny_dataset: Path) -> None:
     pytest.importorskip("timm")
     found = bench(tiny_dataset, replace(QUICK, rounds=1, peers=True), "augment.size=64")
     reached = {peer.name: peer.measured.rate for peer in found.peers if peer.measured}
-    assert "DataLoader, PIL, timm's DeiT transform" in reached
+    assert peers.DATALOADER in reached
     assert "timm's step" in reached
     assert all(rate > 0 for rate in reached.values())

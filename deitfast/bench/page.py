@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from html import escape
 
 from deitfast.bench.record import Measured, Peer, Record, versions
-from deitfast.bench.tables import headline, ratios, rows, sentences
+from deitfast.bench.tables import figure, headline, ratios, rows, sentences
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --faint: #667; --line: #d8dce2; --bar: #5b8def; --worst: #d9534f;
@@ -55,10 +55,10 @@ def page(record: Record) -> str:
     found = [*sentences(record)]
     if verdict:
         parts.append(f"<div class=verdict>{''.join(map(_paragraph, found))}</div>")
-        parts += ["<h2>What each part allows</h2>", _limits(record)]
+        parts += ["<h2>What each part allows, images/s</h2>", _limits(record)]
     else:
         parts += map(_paragraph, found)
-    parts += ["<h2>Time an image, each stage alone</h2>", _stages(record)]
+    parts += ["<h2>Microseconds an image, each stage alone</h2>", _stages(record)]
     if changes := [*record.remedies, *record.trials]:
         lines = [
             _row(change.change, change.predicted or 0, _most(_changed(record)), note=f"predicted: {change.how}")
@@ -79,9 +79,7 @@ def _limits(record: Record) -> str:
     assert record.verdict is not None
     limits = record.verdict.limits
     most = 4 * record.verdict.predicted  # what is further away than that is out of the way, however far
-    lines = [
-        _row(name, rate, most, worst=name == record.verdict.limit, unit="images/s") for name, rate in limits.items()
-    ]
+    lines = [_row(name, rate, most, worst=name == record.verdict.limit) for name, rate in limits.items()]
     if record.together:
         lines.append(_measured_row("loader and step together", record.together, most))
     return _bars(lines)
@@ -94,7 +92,7 @@ def _stages(record: Record) -> str:
     times = {stage.name: stage.seconds * 1e6 / (record.setting.workers if stage.threaded else 1) for stage in alone}
     most = max(times.values(), default=1)
     lines = [
-        _row(stage.name, times[stage.name], most, worst=stage.name == worst, unit="us", note=_note(record, stage))
+        _row(stage.name, times[stage.name], most, worst=stage.name == worst, note=_note(record, stage))
         for stage in alone
     ]
     return _bars(lines)
@@ -102,18 +100,14 @@ def _stages(record: Record) -> str:
 
 def _note(record: Record, stage: Measured) -> str:
     shared = f", shared by {record.setting.workers} threads" if stage.threaded else ""
-    spread = (
-        f"{min(stage.rates):,.0f} to {max(stage.rates):,.0f} images/s on one thread"
-        if stage.threaded
-        else (f"{min(stage.rates):,.0f} to {max(stage.rates):,.0f} images/s")
-    )
-    return f"{stage.what}{shared}; {spread}"
+    each = " on one of them" if stage.threaded else ""
+    return f"{stage.what}{shared}; {figure(min(stage.rates))} to {figure(max(stage.rates))} images/s{each}"
 
 
 def _peers(peers: list[Peer]) -> str:
     most = max((max(peer.measured.rates) for peer in peers if peer.measured), default=1)
     lines = [
-        _measured_row(peer.name, peer.measured, most)
+        _measured_row(peer.name, peer.measured, most, peer.version)
         if peer.measured
         else f"<p class=faint>left out: {escape(peer.name)} ({escape(peer.left_out)})</p>"
         for peer in peers
@@ -135,9 +129,11 @@ def _most(values: list[float]) -> float:
     return max(values, default=1)
 
 
-def _measured_row(name: str, found: Measured, most: float) -> str:
+def _measured_row(name: str, found: Measured, most: float, version: str = "") -> str:
     low, high = min(found.rates), max(found.rates)
-    note = f"{found.what}; {low:,.0f} to {high:,.0f}, {found.cpu_seconds * 1e6:,.0f} us of processor time an image"
+    version = f" ({version})" if version else ""
+    cost = f"{found.cpu_seconds * 1e6:,.0f} us of processor time an image"
+    note = f"{found.what}{version}; {figure(low)} to {figure(high)}, {cost}"
     return _row(name, found.rate, most, note=note, spread=(low, high))
 
 
@@ -147,7 +143,6 @@ def _row(
     most: float,
     *,
     worst: bool = False,
-    unit: str = "",
     note: str = "",
     spread: tuple[float, float] | None = None,
 ) -> str:
@@ -158,7 +153,7 @@ def _row(
         line = f"<div class=spread style='left:{left:.2f}%;width:{max(right - left, 0.3):.2f}%'></div>"
     width = min(100.0, 100 * value / most)
     bar = f"<div class=track><div class=fill style='width:{width:.2f}%'></div>{line}</div>"
-    number = f"<div class=number>{value:,.{0 if value >= 100 else 1}f} {unit}</div>"
+    number = f"<div class=number>{figure(value)}</div>"
     small = f"<div class='what faint'>{escape(note)}</div>" if note else ""
     return f"<div class='row{' worst' if worst else ''}'><div>{escape(name)}</div>{bar}{number}{small}</div>"
 

@@ -9,7 +9,8 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from importlib import import_module
+from dataclasses import dataclass
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,7 @@ def _end_workers(batches: Any) -> None:
 def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
     """Open FFCV's Loader with its own random resized crop, over the very file."""
     _require_crops(bench)
-    import pipelines.loaders.ffcv as ours  # keeps FFCV's hands off torch's threads
-
+    ours = _module("pipelines.loaders.ffcv")  # keeps FFCV's hands off torch's threads
     with ours.quiet():
         fields, loaders, to_tensor = (
             _module("ffcv.fields"),
@@ -288,14 +288,29 @@ def _module(name: str) -> Any:
     return import_module(name)
 
 
-LOADERS: dict[str, Opener] = {
-    "DataLoader, PIL, timm's DeiT transform": timm_dataloader,
-    "FFCV's stock pipeline": ffcv_stock,
-    "DALI's stock pipeline": dali_stock,
+@dataclass(frozen=True)
+class Rival:
+    """A peer and the distribution that it comes from."""
+
+    distribution: str
+    """The beginning of its name: DALI's ends in the version of CUDA."""
+    open: Opener
+
+    def version(self) -> str:
+        """Return the distribution's whole name and its version."""
+        named = (found for found in metadata.distributions() if found.name.startswith(self.distribution))
+        return next((f"{found.name} {found.version}" for found in named), "")
+
+
+DATALOADER = "DataLoader, PIL, timm's DeiT transform"
+LOADERS = {
+    DATALOADER: Rival("timm", timm_dataloader),
+    "FFCV's stock pipeline": Rival("ffcv", ffcv_stock),
+    "DALI's stock pipeline": Rival("nvidia-dali", dali_stock),
 }
-STEPS: dict[str, Opener] = {
-    "timm's step": timm_step,
-    "a teacher in the loop": teacher_in_the_loop,
+STEPS = {
+    "timm's step": Rival("timm", timm_step),
+    "a teacher in the loop": Rival("torchvision", teacher_in_the_loop),
 }
 
 

@@ -20,6 +20,8 @@ from pipelines.spec import STRICT
 
 FORMAT = 1
 """Version of the schema."""
+OURS = "deitfast"
+"""Our own name among the peers."""
 Lane = Literal["disk", "loader", "copy", "device"]
 """What a stage occupies. Stages of one lane take turns; lanes work at the same time."""
 
@@ -194,6 +196,8 @@ class Peer:
     kind: Kind
     measured: Measured | None
     left_out: str = ""
+    version: str = ""
+    """Of the package it comes from."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from deitfast import __version__
 from deitfast.bench.machine import arithmetic, measure_disk
-from deitfast.bench.peers import LOADERS, STEPS, LeftOut, Opener
-from deitfast.bench.record import FORMAT, Arithmetic, Change, Disk, Kind, Measured, Outlook, Peer, Record
+from deitfast.bench.peers import LOADERS, STEPS, LeftOut, Rival
+from deitfast.bench.record import FORMAT, OURS, Arithmetic, Change, Disk, Kind, Measured, Outlook, Peer, Record
 from deitfast.bench.remedies import loader_alone, remedies
 from deitfast.bench.stages import Workbench, all_together, copying, device_stages, loader_stages, whole_loader
 from deitfast.bench.timing import Pace, Work, measure
@@ -28,8 +29,6 @@ PARTS = ("all", "loader", "step", "train")
 """What can be measured; train: loader and step together."""
 LABEL_BYTES = 2
 """Of a teacher's hard label for one view."""
-OURS = "deitfast"
-"""Among the peers."""
 
 
 @dataclass(frozen=True)
@@ -165,20 +164,21 @@ class Session:
             found += self._beside("step", self.bench, [device_stages(self.bench)[-1]], STEPS)
         return found
 
-    def _beside(self, kind: Kind, bench: Workbench, ours: list[Work], openers: dict[str, Opener]) -> tuple[Peer, ...]:
+    def _beside(self, kind: Kind, bench: Workbench, ours: list[Work], rivals: dict[str, Rival]) -> tuple[Peer, ...]:
         """Measure ours and theirs in turns."""
-        works, names, absent = list(ours), [OURS], []
+        works, opened, absent = list(ours), [(OURS, f"deitfast {__version__}")], []
         with ExitStack() as stack:
-            for name, opener in openers.items():
+            for name, rival in rivals.items():
                 try:
-                    works.append(replace(opener(bench, stack), name=name))
-                    names.append(name)
+                    works.append(replace(rival.open(bench, stack), name=name))
+                    opened.append((name, rival.version()))
                 except LeftOut as reason:
                     absent.append(Peer(name, kind, None, str(reason)))
                 except ModuleNotFoundError as missing:
                     absent.append(Peer(name, kind, None, f"{missing.name} is not installed"))
             found = measure(works, bench.clock, self.pace)
-        return (*(Peer(name, kind, one) for name, one in zip(names, found, strict=True)), *absent)
+        peers = zip(opened, found, strict=True)
+        return (*(Peer(name, kind, one, version=version) for (name, version), one in peers), *absent)
 
 
 def outlook(bench: Workbench, rate: float) -> Outlook:

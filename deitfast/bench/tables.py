@@ -1,11 +1,12 @@
 """A record of a bench for the terminal."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from deitfast.bench.record import Change, Measured, Peer, Record, Setting
+from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting
 from deitfast.display import duration
 
 
@@ -15,7 +16,7 @@ def show(record: Record) -> RenderableType:
     changes = (*record.remedies, *record.trials)
     if changes:
         parts.append(_changes(changes))
-    for kind in ("loader", "step"):
+    for kind in get_args(Kind):
         if peers := [peer for peer in record.peers if peer.kind == kind]:
             parts.append(_peers(kind, peers))
             parts += [f"left out: {peer.name} ({peer.left_out})" for peer in peers if not peer.measured]
@@ -25,9 +26,20 @@ def show(record: Record) -> RenderableType:
 def headline(setting: Setting) -> str:
     """Return what was measured, in one line."""
     compiled = ", compiled" if setting.compiled else ""
-    data = f"{setting.data} ({setting.images:,} images, {setting.data_bytes / 1e6:,.0f} MB)"
+    data = f"{setting.data} ({setting.images:,} images, {volume(setting.data_bytes)})"
     step = f"{setting.arch} at {setting.size} px, batch {setting.batch}, {setting.precision}{compiled}"
     return f"{step}, on {setting.device}; {data}, loader {setting.loader}, {setting.workers} threads"
+
+
+def figure(rate: float) -> str:
+    """Return a rate with as many digits as mean something."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def volume(size: int) -> str:
+    """Return bytes as GB, MB or kB."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:,.3g} {name}"
 
 
 def rows(record: Record) -> list[Measured]:
@@ -47,11 +59,11 @@ def sentences(record: Record) -> Iterator[str]:
     """Yield what the figures mean, a sentence each."""
     verdict, together = record.verdict, record.together
     if verdict:
-        others = ", ".join(f"{name} {rate:,.0f}" for name, rate in verdict.limits.items())
+        others = ", ".join(f"{name} {figure(rate)}" for name, rate in verdict.limits.items())
         yield f"bottleneck: {verdict.bottleneck} (limits in images/s: {others}); {verdict.advice}"
     if verdict and together:
         off = together.rate / verdict.predicted - 1
-        yield f"together: predicted {verdict.predicted:,.0f} images/s, measured {together.rate:,.0f} ({off:+.0%})"
+        yield f"together: predicted {figure(verdict.predicted)} images/s, measured {figure(together.rate)} ({off:+.0%})"
     if together:
         yield f"the step waited {together.waiting:.0%} of the time"
     if found := record.arithmetic:
@@ -65,14 +77,14 @@ def sentences(record: Record) -> Iterator[str]:
     if run := record.outlook:
         yield (
             f"the recipe's {run.epochs:,} epochs of {run.images / run.epochs:,.0f} images: {duration(run.seconds)}; "
-            f"data {record.setting.data_bytes / 1e9:,.3g} GB, a teacher's hard labels {run.cache_bytes / 1e9:,.3g} GB"
+            f"data {volume(record.setting.data_bytes)}, a teacher's hard labels {volume(run.cache_bytes)}"
         )
 
 
 def ratios(record: Record) -> Iterator[str]:
     """Yield what the others' loaders cost in processor time against ours."""
     loaders = [peer for peer in record.peers if peer.kind == "loader" and peer.measured]
-    ours = next((peer.measured for peer in loaders if peer.name == "deitfast"), None)
+    ours = next((peer.measured for peer in loaders if peer.name == OURS), None)
     if ours is None:
         return
     for peer in loaders:
@@ -92,7 +104,7 @@ def _stages(record: Record) -> Table:
     table.add_column("what", overflow="fold")
     for stage in rows(record):
         times = threads(stage, record.setting)
-        limit = f"{stage.rate * times:,.0f}" if times > 1 else ""
+        limit = figure(stage.rate * times) if times > 1 else ""
         table.add_row(stage.name, *_rates(stage), limit, f"{stage.cpu_seconds * 1e6:,.0f}", stage.what)
     count = len(rows(record)[0].samples)
     table.caption = f"each alone, median of {count} measurements; CPU: processor time an image, all threads"
@@ -107,7 +119,7 @@ def _changes(changes: tuple[Change, ...]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("predicted from", overflow="fold")
     for change in changes:
-        predicted = f"{change.predicted:,.0f}" if change.predicted else "-"
+        predicted = figure(change.predicted) if change.predicted else "-"
         table.add_row(change.change, predicted, *(_rates(change.measured) if change.measured else "-  "), change.how)
     return table
 
@@ -121,9 +133,11 @@ def _peers(kind: str, peers: list[Peer]) -> Table:
     table.add_column("what", overflow="fold")
     for peer in peers:
         if found := peer.measured:
-            table.add_row(peer.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", found.what)
+            table.add_row(
+                peer.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", f"{found.what} ({peer.version})"
+            )
     return table
 
 
 def _rates(stage: Measured) -> list[str]:
-    return [f"{rate:,.0f}" for rate in (stage.rate, min(stage.rates), max(stage.rates))]
+    return [figure(rate) for rate in (stage.rate, min(stage.rates), max(stage.rates))]
