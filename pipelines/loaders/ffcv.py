@@ -121,7 +121,7 @@ class FfcvLoader:
         try:
             for _ in range(start_step, self.steps_per_epoch):
                 decoded, rows, params = run.take()
-                images = self.plan.canvas(len(decoded))
+                images = self.plan.canvas(len(decoded), blank=False)
                 images.numpy()[:] = decoded  # FFCV writes the next batch into the same buffer
                 yield self.plan.batch(images, rows, params)
         finally:
