@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitfast.bench.record import Arithmetic, Disk, Measured, Sample
+from deitfast.bench.record import Arithmetic, Disk, Measured, Sample, counted
 from deitfast.bench.timing import Clock, Pace, Work, measure, processor_seconds
 from deitfast.model import build_model
 from deitfast.recipe import Recipe
@@ -84,7 +84,7 @@ def measure_disk(reader: BetonReader, repeats: int, threads: int, rounds: int) -
                 note = f"the page cache kept {kept:.0%} of the file when told to drop it: the disk was not measured"
                 return Disk(None, note, fits)
             found.append(_read_all(file, reader, wanted, served, threads))
-    what = f"{len(wanted):,} images in random order on {threads} threads, the page cache dropped before"
+    what = f"{len(wanted):,} images in random order on {counted(threads, 'thread')}, the page cache dropped before"
     return Disk(Measured("reading, disk", what, "disk", False, tuple(found)), "", fits)
 
 

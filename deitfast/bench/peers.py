@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from deitfast.bench.record import counted
 from deitfast.bench.stages import LEARNING_RATE, Targets, Workbench
 from deitfast.bench.timing import Work
 from deitfast.convnets import build_convnet
@@ -130,7 +131,7 @@ def timm_dataloader(bench: Workbench, stack: ExitStack) -> Work:
         images, _ = next(batches)
         images.to(device, non_blocking=True)
 
-    what = f"decode, crop, flip, RandAugment, normalise, erase; {workers} processes"
+    what = f"decode, crop, flip, RandAugment, normalise, erase; {counted(workers, 'process')}"
     pids = [child.pid for child in started if child.pid]
     made_ahead = (loader.prefetch_factor or 1) * workers
     return Work("", what, None, batch, take, ahead=made_ahead + workers, at_once=workers, processes=lambda: pids)
@@ -177,7 +178,7 @@ def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
     def take() -> None:
         next(batches)[0].to(bench.runtime.device, non_blocking=True)
 
-    what = f"decode, crop (INTER_AREA); {usable_cores()} threads"
+    what = f"decode, crop (INTER_AREA); {counted(usable_cores(), 'thread')}"
     return Work("", what, None, batch, take, ahead=3)
 
 
@@ -213,7 +214,7 @@ def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
 
     built = pipeline()
     built.build()
-    what = f"decode, crop (triangular) on the {'GPU' if cuda else 'CPU'}; {usable_cores()} threads"
+    what = f"decode, crop (triangular) on the {'GPU' if cuda else 'CPU'}; {counted(usable_cores(), 'thread')}"
     return Work("", what, None, batch, built.run, ahead=3, on_device=cuda)
 
 

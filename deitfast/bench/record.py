@@ -251,3 +251,9 @@ def load(path: Path) -> Record:
 def versions(machine: dict[str, Any]) -> str:
     """Return the libraries of a record's machine in one line."""
     return ", ".join(f"{name} {version}" for name, version in machine["libraries"].items() if version)
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a number of threads or processes in words."""
+    plural = "es" if thing.endswith("s") else "s"
+    return f"{count} {thing}{plural if count != 1 else ''}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deitfast import recipe as recipes
-from deitfast.bench.record import Setting
+from deitfast.bench.record import Setting, counted
 from deitfast.bench.timing import Clock, Pause, Work
 from deitfast.data import open_training
 from deitfast.recipe import Recipe
@@ -205,7 +205,7 @@ class Crops:
 def whole_loader(bench: Workbench, name: str = "loader") -> Work:
     """Return the loader at work with all its threads."""
     batches, ahead = bench.batches(), bench.recipe.loader.prefetch + 1
-    what = f"{bench.loader.name}, {bench.workers} threads, up to the batch on the device"
+    what = f"{bench.loader.name}, {counted(bench.workers, 'thread')}, up to the batch on the device"
 
     def take() -> None:
         next(batches)

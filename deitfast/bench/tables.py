@@ -6,7 +6,7 @@ from typing import get_args
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting
+from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting, counted
 from deitfast.display import duration
 
 
@@ -28,7 +28,7 @@ def headline(setting: Setting) -> str:
     compiled = ", compiled" if setting.compiled else ""
     data = f"{setting.data} ({setting.images:,} images, {volume(setting.data_bytes)})"
     step = f"{setting.arch} at {setting.size} px, batch {setting.batch}, {setting.precision}{compiled}"
-    return f"{step}, on {setting.device}; {data}, loader {setting.loader}, {setting.workers} threads"
+    return f"{step}, on {setting.device}; {data}, loader {setting.loader}, {counted(setting.workers, 'thread')}"
 
 
 def figure(rate: float) -> str:
