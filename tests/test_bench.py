@@ -18,7 +18,8 @@ from small_runs import CPU, tiny_recipe
 from deitfast import recipe as recipes
 from deitfast.bench import machine, peers
 from deitfast.bench.page import page
-from deitfast.bench.record import FORMAT, Record, load, save
+from deitfast.bench.record import FORMAT, Change, Record, load, save
+from deitfast.bench.remedies import shrinking
 from deitfast.bench.session import Wish, run_session
 from deitfast.bench.stages import Workbench
 from deitfast.bench.tables import show
@@ -146,8 +147,8 @@ def test_a_record_of_another_kind_is_refused(tiny_dataset: Path, tmp_path: Path)
 
 def test_a_page_escapes_what_others_have_named(tiny_dataset: Path) -> None:
     found = bench(tiny_dataset, replace(QUICK, part="train", rounds=1))
-    named = replace(found, setting=replace(found.setting, data="<script>alert(1)</script>"))
-    assert "<script" not in page(named)
+    data, tried = "<script>alert(1)</script>", Change("--try data=<script>", 1.0, "<script>", found.together)
+    assert "<script" not in page(replace(found, setting=replace(found.setting, data=data), trials=(tried,)))
 
 
 def test_what_cannot_be_measured_is_refused(tiny_dataset: Path) -> None:
@@ -280,6 +281,13 @@ def test_the_dataloaders_images_are_ours(bench_of_crops: Workbench) -> None:
     pixels, label = images[3]
     assert tuple(pixels.shape) == (reader.heights[3], reader.widths[3], 3)
     assert label == reader.labels[3]
+
+
+def test_smaller_images_are_measured_on_a_few_of_the_data_sets_own(bench_of_crops: Workbench) -> None:
+    found = shrinking(bench_of_crops, [200, 50], Pace(0.02, rounds=3))
+    assert found.keys() == {200, 50}
+    assert found[50].keys() == {"drawing", "reading", "decoding", "cropping"}
+    assert found[50]["decoding"] < min(found[200]["decoding"], 0.9)
 
 
 @pytest.mark.slow
