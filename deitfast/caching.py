@@ -45,14 +45,25 @@ def known_teacher(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, A
     return loaded.identity(), loaded
 
 
+def keeps_answers(recipe: Recipe) -> bool:
+    """Whether a run's targets go through a cache.
+
+    `distill.cache = "auto"` keeps hard targets, which are small and exact. Soft ones take 20 times as much and leave
+    out small logits: only on request.
+    """
+    distill = recipe.distill
+    if distill.mode == "none" or distill.cache == "none":
+        return False
+    return distill.cache != "auto" or distill.mode == "hard" or distill.targets != "exact"
+
+
 def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path | None:
     """Return the folder of a run's cache; None where it keeps none.
 
-    `distill.cache = "auto"` keeps hard targets, which are small and exact, in a folder named by all they depend on: the
-    same question finds the same answers. Soft ones take 20 times as much and leave out small logits: only on request.
+    `distill.cache = "auto"` names it by all that its targets depend on: the same question finds the same answers.
     """
     distill = recipe.distill
-    if distill.cache == "none" or (distill.cache == "auto" and distill.mode == "soft" and distill.targets == "exact"):
+    if not keeps_answers(recipe):
         return None
     if distill.cache != "auto":
         return Path(distill.cache)

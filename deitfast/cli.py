@@ -283,15 +283,24 @@ def bench(
     arch: Annotated[str, typer.Option(help="Network of the step.")] = "deit_ti",
     batch: Annotated[int | None, typer.Option(help="Images in a batch. Default: the recipe's.")] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Least time of one measurement; each is made five times.")
-    ] = 2.0,
+        float, typer.Option(min=0.05, help="Least time of one measurement; each is made five times.")
+    ] = 0.5,
     settings: Settings = None,
+    try_: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="A.B=VALUE", help="Predict this change, then measure it; or data=FOLDER."),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also timm, FFCV and DALI, on the same files.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page to look at here.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure loader and step, each alone and both together, in images/s."""
-    from deitfast.commands import run_bench
+    """Measure every stage of training in images/s, say which one holds it back, and what would lift it."""
+    from deitfast.bench.session import Wish
+    from deitfast.commands import BenchOptions, run_bench
 
-    run_bench(part, data, arch, batch, seconds, tuple(settings or ()), device, _display(), out)
+    wish = Wish(part, seconds, tries=tuple(try_ or ()), peers=peers, command=tuple(sys.argv))
+    run_bench(BenchOptions(data, arch, batch, tuple(settings or ()), json_, html), wish, device, _display(), out)
 
 
 @app.command()

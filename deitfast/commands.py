@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,10 @@ from rich.console import Console
 from torch import Tensor
 
 from deitfast import recipe as recipes
-from deitfast.bench import PARTS, bench_table, measure
+from deitfast.bench.page import page
+from deitfast.bench.record import save
+from deitfast.bench.session import Wish, run_session
+from deitfast.bench.tables import show
 from deitfast.classes import require_classes
 from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
@@ -49,6 +52,8 @@ from pipelines.errors import Mistake
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 log = logging.getLogger("deitfast")
+CPU_BATCH = 64
+"""Images in a batch of `bench` on a CPU at most, where none is named."""
 
 
 def run_training(options: TrainOptions, device: str, display: Display, out: Console) -> None:
@@ -199,30 +204,49 @@ def run_report(runs: list[Path], page: Path | None, table: Path | None, out: Con
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 
-def run_bench(
-    part: str,
-    data: Path | None,
-    arch: str,
-    batch: int | None,
-    seconds: float,
-    settings: tuple[str, ...],
-    device: str,
-    display: Display,
-    out: Console,
-) -> None:
-    """Measure loader, augmentation and step on a data set, alone and together, and print a table."""
-    if part not in PARTS:
-        raise Mistake(f"bench has no part called {part}", expected=", ".join(PARTS))
-    folder = data_folder(data)
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `deitfast bench` besides those of a `Wish`, as typed."""
+
+    data: Path | None
+    arch: str
+    batch: int | None
+    settings: tuple[str, ...]
+    json_file: Path | None = None
+    html_file: Path | None = None
+
+    def recipe(self, dataset: Dataset) -> Recipe:
+        """Return the recipe whose stages are measured."""
+        recipe = recipes.choose(recipes.known_arch(self.arch), dataset.spec.name, typical_side(dataset))
+        given = [f"train.batch={self.batch}"] if self.batch else []
+        return recipes.override(recipe, [*given, *self.settings])
+
+    def affordable(self, recipe: Recipe, wish: Wish) -> tuple[Recipe, Wish]:
+        """Return a recipe whose steps a CPU takes in seconds, where no batch was asked for, and a wish that says so."""
+        named = self.batch or any(setting.startswith("train.batch") for setting in self.settings)
+        if named or wish.part == "loader" or recipe.train.batch <= CPU_BATCH:
+            return recipe, wish
+        note = (
+            f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, of which a CPU has enough for minutes"
+        )
+        return recipes.override(recipe, [f"train.batch={CPU_BATCH}"]), replace(wish, notes=(note,))
+
+
+def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, out: Console) -> None:
+    """Measure a recipe's stages on a data set, print what was found, and write it where asked."""
+    folder = data_folder(options.data)
     _make_demo_set(folder, display)
     with closing(Dataset.open(folder)) as dataset:
-        recipe = recipes.choose(recipes.known_arch(arch), dataset.spec.name, typical_side(dataset))
-        given = [f"train.batch={batch}"] if batch else []
-        recipe = recipes.override(recipe, [*given, *settings])
+        recipe = options.recipe(dataset)
         with start(recipe.train, device) as runtime:
-            measured = measure(dataset, recipe, runtime, part, seconds, display)
-            if runtime.main:
-                out.print(bench_table(measured, recipe, folder, runtime))
+            if runtime.device.type == "cpu":
+                recipe, wish = options.affordable(recipe, wish)
+            found = run_session(dataset, recipe, runtime, wish, display)
+    out.print(show(found))
+    if options.json_file:
+        save(found, options.json_file)
+    if options.html_file:
+        write_text(options.html_file, page(found))
 
 
 def _make_demo_set(data: Path, display: Display) -> None:

@@ -68,6 +68,8 @@ def test_help_comes_at_once() -> None:
         (["report", "missing"], "there is no run in missing"),
         (["report"], "Missing argument"),
         (["bench", "--data", "missing"], "missing"),
+        (["bench", "everything"], "bench has no part called everything"),
+        (["bench", "--try", "workers"], "--try workers has no value"),
     ],
 )
 def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], says: str) -> None:
@@ -211,3 +213,12 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on(tiny_small: Path) -> None:
     epochs = len(Path("run/metrics.jsonl").read_text().splitlines())
     assert 1 <= epochs < 1000
     assert not list(Path("run").glob("*.partial"))
+
+
+def test_bench_measures_prints_and_writes(capsys, tiny_small: Path) -> None:
+    small = ["--data", tiny_small, "--batch", 16, "--set", "augment.mix_group=8", "--set", "model.patch=16"]
+    code, out, _ = call(capsys, "bench", "train", *small, "--seconds", 0.05, "--json", "a.json", "--html", "a.html")
+    assert code == 0
+    assert "all together" in out
+    assert json.loads(Path("a.json").read_text())["setting"]["batch"] == 16
+    assert Path("a.html").read_text().startswith("<!doctype html>")

@@ -28,7 +28,7 @@ from pipelines.views import ViewParams
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's number of threads, which importing FFCV sets to one, and FFCV's deprecation warnings away."""
     threads = torch.get_num_threads()
     try:
@@ -39,7 +39,7 @@ def _quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with _quiet():
+with quiet():
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader import Loader, OrderOption
@@ -97,7 +97,7 @@ class FfcvLoader:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         self.reader = _beton(plan.reader)
         wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None, "crc32": None}
-        with _quiet(), _interpreted():
+        with quiet(), _interpreted():
             self._loader: Any = Loader(
                 str(plan.reader.path),
                 batch_size=len(plan.sampler.rows(0, 0).samples),
@@ -126,7 +126,7 @@ class FfcvLoader:
         try:
             for _ in range(start_step, self.steps_per_epoch):
                 decoded, rows, params, skipped = run.take()
-                images = self.plan.canvas(len(decoded))
+                images = self.plan.canvas(len(decoded), blank=False)
                 images.numpy()[:] = decoded  # FFCV writes the next batch into the same buffer
                 yield self.plan.batch(images, rows, params, skipped)
         finally:

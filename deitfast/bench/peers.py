@@ -1,0 +1,325 @@
+"""What others offer for the same work, measured beside ours on the same files and cores.
+
+Loaders: from stored bytes to crops at the recipe's size, on the device. Steps: forward, loss, backward, update.
+Each function opens one of them under a stack that closes it, or raises `LeftOut` with the reason.
+"""
+
+import io
+import itertools
+import multiprocessing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from deitfast.bench.record import counted
+from deitfast.bench.stages import LEARNING_RATE, Targets, Workbench
+from deitfast.bench.timing import Work
+from deitfast.convnets import build_convnet
+from deitfast.optim import build_optimiser
+from pipelines.augment.chain import ModelInput
+from pipelines.spec import AugmentSpec
+from pipelines.storage.dataset import open_reader
+from pipelines.storage.pool import usable_cores
+from pipelines.storage.reader import RAW, Reader
+
+TRIES = 5
+"""Tries at one image: newer Pillow refuses a posterize to no bits, which timm's recipe draws once in 700 images."""
+WORKER_BATCH = 64
+"""Images of a worker process's batch at most: DeiT's on one GPU."""
+LONG_EPOCH = 1 << 16
+"""Images of FFCV's epochs here: small data sets are repeated, so that measurements meet no end of an epoch."""
+CROPS_ONLY = "its stock pipeline makes random resized crops, and this recipe pads images instead"
+TIMM_NAMES = {"ti": "tiny", "s": "small", "b": "base"}
+TEACHERS = {"cuda": "regnet_y_16gf"}
+"""The paper's teacher on a GPU; a smaller one elsewhere, where its forward pass would take minutes."""
+SMALLER_TEACHER = "regnet_y_4gf"
+
+
+class LeftOut(Exception):
+    """Why a peer was not measured."""
+
+
+Opener = Callable[[Workbench, ExitStack], Work]
+
+
+class StoredImages(TorchDataset):
+    """A split's images through a transform, as a map-style torch dataset that workers may unpickle."""
+
+    def __init__(self, path: Path, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.path, self.transform = path, transform
+        self._reader: Reader | None = None
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return the transformed image, float32 [3, S, S], and its label."""
+        if self._reader is None:  # in the worker: a memory map does not travel
+            self._reader = open_reader(self.path)
+        image = stored_image(self._reader, index)
+        for attempt in itertools.count(1):
+            try:
+                return self.transform(image), int(self._reader.labels[index])
+            except ValueError:
+                if attempt == TRIES:
+                    raise
+        raise AssertionError
+
+
+def stored_image(reader: Reader, index: int) -> Image.Image:
+    """Return a stored image as PIL sees it."""
+    data = reader.sample(index)
+    if reader.modes[index] == RAW:
+        return Image.fromarray(data.reshape(int(reader.heights[index]), int(reader.widths[index]), 3))
+    return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+
+
+class Endless(Sampler):
+    """Random permutations one after the other, so that no epoch ends in a measurement."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield indices for ever."""
+        rng = np.random.default_rng(0)
+        while True:
+            yield from rng.permutation(self._samples).tolist()
+
+
+def deit_transform(spec: AugmentSpec) -> Callable[[Image.Image], torch.Tensor]:
+    """Return timm's transform with the reference code's arguments (facebookresearch/deit: main.py, datasets.py)."""
+    from torchvision.transforms import RandomCrop
+
+    transform = _module("timm.data").create_transform(
+        input_size=spec.size,
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
+    if spec.crop == "padded":
+        transform.transforms[0] = RandomCrop(spec.size, padding=spec.padding)
+    return transform
+
+
+def timm_dataloader(bench: Workbench, stack: ExitStack) -> Work:
+    """Open the loader of the DeiT reference code: PIL, timm's transform, a worker process a core."""
+    before = set(multiprocessing.active_children())
+    device, workers, batch = bench.runtime.device, usable_cores(), min(bench.recipe.train.batch, WORKER_BATCH)
+    loader = DataLoader(
+        StoredImages(bench.reader.path, deit_transform(bench.recipe.augment)),
+        batch_size=batch,
+        sampler=Endless(bench.reader.num_samples),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn",  # this process has threads: what a fork inherits of their locks stays locked
+    )
+    batches: Any = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in before]
+    stack.callback(_end_workers, batches)
+
+    def take() -> None:
+        images, _ = next(batches)
+        images.to(device, non_blocking=True)
+
+    what = f"decode, crop, flip, RandAugment, normalise, erase; {counted(workers, 'process')}"
+    pids = [child.pid for child in started if child.pid]
+    made_ahead = (loader.prefetch_factor or 1) * workers
+    return Work("", what, None, batch, take, ahead=made_ahead + workers, at_once=workers, processes=lambda: pids)
+
+
+def _end_workers(batches: Any) -> None:
+    batches._shutdown_workers()  # torch has no public way to end an endless iteration
+
+
+def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
+    """Open FFCV's Loader with its own random resized crop, over the very file."""
+    _require_crops(bench)
+    if bench.reader.path.is_dir():
+        raise LeftOut("FFCV reads one .beton file, and this split is in shards")
+    ours = _module("pipelines.loaders.ffcv")  # keeps FFCV's hands off torch's threads
+    with ours.quiet():
+        fields, loaders, to_tensor = (
+            _module("ffcv.fields"),
+            _module("ffcv.loader"),
+            _module("ffcv.transforms").ToTensor,
+        )
+        size, reader, batch = bench.recipe.augment.size, bench.reader, bench.recipe.train.batch
+        loader = loaders.Loader(
+            str(reader.path),
+            batch_size=batch,
+            num_workers=usable_cores(),
+            os_cache=True,
+            order=loaders.OrderOption.RANDOM,
+            drop_last=True,
+            indices=np.tile(np.arange(reader.num_samples), -(-LONG_EPOCH // reader.num_samples)),
+            pipelines={
+                "image": [fields.rgb_image.RandomResizedCropRGBImageDecoder((size, size)), to_tensor()],
+                "label": [fields.basics.IntDecoder(), to_tensor()],
+                "crc32": None,
+            },
+            batches_ahead=2,
+        )
+
+    def endless() -> Generator[Any]:
+        while True:
+            yield from loader
+
+    batches = endless()
+    stack.callback(batches.close)
+
+    def take() -> None:
+        next(batches)[0].to(bench.runtime.device, non_blocking=True)
+
+    what = f"decode, crop (INTER_AREA); {counted(usable_cores(), 'thread')}"
+    return Work("", what, None, batch, take, ahead=3)
+
+
+def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
+    """Open DALI's pipeline for ImageNet: random-crop decode and resize, on the GPU where there is one."""
+    _require_crops(bench)
+    if (bench.reader.modes == RAW).any():
+        raise LeftOut("it decodes files, and these images are stored raw")
+    dali = _module("nvidia.dali")
+    fn, types = _module("nvidia.dali.fn"), _module("nvidia.dali.types")
+    spec, batch, reader = bench.recipe.augment, bench.recipe.train.batch, bench.reader
+    cuda = bench.runtime.device.type == "cuda"
+
+    def encoded() -> Iterator[list[np.ndarray]]:
+        order = iter(Endless(reader.num_samples))
+        while True:
+            yield [reader.sample(index) for index in itertools.islice(order, batch)]
+
+    @dali.pipeline_def(
+        batch_size=batch, num_threads=usable_cores(), device_id=bench.runtime.device.index if cuda else None
+    )
+    def pipeline() -> Any:
+        files = fn.external_source(source=encoded(), dtype=types.UINT8)
+        images = fn.decoders.image_random_crop(
+            files,
+            device="mixed" if cuda else "cpu",
+            output_type=types.RGB,
+            random_area=spec.scale,
+            random_aspect_ratio=spec.ratio,
+            num_attempts=10,
+        )
+        return fn.resize(images, resize_x=spec.size, resize_y=spec.size, interp_type=types.INTERP_TRIANGULAR)
+
+    built = pipeline()
+    built.build()
+    what = f"decode, crop (triangular) on the {'GPU' if cuda else 'CPU'}; {counted(usable_cores(), 'thread')}"
+    return Work("", what, None, batch, built.run, ahead=3, on_device=cuda)
+
+
+def timm_step(bench: Workbench, stack: ExitStack) -> Work:
+    """Open timm's network of the same shape, trained as its script trains: autocast, torch.compile, fused AdamW."""
+    recipe, runtime = bench.recipe, bench.runtime
+    family, _, size = recipe.model.arch.partition("_")
+    if family not in ("deit", "vit"):
+        raise LeftOut(f"timm's {recipe.model.arch} is torchvision's network again")
+    timm = _module("timm")
+    distilled = "_distilled" if recipe.distilled else ""
+    name = f"deit_{TIMM_NAMES[size]}{distilled}_patch16_224"
+    classes = len(bench.dataset.spec.classes)
+    model = timm.create_model(
+        name,
+        img_size=recipe.augment.size,
+        patch_size=recipe.model.patch,
+        num_classes=classes,
+        drop_path_rate=recipe.model.drop_path,
+    ).to(runtime.device, memory_format=torch.channels_last)
+    if distilled:
+        model.set_distilled_training(True)
+    optimiser = build_optimiser(model, recipe.optim, recipe.train.batch)
+    loss = _module("timm.loss").SoftTargetCrossEntropy()
+    if runtime.compile:
+        model.compile()
+    inputs = bench.prepared(bench.held)
+    targets = torch.nn.functional.one_hot(inputs.labels, classes).float()
+
+    def step() -> None:
+        with runtime.autocast():
+            heads = model(inputs.pixels)
+            losses = [loss(head.float(), targets) for head in (heads if distilled else (heads,))]
+        torch.stack(losses).sum().backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    how = "compiled" if runtime.compile else "not compiled"
+    return Work("", f"{name}, {how}", None, len(inputs.labels), step, on_device=True)
+
+
+def teacher_in_the_loop(bench: Workbench, stack: ExitStack) -> Work:
+    """Open our step with a teacher that looks at every batch: the recipe's own, or one with random weights."""
+    inputs, learner = bench.prepared(bench.held), bench.learner
+    own = bench.targets if bench.targets and bench.targets.looks else None
+    targets = own or _random_teacher(bench)
+    known = bench.targets.find(inputs) if bench.targets else None
+
+    def step() -> None:
+        found = targets.find(inputs)
+        learner.step(inputs, found if own else known, LEARNING_RATE, 0)
+
+    return Work("", f"{targets.what}, then our step", None, len(inputs.labels), step, on_device=True)
+
+
+def _random_teacher(bench: Workbench) -> Targets:
+    """Return a teacher that costs what a trained one costs; what it says is of no use."""
+    runtime, size, classes = bench.runtime, bench.recipe.augment.size, len(bench.dataset.spec.classes)
+    arch = TEACHERS.get(runtime.device.type, SMALLER_TEACHER)
+    teacher: Any = build_convnet(arch, size=size, classes=classes).eval().to(runtime.device)
+    teacher = teacher.to(memory_format=torch.channels_last)
+    if runtime.compile:
+        teacher.compile()
+
+    def find(inputs: ModelInput) -> torch.Tensor:
+        with torch.no_grad(), runtime.autocast():
+            return teacher(inputs.pixels)[0].argmax(-1)
+
+    return Targets("teacher", f"{arch}, random weights", find)
+
+
+def _module(name: str) -> Any:
+    """Import a peer's module, of whose types nothing is asked."""
+    return import_module(name)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A peer and the distribution that it comes from."""
+
+    distribution: str
+    """The beginning of its name: DALI's ends in the version of CUDA."""
+    open: Opener
+
+    def version(self) -> str:
+        """Return the distribution's whole name and its version."""
+        named = (found for found in metadata.distributions() if found.name.startswith(self.distribution))
+        return next((f"{found.name} {found.version}" for found in named), "")
+
+
+DATALOADER = "DataLoader, PIL, timm's DeiT transform"
+LOADERS = {
+    DATALOADER: Rival("timm", timm_dataloader),
+    "FFCV's stock pipeline": Rival("ffcv", ffcv_stock),
+    "DALI's stock pipeline": Rival("nvidia-dali", dali_stock),
+}
+STEPS = {
+    "timm's step": Rival("timm", timm_step),
+    "a teacher in the loop": Rival("torchvision", teacher_in_the_loop),
+}
+
+
+def _require_crops(bench: Workbench) -> None:
+    if bench.recipe.augment.crop != "resized":
+        raise LeftOut(CROPS_ONLY)
