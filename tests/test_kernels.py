@@ -27,7 +27,7 @@ TYPES = {
 }
 SHAPE = {"SIZE": 224, "SLOTS": 2}
 MOST_REGISTERS = {"make_table": 64, "apply_colour": 64, "apply_affine": 80, "write_input": 104}
-"""For a thread, at the blocks that are launched: two or three programs of 256 threads then share a multiprocessor."""
+"""For a thread, at the blocks that are launched: two to four programs of 256 threads then share a multiprocessor."""
 
 
 def run_cases(**environment: str) -> None:
