@@ -5,142 +5,18 @@ from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from deitfast.recipe_sections import Arch, DistillSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
 from pipelines.errors import Mistake
-from pipelines.spec import STRICT, AugmentSpec, Kernels, LoaderSpec, digest
+from pipelines.spec import STRICT, AugmentSpec, LoaderSpec, digest
 
-Arch = Literal[
-    "deit_ti", "deit_s", "deit_b", "vit_ti", "vit_s", "vit_b",
-    "resnet18", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, config=STRICT)
-class ModelSpec:
-    """The network; its input size is `augment.size`."""
-
-    arch: Arch = "deit_ti"
-    """deit_* may carry a distillation token, vit_* have a class token only; the rest are torchvision's CNNs."""
-    token: Literal["auto", "on", "off"] = "auto"
-    """Distillation token beside the class token; auto: on where `distill` uses one (deit_* only)."""
-    patch: int = Field(default=16, ge=1)
-    """Side of a patch in pixels (transformers only)."""
-    drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Stochastic depth of the last block, rising linearly from 0 at the first (transformers only)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after the positions, the attention's projection and both layers of the MLP (transformers only)."""
-    weights: str = ""
-    """Run or file whose weights a run starts from, of the same shape and classes; "": drawn from `train.seed`."""
-    finetune: str = ""
-    """Run or file to fine-tune: positions are resized to `augment.size`, heads of other classes drawn anew."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class DistillSpec:
-    """What the teacher has to say, and which head listens."""
-
-    mode: Literal["none", "soft", "hard"] = "none"
-    """hard: cross-entropy with the teacher's argmax; soft: KL divergence at temperature tau."""
-    teacher: str = ""
-    """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""
-    teacher_weights: str = ""
-    """File with the weights of torchvision's network; "": its published ones, fetched where they are not there."""
-    cache: str = "auto"
-    """Folder of a teacher cache: what is in it is not asked again, and what is not is added. auto: for hard targets one
-    in caches/, named by all that they depend on; none: the teacher answers in the loop, and nothing is kept."""
-    targets: Literal["exact", "reused", "per_image"] = "exact"
-    """exact: the teacher sees each view (DeiT); reused: `views` views, again and again; per_image: the teacher sees
-    each image once, whole and unmixed, and its answers are mixed like labels (not DeiT)."""
-    views: int = Field(default=0, ge=0)
-    """Views of each image that `targets = "reused"` goes round; a multiple of `augment.repeats`."""
-    top_k: int = Field(default=10, ge=1)
-    """Logits that a cache keeps of each soft target (at most all classes); of the others it knows their total."""
-    top_dtype: Literal["float16", "float32"] = "float16"
-    """How it keeps them."""
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the distillation term; the base loss has 1 - alpha."""
-    tau: float = Field(default=3.0, gt=0)
-    """Temperature of soft distillation."""
-    head: Literal["distillation", "class"] = "distillation"
-    """Head that the distillation term is applied to; class: the class token learns from label and teacher alike."""
-    normalisation: Literal["batch", "batch_classes"] = "batch"
-    """Divisor of the soft term: batch (the paper's formula) or batch x classes (the reference code)."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class OptimSpec:
-    """The update."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw (fused where the device has it) or sgd with Nesterov momentum."""
-    lr: float = Field(default=5e-4, gt=0)
-    """Peak learning rate for a global batch of `lr_batch`; scaled linearly to the run's own."""
-    lr_batch: int = Field(default=512, ge=0)
-    """Global batch that `lr` is meant for; 0: `lr` is not scaled."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Not applied to 1-D parameters, biases, positions and tokens."""
-    decay_dist_token: bool = False
-    """Decay the distillation token as the reference does; today's timm does not."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moments."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """SGD's momentum."""
-    clip: float = Field(default=0.0, ge=0)
-    """Largest norm of the gradient; 0: no clipping."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class ScheduleSpec:
-    """Learning rate against time: linear warm-up, then half a cosine over all epochs, or the peak to the end."""
-
-    shape: Literal["cosine", "constant"] = "cosine"
-    """What follows warm-up: half a cosine from the peak to `min_lr`, or the peak (the paper's fine-tuning)."""
-    warmup_epochs: float = Field(default=5.0, ge=0)
-    """Epochs of warm-up, inside the run's epochs."""
-    warmup_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate at the first step; not scaled by the batch."""
-    min_lr: float = Field(default=1e-5, ge=0)
-    """Learning rate at the end of a cosine; not scaled by the batch."""
-    per: Literal["step", "epoch"] = "step"
-    """step: a new rate every step; epoch: the reference's, which runs epochs 0 and 1 at warmup_lr."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainSpec:
-    """How long, how much at once, and in which precision."""
-
-    epochs: int = Field(default=300, ge=1)
-    """Epochs of the run."""
-    batch: int = Field(default=1024, ge=1)
-    """Global batch in views, over all ranks and accumulation steps."""
-    accumulate: int = Field(default=1, ge=1)
-    """Parts that each rank's batch is cut into; gradients are summed over them."""
-    smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Label smoothing of the base loss."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initialisation, stochastic depth and dropout."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Autocast dtype; auto: bf16 where the device computes in it, else fp16 on CUDA, else off."""
-    compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile; graphs: with CUDA graphs, for steps that end sooner than their kernels can be started; auto: on
-    CUDA only, with graphs up to 64 px on one GPU."""
-    kernels: Kernels = "auto"
-    """Augmentation in Triton's kernels or in batched torch, to the same bits; auto: the kernels on CUDA."""
-    ema: float = Field(default=0.99996, ge=0, lt=1)
-    """Decay of the averaged weights, evaluated beside the plain ones; 0: none."""
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the training images used, the same share of every class."""
-    evaluate_every: int = Field(default=1, ge=1)
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    checkpoint_minutes: float = Field(default=10.0, ge=0)
-    """Minutes between checkpoints inside an epoch; every epoch ends with one. 0: a checkpoint every step."""
+LEARNS_THE_SAME = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
+"""Fields that decide how fast, not what, a run learns: a resumed run may change them."""
 
 
 @dataclass(frozen=True, config=STRICT)

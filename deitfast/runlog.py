@@ -10,7 +10,7 @@ from typing import Any
 
 from deitfast import __version__
 from deitfast import recipe as recipes
-from deitfast.recipe import Recipe
+from deitfast.recipe import LEARNS_THE_SAME, Recipe, differences
 from pipelines.errors import Failure, Mistake
 from pipelines.files import whole_file
 from pipelines.storage.pool import usable_cores
@@ -65,6 +65,39 @@ class RunFolder:
         write_text(self.path / "run.json", json.dumps(asdict(info), indent=1))
         write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
         write_text(self.path / "recipe.toml", recipes.dump(recipe))
+
+    def open(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
+        """Start the run's folder, or make sure that going on in it goes on with the same run.
+
+        Raises:
+            Mistake: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
+        """
+        if not self.exists():
+            self.create(recipe, info)
+            return
+        if not resume:
+            raise Mistake(f"{self.path} already holds a run", remedy="continue it with --resume, or give another --out")
+        changed = differences(self.recipe(), recipe)
+        if changed := {key: both for key, both in changed.items() if not key.startswith(LEARNS_THE_SAME)}:
+            raise Mistake(
+                f"--resume with another recipe than {self.path} was started with",
+                found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
+                remedy="leave the options out, or start a new run with another --out",
+            )
+        begun = self.info()
+        if begun.fingerprint != info.fingerprint:
+            raise Mistake(
+                f"--resume on another data set than {self.path} was started on",
+                expected=f"fingerprint {begun.fingerprint}",
+                found=f"{info.fingerprint} in {info.data}",
+            )
+        if info.start and info.start != begun.start:
+            raise Mistake(
+                f"{info.start['file']} is not what {self.path} was started from",
+                expected=f"blake2b {begun.start.get('blake2b')}",
+                found=info.start["blake2b"],
+                remedy="start a new run with another --out",
+            )
 
     def recipe(self) -> Recipe:
         """Return the recipe as run.

@@ -22,7 +22,7 @@ from deitfast.fit import start_model
 from deitfast.model import reads_patches
 from deitfast.optim import peak_lr
 from deitfast.position import Diverged, Position
-from deitfast.recipe import Recipe, differences
+from deitfast.recipe import Recipe
 from deitfast.runlog import RunFolder, RunInfo, write_text
 from deitfast.runtime import Runtime
 from deitfast.schedule import learning_rate
@@ -34,15 +34,13 @@ from deitfast.teach import Filling, open_targets
 from deitfast.watch import Watch
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import Failure
 from pipelines.memory import naming_memory
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
 LOOKS_AN_EPOCH = 50
 """How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
-LEARNS_THE_SAME = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
-"""Fields that a resumed run may change: they decide how fast, not what, it learns."""
 STEP_MEMORY = ("the training step", "lower train.batch, raise train.accumulate, or take a smaller model")
 """What runs out of memory in a step, and what to do then."""
 
@@ -70,43 +68,13 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
     with closing(Dataset.open(job.data)) as dataset:
         folder = RunFolder(runtime.agree(job.out))
         run = Run(job, runtime, display, dataset, folder)
+        spec, data = dataset.spec, str(job.data.resolve())
+        info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.start)
         if runtime.main:
-            _open_folder(folder, job, dataset, run.start)
+            folder.open(job.recipe, info, resume=job.resume)
         runtime.agree(None)  # nobody goes on before the folder is open
         with logging_to(folder.log if runtime.main else None):
             return run.run()
-
-
-def _open_folder(folder: RunFolder, job: TrainJob, dataset: Dataset, start: dict[str, str]) -> None:
-    """Start the run's folder, or make sure that going on in it goes on with the same run."""
-    spec = dataset.spec
-    if not folder.exists():
-        data = str(job.data.resolve())
-        folder.create(job.recipe, RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, start))
-        return
-    if not job.resume:
-        raise Mistake(f"{folder.path} already holds a run", remedy="continue it with --resume, or give another --out")
-    changed = differences(folder.recipe(), job.recipe)
-    if changed := {key: both for key, both in changed.items() if not key.startswith(LEARNS_THE_SAME)}:
-        raise Mistake(
-            f"--resume with another recipe than {folder.path} was started with",
-            found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
-            remedy="leave the options out, or start a new run with another --out",
-        )
-    begun = folder.info()
-    if begun.fingerprint != spec.fingerprint:
-        raise Mistake(
-            f"--resume on another data set than {folder.path} was started on",
-            expected=f"fingerprint {begun.fingerprint}",
-            found=f"{spec.fingerprint} in {job.data}",
-        )
-    if start and start != begun.start:
-        raise Mistake(
-            f"{start['file']} is not what {folder.path} was started from",
-            expected=f"blake2b {begun.start.get('blake2b')}",
-            found=start["blake2b"],
-            remedy="start a new run with another --out",
-        )
 
 
 class Run:

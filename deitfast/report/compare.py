@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deitfast.recipe import LEARNS_THE_SAME
 from deitfast.report.read import RunRecord, read_run
 from pipelines.errors import Mistake
 
-NOT_LEARNING = ("name", "loader.", "train.checkpoint_minutes", "train.evaluate_every")
+NOT_LEARNING = ("name", *LEARNS_THE_SAME)
 """Fields that do not decide what is learned: runs that differ in nothing else are runs of one recipe."""
 MISSING = "not recorded"
 
