@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from deitfast import recipe as recipes
@@ -108,8 +108,11 @@ def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> Teach
     Raises:
         Mistake: options that do not fit each other or the data set.
     """
-    options = replace(options, distill=options.distill or "hard", views=None)
+    if options.distill == "none":
+        raise Mistake("--distill none has no targets", expected="hard or soft")
     recipe = plan_training(options, data).recipe
+    if not recipe.distill.teacher:
+        raise Mistake("teach needs a teacher", expected="--teacher RUN, a file of weights, or a torchvision network")
     if views and options.per_image:
         raise Mistake("--per-image and --views are two kinds of targets", remedy="give one of them")
     if views:

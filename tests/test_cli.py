@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deitfast.cli import main
+from deitfast.runlog import RunFolder
 from pipelines.storage.beton import BetonReader
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,55 @@ def test_a_user_converts_trains_evaluates_and_goes_on(capsys, tiny_small: Path) 
     assert code == 0
     assert "1 of 1" in out
     assert call(capsys, "info", tiny_small)[0] == 0
+
+
+def test_a_user_teaches_once_and_trains_without_the_teacher(capsys, tiny_small: Path) -> None:
+    small = ["--data", tiny_small, "--batch", 16, "--set", "augment.mix_group=8", "--set", "model.patch=16"]
+    assert call(capsys, "train", *small, "--arch", "vit_ti", "--epochs", 1, "--out", "teacher")[0] == 0
+    code, out, err = call(capsys, "teach", *small, "--teacher", "teacher", "--epochs", 2)
+    assert code == 0
+    assert "is complete: 160 images" in err
+    assert "2 of each of 80 images" in out
+    (cache,) = Path("caches").iterdir()
+    assert cache.name.startswith("cifar10-vit_ti-")
+    assert "complete" in call(capsys, "info", cache)[1]
+    assert "whole and complete" in call(capsys, "verify", cache)[2]
+    student = ["train", *small, "--distill", "hard", "--epochs", 2, "--set", "train.ema=0"]
+    code, _, err = call(capsys, *student, "--teacher", "teacher", "--out", "student")
+    assert code == 0
+    assert "which is complete: no teacher is loaded" in err
+    assert [row["teacher_asked"] for row in RunFolder(Path("student")).metrics()] == [0, 0]
+    shutil.rmtree("teacher")
+    assert call(capsys, *student, "--cache", cache, "--out", "alone")[0] == 0
+    code, _, err = call(capsys, *student[:-1], "train.ema=0", "--epochs", 4, "--cache", cache, "--out", "longer")
+    assert code == 2
+    assert "--views 2 goes round them" in err
+    code, _, err = call(capsys, *student, "--epochs", 4, "--views", 2, "--cache", cache, "--out", "longer")
+    assert code == 0
+    assert "reused (2 views of each image" in err
+    content = bytearray((cache / "targets.npy").read_bytes())
+    content[200] ^= 1
+    (cache / "targets.npy").write_bytes(content)
+    code, _, err = call(capsys, "verify", cache)
+    assert code == 1
+    assert "targets.npy: damaged" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--teacher", "nowhere"], "no teacher of that name"),
+        ([], "needs a teacher"),
+        (["--teacher", "teacher", "--views", 4, "--set", "augment.repeats=3"], "--views 4 does not divide"),
+        (["--teacher", "teacher", "--views", 4, "--per-image"], "two kinds of targets"),
+        (["--teacher", "teacher", "--distill", "none"], "hard or soft"),
+    ],
+)
+def test_teaching_that_cannot_be_leaves_no_cache_behind(capsys, tiny_small: Path, options: list, says: str) -> None:
+    code, _, err = call(capsys, "teach", "--data", tiny_small, "--out", "cache", *options)
+    assert code == 2, err
+    assert says in err
+    assert not Path("cache").exists()
 
 
 def test_a_user_goes_over_to_shards(capsys, tiny_small: Path) -> None:
