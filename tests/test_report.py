@@ -22,7 +22,7 @@ from deitfast.report.compare import differences, efficiency, lessons
 from deitfast.report.live import LiveReport
 from deitfast.report.read import distinct, read_run, read_runs
 from deitfast.report.write import write_report
-from deitfast.teacher import Teacher
+from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import augment
 from pipelines.errors import Failure, Mistake
 from pipelines.storage.dataset import Dataset
@@ -116,7 +116,7 @@ def test_training_leaves_a_page_that_needs_nothing_else(trained: Path) -> None:
     for head in ("class", "distillation", "joint"):
         for weights in ("val", "val_ema"):
             assert f"{100 * final[weights][head]['top5']:.2f}" in outline.text
-    assert "2 of 2 epochs, hard distillation from teacher" in outline.text
+    assert "2 of 2 epochs, hard, exact targets, from teacher" in outline.text
     assert "prefers-color-scheme: dark" in page
     assert not (trained / "tensorboard").exists()  # nobody asked for it
     table = (trained / "report.md").read_text()
@@ -162,7 +162,8 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     assert torch.equal(few.pixels[shown], whole.pixels[rows])
     assert torch.equal(few.share[shown], whole.share[rows])
     assert torch.equal(few.partner_labels[shown], whole.partner_labels[rows])
-    labels = Teacher(recipe, tuple("abcdefghij"), CPU).targets(whole.pixels)[rows]
+    teacher = Teacher(load_teacher(recipe.distill, tuple("abcdefghij")), recipe, CPU)
+    labels = teacher.logits(whole.pixels).argmax(1)[rows]
     assert answers == ["abcdefghij"[label] for label in labels.tolist()]
     assert note == ""
 

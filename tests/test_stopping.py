@@ -29,7 +29,7 @@ SOON = 30.0
 """Seconds in which a run must have ended; its own work here takes one or two, on a loaded machine ten."""
 
 
-def interrupted_then_slow(*arguments: object) -> None:
+def interrupted_then_slow(*arguments: object, **options: object) -> None:
     """Press Ctrl-C, and go on for a long time."""
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(LONG)
@@ -102,7 +102,8 @@ def test_while_the_first_step_compiles(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(step_module.Learner, "step", interrupted_then_slow)
-        patch.setattr(torch.nn.Module, "compile", lambda *arguments: None)
+        patch.setattr(torch.nn.Module, "compile", lambda *arguments, **how: None)
+        patch.setattr(torch, "compile", lambda function, **how: function)
         assert stopped(tiny_small, tmp_path / "run", compile=compiled) < SOON
     assert RunFolder(tmp_path / "run").checkpoint.exists() == compiled
     goes_on(tiny_small, tmp_path / "run", whole)
