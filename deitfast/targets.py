@@ -35,8 +35,13 @@ class Targets(Protocol):
         """Get ready for the views of an epoch, from 0."""
         ...
 
-    def of(self, inputs: ModelInput) -> Tensor:
-        """Return the targets of a batch, on its device: int64 [B] or [B, 2] (hard), float32 [B, C] (soft)."""
+    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+        """Return the targets of a batch, on its device: int64 [B] or [B, 2] (hard), float32 [B, C] (soft).
+
+        Args:
+            inputs: the batch as the step sees it.
+            skipped: rows whose image cannot be read (`Batch.skipped`); nothing learns from them, whatever their target.
+        """
         ...
 
     def save(self) -> None:
@@ -54,7 +59,7 @@ class InLoop:
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
 
-    def of(self, inputs: ModelInput) -> Tensor:
+    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """See `Targets`."""
         self.asked += len(inputs.labels)
         logits = self._teacher.logits(inputs.pixels)
@@ -87,7 +92,7 @@ class Cached:
         self._first = (epoch % self._recipe.views) // repeats * repeats
         self._rows = self.cache.rows(self._first, repeats)
 
-    def of(self, inputs: ModelInput) -> Tensor:
+    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return targets as `Targets` does, with one gather on the host and a copy that nobody waits for.
 
         Which targets are missing is known on the host, so a complete cache costs no synchronisation.
@@ -95,6 +100,9 @@ class Cached:
         views, samples = inputs.params.view, inputs.params.sample
         records = self._rows[views - self._first, samples]
         missing = ~present(records)
+        if skipped and missing.any():  # a black picture's answer is not kept for when it can be read again
+            missing &= inputs.valid.cpu().numpy()
+            records[~present(records)] = 0
         if not missing.any():
             return self._targets(from_records(records, self._runtime.device))
         return self._targets(self.ask(inputs, missing))
@@ -145,14 +153,15 @@ class PerImage:
     asked = 0
 
     def __init__(self, cache: TeacherCache, recipe: Recipe, classes: int, device: torch.device) -> None:
-        """Read a complete cache of one target an image."""
+        """Read a cache of one target an image."""
         self.cache, self._rows, self._spec = cache, cache.rows(0, 1)[0], cache.manifest.targets
+        self._rows[~present(self._rows)] = 0  # images that cannot be read, from which nothing learns
         self._classes, self._tau, self._device = classes, recipe.distill.tau, device
 
     def start_epoch(self, epoch: int) -> None:
         """All epochs read the same."""
 
-    def of(self, inputs: ModelInput) -> Tensor:
+    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return both images' labels, int64 [B, 2], or logits whose softmax at tau is the mixed distribution."""
         samples = inputs.params.sample
         pair = np.stack([samples, samples[inputs.params.partner]], 1)

@@ -140,8 +140,10 @@ class Filling:
         if runtime.world > 1:
             dist.barrier()  # every rank's answers are on the disk
         if runtime.main and not cache.finish():
-            raise Failure(f"{cache.folder} is still not complete", remedy="run the same command again")
-        if there < total:
+            if not self.recipe.loader.skip_bad:
+                raise Failure(f"{cache.folder} is still not complete", remedy="run the same command again")
+            log.warning("%s lacks the views of images that cannot be read, and so is not complete", cache.folder)
+        elif there < total:
             seconds = time.monotonic() - began
             log.info("%s is complete: %s images in %s, %s images/s", cache.folder, f"{total - there:,}",
                      duration(seconds), f"{(total - there) / seconds:,.0f}")  # fmt: skip
@@ -160,6 +162,8 @@ class Filling:
                 with stop.at_once():
                     batch = next(batches)
                 wanted = self._missing(slot, step, answers)
+                if batch.skipped:
+                    wanted &= batch.valid.cpu().numpy()
                 if wanted.any():
                     answers.ask(model_input(batch, self.recipe, self.runtime), wanted)
                     bar.advance(int(wanted.sum()) * self.runtime.world, f"{bar.rate():,.0f} images/s")

@@ -197,7 +197,7 @@ class Run:
         targets = None
         if self.targets:
             before = self.targets.asked
-            targets = self.targets.of(inputs)
+            targets = self.targets.of(inputs, batch.skipped)
             position.asked += self.targets.asked - before
         lr = learning_rate(
             recipe.schedule,

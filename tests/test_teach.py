@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -142,6 +143,32 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "cut")[name]), name
+
+
+@pytest.mark.parametrize("targets", ["exact", "per_image"])
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_nothing_is_kept_of_images_that_cannot_be_read(
+    tiny_small: Path, tmp_path: Path, judged, mode: str, targets: str
+) -> None:
+    data = tmp_path / "damaged"
+    shutil.copytree(tiny_small, data)
+    with closing(Dataset.open(data)) as dataset:
+        place = dataset.split("train").place(3)
+    content = bytearray(place.file.read_bytes())
+    content[place.offset] ^= 1
+    place.file.write_bytes(content)
+    settings = ["train.epochs=2", "loader.skip_bad=true", f"distill.targets={targets}", "distill.cache=auto"]
+    recipe = with_cache(distilled(*settings, mode=mode), tmp_path / "cache")
+    for name in ("first", "second"):
+        row = run(data, tmp_path / name, recipe)
+        assert np.isfinite(row["distill"])
+    cache = TeacherCache.open(tmp_path / "cache")
+    assert not cache.complete
+    lost = 1 if targets == "per_image" else 4  # each view of it, and of its partner there
+    assert cache.answers() == cache.manifest.views * 80 - lost
+    assert row["teacher_asked"] == 0
+    with pytest.raises(Failure, match="sample 3"):
+        taught(data, tmp_path / "strict", distilled("train.epochs=2", mode=mode))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
