@@ -1,0 +1,57 @@
+"""What all commands share: the app, the consoles, the options that several have."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deitfast import __version__
+
+app = typer.Typer(
+    name="deitfast",
+    help="Train DeiT from a data pipeline that keeps up with the GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Converted data set. Default: $DEITFAST_DATA, else the demo set.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", help="A run, a file of weights, or a torchvision network (regnet_y_16gf).")
+]
+TeacherWeights = Annotated[
+    Path | None, typer.Option("--teacher-weights", help="torchvision network's weights, where they cannot be fetched.")
+]
+PerImage = Annotated[
+    bool, typer.Option("--per-image", help="One target an image, mixed like labels, instead of one a view (not DeiT).")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; again for more.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+) -> None:
+    """Train DeiT from a data pipeline that keeps up with the GPU."""
+    if version:
+        out.print(f"deitfast {__version__}")
+        raise typer.Exit
+
+
+def display() -> Any:
+    """Return where progress is shown, and send messages there as well; ranks other than 0 show nothing."""
+    from deitfast.display import Display, start_logging
+
+    quiet = os.environ.get("RANK", "0") != "0"
+    start_logging(err, quiet=quiet)
+    return Display(err, quiet=quiet)
