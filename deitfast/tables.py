@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deitfast.ablations import ABLATIONS, BASE
-from deitfast.display import duration
+from deitfast.display import duration, volume
 from deitfast.evaluate import Agreement
 from deitfast.metrics import Metrics
 from deitfast.runlog import RunFolder
@@ -113,7 +113,7 @@ def describe_cache(cache: TeacherCache) -> RenderableType:
         "targets": f"{spec.kind}: {kept}",
         "views": f"{manifest.views:,} of each of {manifest.samples:,} images",
         "complete": "yes" if cache.complete else f"no, {there:,} of {total:,} ({there / total:.1%})",
-        "size": f"{manifest.bytes / 1e6:,.1f} MB" + ("" if cache.complete else " when complete"),
+        "size": volume(manifest.bytes) + ("" if cache.complete else " when complete"),
         **{name: str(value) for name, value in manifest.identity.items() if "." not in name},
         **{part: _fields(manifest.identity, part) for part in ("teacher", "augment")},
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.made_with.items()),

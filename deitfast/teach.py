@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deitfast.answers import keep
 from deitfast.caching import known_teacher, open_cache, software_changes
 from deitfast.data import training_sampler
-from deitfast.display import Bar, Display, duration
+from deitfast.display import Bar, Display, duration, volume
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
 from deitfast.stopping import Interrupted, Stop, catching_signals
@@ -128,7 +128,7 @@ class Filling:
         cache, runtime = answers.cache, self.runtime
         manifest, there = cache.manifest, cache.answers()
         total = manifest.views * manifest.answered
-        size = f"{manifest.bytes / 1e6:,.1f} MB when complete"
+        size = f"{volume(manifest.bytes)} when complete"
         log.info("%s: %s of %s %s targets are there; %s", cache.folder, f"{there:,}", f"{total:,}",
                  manifest.targets.kind, size)  # fmt: skip
         began = time.monotonic()

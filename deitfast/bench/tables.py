@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting, counted
-from deitfast.display import duration
+from deitfast.display import duration, volume
 
 
 def show(record: Record) -> RenderableType:
@@ -34,12 +34,6 @@ def headline(setting: Setting) -> str:
 def figure(rate: float) -> str:
     """Return a rate with as many digits as mean something."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-
-
-def volume(size: int) -> str:
-    """Return bytes as GB, MB or kB."""
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
-    return f"{size / unit:,.3g} {name}"
 
 
 def rows(record: Record) -> list[Measured]:
