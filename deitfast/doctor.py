@@ -9,6 +9,7 @@ from rich.table import Table
 
 from deitfast.runlog import environment
 from deitfast.runtime import choose_amp, choose_compile
+from pipelines.augment.chain import run_kernels
 from pipelines.loaders.opening import available, free_memory
 
 
@@ -38,7 +39,8 @@ def examine() -> Table:
 
 
 def _precision(device: torch.device) -> str:
-    """Say what train.amp=auto and train.compile=auto mean on a device."""
+    """Say what train.amp=auto, train.compile=auto and train.kernels=auto mean on a device."""
     amp = choose_amp("auto", device)
     name = str(amp).removeprefix("torch.") if amp else "float32"
-    return f"trains in {name}, {'compiled' if choose_compile('auto', device) else 'not compiled'}"
+    compiled = "compiled" if choose_compile("auto", device) else "not compiled"
+    return f"trains in {name}, {compiled}, augments in {'kernels' if run_kernels('auto', device) else 'batched torch'}"
