@@ -127,10 +127,10 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     run(tiny_small, tmp_path / "whole", with_cache(recipe, tmp_path / "a"))
     original = Cached.of
 
-    def dying(self, inputs):
+    def dying(self, inputs, skipped=0):
         if self.asked >= 32:
             raise ZeroDivisionError
-        return original(self, inputs)
+        return original(self, inputs, skipped)
 
     monkeypatch.setattr(Cached, "of", dying)
     with pytest.raises(ZeroDivisionError):
