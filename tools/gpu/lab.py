@@ -127,7 +127,7 @@ class Lab:
             yield bench
 
     def release(self) -> None:
-        """Close the bench of the photographs, and the teacher, with what they hold on the GPU; both may be opened again."""
+        """Close the photographs' bench and the teacher, with what they hold on the GPU; both may be opened again."""
         self.__dict__.pop("teacher", None)
         if "bench" in self.__dict__:
             self.bench.close()
