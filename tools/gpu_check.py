@@ -45,7 +45,8 @@ def main() -> int:
             except (OSError, ValueError) as error:
                 say(f"--wheels: {error}")
                 return USAGE
-            say(f"unpacked {', '.join(taken) or 'nothing: no wheel there fits and is not installed'}")
+            names = ", ".join("-".join(name.split("-")[:2]) for name in taken)
+            say(f"unpacked {names or 'nothing: no wheel there fits and is not installed'}")
         if lacks := missing(REQUIRED):
             say(f"nothing runs without {', '.join(lacks)}; install them, or give wheels of them with --wheels FOLDER")
             return USAGE

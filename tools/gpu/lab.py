@@ -1,5 +1,6 @@
 """What sections share: the machine, the data, how long to measure, and the benches that are open."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -149,6 +150,7 @@ def fresh() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()
         if torch.cuda.is_available():
             torch.compiler.reset()
             torch.cuda.empty_cache()
