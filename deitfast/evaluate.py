@@ -168,6 +168,7 @@ def _predict(
             heads = model(inputs.pixels)
         # copies, as a model in a CUDA graph writes its next logits over these
         logits.append(tuple(head.to(torch.float32, copy=True) for head in heads))
+        del heads  # what is still held when the next batch comes, CUDA graphs record another graph behind
         labels.append(inputs.labels)
         valid.append(inputs.valid)
         if progress:

@@ -126,7 +126,8 @@ class Teacher:
         self.same = tuple(loaded.mean) == tuple(student.mean) and tuple(loaded.std) == tuple(student.std)
         self.outputs = None if loaded.exactly else torch.tensor(loaded.outputs, device=device)
         if runtime.compile:
-            self.model.compile()
+            # each batch size by itself: a spot check's, smaller than training's, must not make them all dynamic
+            self.model.compile(dynamic=False)
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:

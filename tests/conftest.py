@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from images import MemorySource, drawn, encoded, entries, jpeg, mixed_source, odd_images, rotated_jpeg
 from loading import write_photos, write_small
 from PIL import Image
@@ -77,6 +78,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """`write_small` in a .beton."""
     return write_small(tmp_path_factory.mktemp("small") / "small.beton")
+
+
+@pytest.fixture(autouse=True)
+def tests_of_a_gpu(request: pytest.FixtureRequest) -> None:
+    """Skip what needs a GPU where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True)

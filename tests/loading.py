@@ -30,16 +30,32 @@ RESIZED = AugmentSpec(size=SIZE, crop="resized", repeats=3, mix_group=4, seed=7)
 PADDED = AugmentSpec(size=SIZE, crop="padded", repeats=2, mix_group=4, seed=7)
 
 
-def open_train(name: str, reader: Reader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object) -> Loader:
+def open_train(
+    name: str,
+    reader: Reader,
+    spec: AugmentSpec,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+    **more: object,
+) -> Loader:
     sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
     loader = LoaderSpec(**{"name": name, "workers": 2, **more})
-    return open_loader(reader, spec, loader, sampler, train=True, device=CPU)
+    return open_loader(reader, spec, loader, sampler, train=True, device=device)
 
 
-def open_eval(name: str, reader: Reader, spec: AugmentSpec, rank: int = 0, world: int = 1, **more: object) -> Loader:
+def open_eval(
+    name: str,
+    reader: Reader,
+    spec: AugmentSpec,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+    **more: object,
+) -> Loader:
     sampler = EvalSampler(reader.num_samples, BATCH, rank, world)
     loader = LoaderSpec(**{"name": name, "workers": 2, **more})
-    return open_loader(reader, spec, loader, sampler, train=False, device=CPU)
+    return open_loader(reader, spec, loader, sampler, train=False, device=device)
 
 
 def write_photos(path: Path) -> Reader:

@@ -245,7 +245,7 @@ def test_nothing_waits_for_the_device():
     assert got.pixels.device == got.partner_labels.device == got.share.device == torch.device("meta")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same():
     batch = drawn_batch(9, rows=64, size=224)
     spec = AugmentSpec(size=224, seed=2)

@@ -41,7 +41,7 @@ def test_kernels_are_the_reference_in_the_interpreter() -> None:
     run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_kernels_are_the_reference_on_a_gpu() -> None:
     run_cases(TRITON_INTERPRET="0")
 
@@ -112,7 +112,7 @@ def test_only_a_gpu_is_timed() -> None:
         augment_times(drawn_batch(0), AugmentSpec(size=32))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_times_are_of_both_ways() -> None:
     batch = drawn_batch(0, rows=64, size=224)
     away = Batch(batch.images.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.params)

@@ -256,6 +256,13 @@ def test_resident_refuses_images_of_several_sizes(photos: Reader) -> None:
         open_train("resident", photos, RESIZED)
 
 
+def test_a_closed_resident_loader_holds_nothing(small: Reader) -> None:
+    loader = open_train("resident", small, PADDED)
+    loader.close()
+    loader.close()
+    assert loader.images.untyped_storage().nbytes() == 0  # pyright: ignore
+
+
 def test_auto_is_resident_for_small_images_that_fit(
     photos: Reader, small: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The training step: compiled without a break, and never waiting for the device."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import CPU, tiny_recipe
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deitfast.evaluate import predict
@@ -119,6 +121,22 @@ def test_forward_and_loss_are_one_graph_each(mode: str, monkeypatch: pytest.Monk
         ours, _ = predict(one, Batches(recipe), recipe.augment, CPU.device, None)
         theirs, _ = predict(other, Batches(recipe), recipe.augment, CPU.device, None)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_lets_go_of_logits_before_the_next_batch() -> None:
+    """CUDA graphs record another graph for every batch whose predecessor's logits are still held."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert not any(reference() is not None for reference in alive), "a batch's logits outlive it"
+            logits = pixels.mean((2, 3))
+            alive.append(weakref.ref(logits))
+            return (logits,)
+
+    recipe = recipe_of("none")
+    predict(Watched(), Batches(recipe), recipe.augment, CPU.device, None)
+    assert len(alive) == Batches.steps_per_epoch
 
 
 @TRACED

@@ -112,30 +112,54 @@ def deit_transform(spec: AugmentSpec) -> Callable[[Image.Image], torch.Tensor]:
     return transform
 
 
-def timm_dataloader(bench: Workbench, stack: ExitStack) -> Work:
+@dataclass(frozen=True)
+class Loaded:
+    """The batches of worker processes, without end."""
+
+    batches: Iterator[list[torch.Tensor]]
+    """float32 [size, 3, S, S] and labels int64 [size], on the host."""
+    size: int
+    ahead: int
+    """Batches that may have been made beforehand."""
+    workers: int
+    processes: list[int]
+    what: str
+
+
+def timm_batches(bench: Workbench, stack: ExitStack) -> Loaded:
     """Open the loader of the DeiT reference code: PIL, timm's transform, a worker process a core."""
     before = set(multiprocessing.active_children())
-    device, workers, batch = bench.runtime.device, usable_cores(), min(bench.recipe.train.batch, WORKER_BATCH)
+    workers, batch = usable_cores(), min(bench.recipe.train.batch, WORKER_BATCH)
     loader = DataLoader(
         StoredImages(bench.reader.path, deit_transform(bench.recipe.augment)),
         batch_size=batch,
         sampler=Endless(bench.reader.num_samples),
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=bench.runtime.device.type == "cuda",
         multiprocessing_context="spawn",  # this process has threads: what a fork inherits of their locks stays locked
     )
     batches: Any = iter(loader)
     started = [child for child in multiprocessing.active_children() if child not in before]
     stack.callback(_end_workers, batches)
+    pids = [child.pid for child in started if child.pid]
+    what = f"decode, crop, flip, RandAugment, normalise, erase; {counted(workers, 'process')}"
+    return Loaded(batches, batch, (loader.prefetch_factor or 1) * workers, workers, pids, what)
+
+
+def timm_dataloader(bench: Workbench, stack: ExitStack) -> Work:
+    """Open that loader, its batches copied to the device."""
+    return loading_alone(timm_batches(bench, stack), bench.runtime.device)
+
+
+def loading_alone(loaded: Loaded, device: torch.device) -> Work:
+    """Return taking a batch to the device and doing nothing with it."""
 
     def take() -> None:
-        images, _ = next(batches)
-        images.to(device, non_blocking=True)
+        next(loaded.batches)[0].to(device, non_blocking=True)
 
-    what = f"decode, crop, flip, RandAugment, normalise, erase; {counted(workers, 'process')}"
-    pids = [child.pid for child in started if child.pid]
-    made_ahead = (loader.prefetch_factor or 1) * workers
-    return Work("", what, None, batch, take, ahead=made_ahead + workers, at_once=workers, processes=lambda: pids)
+    ahead, at_once = loaded.ahead + loaded.workers, loaded.workers
+    pids = lambda: loaded.processes  # noqa: E731
+    return Work("", loaded.what, None, loaded.size, take, ahead=ahead, at_once=at_once, processes=pids)
 
 
 def _end_workers(batches: Any) -> None:
@@ -263,7 +287,7 @@ def teacher_in_the_loop(bench: Workbench, stack: ExitStack) -> Work:
     """Open our step with a teacher that looks at every batch: the recipe's own, or one with random weights."""
     inputs, learner = bench.prepared(bench.held), bench.learner
     own = bench.targets if bench.targets and bench.targets.looks else None
-    targets = own or _random_teacher(bench)
+    targets = own or random_teacher(bench)
     known = bench.targets.find(inputs) if bench.targets else None
 
     def step() -> None:
@@ -273,7 +297,7 @@ def teacher_in_the_loop(bench: Workbench, stack: ExitStack) -> Work:
     return Work("", f"{targets.what}, then our step", None, len(inputs.labels), step, on_device=True)
 
 
-def _random_teacher(bench: Workbench) -> Targets:
+def random_teacher(bench: Workbench) -> Targets:
     """Return a teacher that costs what a trained one costs; what it says is of no use."""
     runtime, size, classes = bench.runtime, bench.recipe.augment.size, len(bench.dataset.spec.classes)
     arch = TEACHERS.get(runtime.device.type, SMALLER_TEACHER)

@@ -40,7 +40,7 @@ class ResidentLoader:
 
     def close(self) -> None:
         """Let go of the images."""
-        self.images = self.images[:0]
+        self.images = self.images.new_empty((0, *self.images.shape[1:]))  # a slice would hold all of them
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         for step in range(start_step, self.steps_per_epoch):
