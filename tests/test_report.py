@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import CPU, run, tiny_recipe
+from teaching import taught
 from test_cli import call
 
 from deitfast import recipe as recipes
@@ -143,7 +144,7 @@ def test_figures_share_no_ids_that_differ(trained: Path) -> None:
 
 @pytest.mark.parametrize("settings", [(), ("augment.repeats=2",), ("augment.mixup=0.0", "augment.cutmix=0.0")])
 def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
-    tiny_small: Path, trained: Path, monkeypatch, settings: tuple[str, ...]
+    tiny_small: Path, trained: Path, tmp_path: Path, monkeypatch, settings: tuple[str, ...]
 ) -> None:
     recipe = recipes.override(read_recipe(trained), ["train.batch=64", *settings])
     with closing(Dataset.open(tiny_small)) as dataset:
@@ -156,7 +157,7 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
         assert len(shown) == samples.SHOWN
         assert sorted(read) == sorted(set(few.params.sample.tolist()))
         assert len(read) <= 2 * samples.SHOWN
-        answers, note = samples._teachers_answers(recipe, dataset.spec.classes, few.pixels[shown])
+        answers, note = samples._teachers_answers(recipe, dataset.spec.classes, few, shown)
     row = {pair: n for n, pair in enumerate(zip(whole.params.sample, whole.params.view, strict=True))}
     rows = [row[pair] for pair in zip(few.params.sample[shown], few.params.view[shown], strict=True)]
     assert torch.equal(few.pixels[shown], whole.pixels[rows])
@@ -166,6 +167,10 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     labels = teacher.logits(whole.pixels).argmax(1)[rows]
     assert answers == ["abcdefghij"[label] for label in labels.tolist()]
     assert note == ""
+    if recipe.augment.repeats == 1:  # from a cache, of a teacher who is gone
+        taught(tiny_small, tmp_path / "cache", recipes.override(recipe, ["train.epochs=1"]))
+        alone = recipes.override(recipe, ["distill.teacher=", f"distill.cache={tmp_path / 'cache'}"])
+        assert samples._teachers_answers(alone, tuple("abcdefghij"), few, shown) == (answers, "")
 
 
 def read_recipe(folder: Path) -> Recipe:

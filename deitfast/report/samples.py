@@ -22,6 +22,7 @@ from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime
 from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
+from pipelines.cache_files import is_cache, present
 from pipelines.errors import Failure
 from pipelines.loaders.opening import open_loader, why_not
 from pipelines.operations import OPERATIONS
@@ -29,6 +30,7 @@ from pipelines.packed import UNIT
 from pipelines.sampler import Rows, Sampler, group_size
 from pipelines.spec import AugmentSpec
 from pipelines.storage.dataset import Dataset
+from pipelines.teacher_cache import TeacherCache
 from pipelines.views import ViewParams
 
 SHOWN = 12
@@ -64,7 +66,7 @@ def samples_of(run: RunRecord) -> tuple[list[Sample], str]:
             if dataset.spec.fingerprint != run.info.get("fingerprint"):
                 return [], f"No training images are shown: {dataset.folder} holds another data set by now."
             inputs, shown = first_inputs(dataset, recipe)
-            names, note = _teachers_answers(recipe, dataset.spec.classes, inputs.pixels[torch.from_numpy(shown)])
+            names, note = _teachers_answers(recipe, dataset.spec.classes, inputs, shown)
             return _described(inputs, shown, recipe.augment, dataset.spec.classes, names), note
     except (Failure, OSError) as error:
         return [], f"No training images are shown: {_first_line(error)}."
@@ -114,18 +116,32 @@ class Few:
         return self._rows
 
 
-def _teachers_answers(recipe: Recipe, classes: tuple[str, ...], pixels: Tensor) -> tuple[list[str], str]:
-    """Return the teacher's class for each image of [B, 3, S, S], and a sentence where they cannot be had."""
-    unknown = [""] * len(pixels)
-    if recipe.distill.mode == "none":
+def _teachers_answers(
+    recipe: Recipe, classes: tuple[str, ...], inputs: ModelInput, shown: np.ndarray
+) -> tuple[list[str], str]:
+    """Return the teacher's class for each shown row, from its cache or itself, and a sentence where it is not known."""
+    distill, unknown = recipe.distill, [""] * len(shown)
+    if distill.mode == "none":
         return unknown, ""
-    if not Path(recipe.distill.teacher_weights or recipe.distill.teacher or "/nowhere").exists():
-        return unknown, "The teacher's labels are not shown: it is not here, and a report fetches nothing."
     try:
-        teacher = Teacher(load_teacher(recipe.distill, classes), recipe, HOST)
+        if distill.targets != "per_image" and is_cache(Path(distill.cache)):
+            return _kept(Path(distill.cache), classes, inputs, shown), ""
+        if not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists():
+            return unknown, "The teacher's labels are not shown: it is not here, and a report fetches nothing."
+        teacher = Teacher(load_teacher(distill, classes), recipe, HOST)
+        labels = teacher.logits(inputs.pixels[torch.from_numpy(shown)]).argmax(1)
     except (Failure, OSError, KeyError, RuntimeError) as error:
         return unknown, f"The teacher's labels are not shown: {_first_line(error)}."
-    return [classes[label] for label in teacher.logits(pixels).argmax(1).tolist()], ""
+    return [classes[label] for label in labels.tolist()], ""
+
+
+def _kept(folder: Path, classes: tuple[str, ...], inputs: ModelInput, shown: np.ndarray) -> list[str]:
+    """Return what a teacher cache has for the shown rows, "" where it has nothing."""
+    cache = TeacherCache.open(folder)
+    targets = cache.rows(0, cache.manifest.repeats)[inputs.params.view[shown], inputs.params.sample[shown]]
+    labels = targets if targets.dtype.names is None else targets["label"][:, 0]
+    known = zip(labels.tolist(), present(targets).tolist(), strict=True)
+    return [classes[label] if there else "" for label, there in known]
 
 
 def _described(

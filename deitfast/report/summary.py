@@ -174,7 +174,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "deitfast": str(machine.get("deitfast", "")),
     }
-    return [(name, value) for name, value in (told | run.extras()).items() if value]
+    extras = {name.replace("_", " "): value for name, value in run.extras().items()}
+    return [(name, value) for name, value in (told | extras).items() if value]
 
 
 def settings_table(run: RunRecord) -> TextTable:
