@@ -93,6 +93,8 @@ def open_targets(
 
     if cache is None:
         return InLoop(teacher(), recipe)
+    if cache.complete and runtime.main:
+        cache.require_whole()
     answers = Cached(cache, recipe, len(classes), teacher, runtime)
     if changes := software_changes(cache, runtime):
         log.warning("%s was begun with other software: %s", cache.folder, ", ".join(changes))

@@ -168,6 +168,15 @@ class TeacherCache:
         there = {first for _, first in parts(self.folder)}
         return sum(int(self._filled(first, self.manifest.repeats)[1].sum()) for first in firsts if first in there)
 
+    def require_whole(self) -> None:
+        """Read everything: damage is better met now than in the epoch that needs it (a second for .77 GB).
+
+        Raises:
+            Failure: as `rows`.
+        """
+        for first in range(0, self.manifest.views, self.manifest.repeats):
+            self.rows(first, self.manifest.repeats)
+
     def check(self) -> Iterator[tuple[int, str]]:
         """Read everything; yield (views read, "" or what is damaged) after each pass."""
         for first in range(0, self.manifest.views, self.manifest.repeats):

@@ -277,6 +277,18 @@ def test_a_complete_cache_needs_no_teacher_and_an_incomplete_one_does(tiny_small
         run(tiny_small, tmp_path / "again", alone)
 
 
+def test_a_flipped_byte_of_the_last_epoch_is_found_before_the_first(tiny_small: Path, tmp_path: Path, judged) -> None:
+    recipe, folder = distilled("train.epochs=5"), tmp_path / "cache"
+    taught(tiny_small, folder, recipe)
+    content = bytearray((folder / TARGETS).read_bytes())
+    content[-10] ^= 4
+    (folder / TARGETS).write_bytes(content)
+    with pytest.raises(Failure, match=r"targets\.npy: damaged") as caught:
+        run(tiny_small, tmp_path / "run", with_cache(recipe, folder))
+    assert "of view 4" in str(caught.value.expected)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_incomplete_cache_without_a_teacher_is_refused(tiny_small: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("distill.mode=hard", "distill.teacher=nowhere", f"distill.cache={tmp_path / 'cache'}")
     with pytest.raises(Mistake, match="no teacher of that name"):
