@@ -169,7 +169,7 @@ class TeacherCache:
         return sum(int(self._filled(first, self.manifest.repeats)[1].sum()) for first in firsts if first in there)
 
     def require_whole(self) -> None:
-        """Read everything: damage is better met now than in the epoch that needs it (a second for .77 GB).
+        """Read everything: damage is better met now than in the epoch that needs it (a second or two for .77 GB).
 
         Raises:
             Failure: as `rows`.
