@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deitfast.data import training_sampler
+from deitfast.data import training_sampler, training_subset
 from deitfast.published import is_published
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
@@ -126,7 +126,7 @@ def describe_cache(
     chosen = PER_IMAGE if per_image else [name for name in fields if name != "eval_crop"]
     identity = {
         "data": dataset.spec.fingerprint,
-        "fraction": 1.0 if per_image else recipe.train.fraction,
+        "fraction": recipe.train.fraction,
         "loader": pixels_of(loader, dataset, recipe),
         "seen": "each image, whole" if per_image else "each view",
         **{f"targets.{name}": value for name, value in asdict(spec).items() if name != "tau"},  # any tau may read them
@@ -134,12 +134,13 @@ def describe_cache(
         **teacher,
     }
     whole = training_sampler(dataset, recipe, runtime, _least_batch(recipe, runtime), whole=True)
+    subset = training_subset(dataset, recipe)
     return Manifest(
         FORMAT,
         spec,
         views=1 if per_image else recipe.views,
         samples=samples,
-        answered=samples if per_image else whole.views_per_epoch,
+        answered=(samples if subset is None else len(subset)) if per_image else whole.views_per_epoch,
         repeats=1 if per_image else recipe.augment.repeats,
         identity=identity,
         made_with=_software(runtime),

@@ -1,5 +1,6 @@
 """A recipe's view of a data set: its training and validation loaders."""
 
+import numpy as np
 import torch
 
 from deitfast.recipe import Recipe
@@ -43,9 +44,6 @@ def training_sampler(
             f"train.batch {batch} does not divide among {runtime.world} processes x "
             f"train.accumulate {recipe.train.accumulate}"
         )
-    subset = None
-    if recipe.train.fraction < 1:
-        subset = stratified_subset(reader.labels, recipe.train.fraction, augment.seed)
     return TrainSampler(
         reader.num_samples,
         batch,
@@ -55,9 +53,16 @@ def training_sampler(
         rank=runtime.rank,
         world=runtime.world,
         views=0 if whole else recipe.distill.views,
-        subset=subset,
+        subset=training_subset(dataset, recipe),
         whole=whole,
     )
+
+
+def training_subset(dataset: Dataset, recipe: Recipe) -> np.ndarray | None:
+    """Return the indices, int64, of the training images that the recipe uses; None: all."""
+    if recipe.train.fraction == 1:
+        return None
+    return stratified_subset(dataset.split("train").labels, recipe.train.fraction, recipe.augment.seed)
 
 
 def open_split(dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime) -> Loader:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from deitfast.answers import keep
 from deitfast.caching import known_teacher, open_cache, software_changes
-from deitfast.data import training_sampler
+from deitfast.data import training_sampler, training_subset
 from deitfast.display import Bar, Display, duration, volume
 from deitfast.recipe import Recipe
 from deitfast.runtime import Runtime
@@ -232,8 +232,8 @@ def views_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, batch: int) -> 
     """Return the rows that a teacher looks at: all views of the run, or each image whole."""
     if recipe.distill.targets != "per_image":
         return training_sampler(dataset, recipe, runtime, batch, whole=True)
-    samples = dataset.split("train").num_samples
-    return EvalSampler(samples, min(batch // runtime.world, samples), runtime.rank, runtime.world)
+    samples, subset = dataset.split("train").num_samples, training_subset(dataset, recipe)
+    return EvalSampler(samples, min(batch // runtime.world, samples), runtime.rank, runtime.world, subset)
 
 
 def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: Sampler) -> Loader:

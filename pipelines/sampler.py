@@ -186,12 +186,16 @@ class EvalSampler:
         batch: rows of one step on each rank.
         rank: this rank, from 0.
         world: number of ranks; all have the same number of steps.
+        subset: int64, the indices to go through, each once; None: all.
     """
 
-    def __init__(self, samples: int, batch: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, samples: int, batch: int, rank: int = 0, world: int = 1, subset: np.ndarray | None = None
+    ) -> None:
         _check_ranks(samples, batch, rank, world)
-        self._samples, self._batch, self._rank, self._world = samples, batch, rank, world
-        self.steps_per_epoch: int = -(-samples // (batch * world))
+        self._indices = np.arange(samples) if subset is None else _checked_subset(subset, samples)
+        self._batch, self._rank, self._world = batch, rank, world
+        self.steps_per_epoch: int = -(-len(self._indices) // (batch * world))
 
     def rows(self, epoch: int, step: int) -> Rows:
         """Return this rank's rows of a step; they are the same in every epoch."""
@@ -200,8 +204,9 @@ class EvalSampler:
         own = np.arange(self._batch)
         position = (step * self._world + self._rank) * self._batch + own
         zeros = np.zeros(self._batch, np.int64)
-        samples = np.minimum(position, self._samples - 1)
-        return Rows(samples, views=zeros, groups=zeros, passes=zeros, partners=own, valid=position < self._samples)
+        valid = position < len(self._indices)
+        samples = self._indices[np.where(valid, position, -1)]
+        return Rows(samples, views=zeros, groups=zeros, passes=zeros, partners=own, valid=valid)
 
 
 def stratified_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

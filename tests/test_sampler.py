@@ -270,3 +270,35 @@ def test_subsets_depend_on_the_seed_and_on_nothing_else():
     assert (stratified_subset(labels, 0.1, 1) == stratified_subset(labels, 0.1, 1)).all()
     assert set(stratified_subset(labels, 0.1, 1)) != set(stratified_subset(labels, 0.1, 2))
     assert len(stratified_subset(labels, 1.0, 1)) == 1000
+
+
+@given(samples=st.integers(1, 60), batch=st.integers(1, 20), world=st.integers(1, 3), seed=st.integers(0, 99))
+def test_evaluation_of_a_subset_shows_each_of_it_once(samples: int, batch: int, world: int, seed: int) -> None:
+    subset = np.sort(np.random.default_rng(seed).permutation(samples)[: max(1, samples // 2)])
+    seen = []
+    for rank in range(world):
+        sampler = EvalSampler(samples, batch, rank, world, subset)
+        for step in range(sampler.steps_per_epoch):
+            rows = sampler.rows(0, step)
+            seen += rows.samples[rows.valid].tolist()
+    assert sorted(seen) == subset.tolist()
+
+
+@given(samplers(), st.integers(0, 5))
+def test_a_whole_epoch_has_every_group_once_and_begins_as_any_other(arguments, epoch: int) -> None:
+    """What a teacher is asked: all that batches of any size will show, in their order, and the rest."""
+    repeats, group, world = arguments["repeats"], arguments["group"], arguments["world"]
+    every = []
+    for part in range(repeats):
+        for rank in range(world):
+            sampler = TrainSampler(**arguments, rank=rank, whole=True)
+            for step in range(sampler.steps_per_epoch):
+                rows = sampler.rows(epoch * repeats + part, step)
+                every += list(zip(rows.views[rows.valid].tolist(), rows.samples[rows.valid].tolist(), strict=True))
+    images = arguments["samples"] // group * group
+    assert len(every) == len(set(every)) == images * repeats
+    plain, whole = TrainSampler(**arguments), TrainSampler(**arguments, whole=True)
+    for step in range(plain.steps_per_epoch):
+        one, other = plain.rows(epoch, step), whole.rows(epoch, step)
+        assert other.valid.all()
+        assert all((getattr(one, name) == getattr(other, name)).all() for name in vars(one))

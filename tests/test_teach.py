@@ -429,6 +429,13 @@ def test_a_run_of_per_image_targets_fills_its_cache_first_and_says_what_it_is(
     assert TeacherCache.open(tmp_path / "cache").complete
 
 
+def test_per_image_targets_are_asked_for_the_images_that_are_used(tiny_small: Path, tmp_path: Path, judged) -> None:
+    recipe = distilled("train.fraction=0.5", "distill.cache=auto", "distill.targets=per_image")
+    cache = taught(tiny_small, tmp_path / "cache", recipe)
+    assert cache.answers() == 40
+    run(tiny_small, tmp_path / "run", with_cache(recipe, tmp_path / "cache"))
+
+
 def test_modes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(Mistake, match=r"distill\.views goes with"):
         tiny_recipe("distill.views=2")
