@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,17 @@ from deitfast.runlog import write_text
 from pipelines.errors import Failure
 from pipelines.spec import STRICT
 
+
+class Versioned(Protocol):
+    """A record that says which version of its schema it is."""
+
+    @property
+    def format(self) -> int:
+        """The version."""
+        ...
+
+
+T = TypeVar("T", bound=Versioned)
 FORMAT = 1
 """Version of the schema."""
 OURS = "deitfast"
@@ -239,12 +250,27 @@ def load(path: Path) -> Record:
     Raises:
         Failure: the file is missing, damaged, or of another version.
     """
+    return read_record(Record, path, "a bench", FORMAT)
+
+
+def read_record(kind: type[T], path: Path, of: str, version: int) -> T:
+    """Read a JSON file that is a pydantic dataclass with a `format`.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        of: whose record it is, for messages.
+        version: the format that this program reads.
+
+    Raises:
+        Failure: the file is missing, damaged, or of another version.
+    """
     try:
-        record = TypeAdapter(Record).validate_json(path.read_text())
+        record = TypeAdapter(kind).validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise Failure(f"{path} holds no record of a bench", found=str(error)) from error
-    if record.format != FORMAT:
-        raise Failure(f"{path} is of another version", expected=f"format {FORMAT}", found=str(record.format))
+        raise Failure(f"{path} holds no record of {of}", found=str(error)) from error
+    if record.format != version:
+        raise Failure(f"{path} is of another version", expected=f"format {version}", found=str(record.format))
     return record
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic import dataclasses as checked
 
+from deitfast.bench.record import read_record
 from deitfast.runlog import write_text
-from pipelines.errors import Failure
 from pipelines.spec import STRICT
 
 FORMAT = 1
@@ -123,10 +123,4 @@ def load(path: Path) -> Record:
     Raises:
         Failure: the file is missing, damaged, or of another version.
     """
-    try:
-        record = TypeAdapter(Record).validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
-        raise Failure(f"{path} holds no record of tools/gpu_check", found=str(error)) from error
-    if record.format != FORMAT:
-        raise Failure(f"{path} is of another version", expected=f"format {FORMAT}", found=str(record.format))
-    return record
+    return read_record(Record, path, "tools/gpu_check", FORMAT)
