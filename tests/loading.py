@@ -40,8 +40,7 @@ def open_train(
     **more: object,
 ) -> Loader:
     sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
-    loader = LoaderSpec(**{"name": name, "workers": 2, **more})
-    return open_loader(reader, spec, loader, sampler, train=True, device=device)
+    return open_loader(reader, spec, loader_spec(name, more), sampler, train=True, device=device)
 
 
 def open_eval(
@@ -54,8 +53,11 @@ def open_eval(
     **more: object,
 ) -> Loader:
     sampler = EvalSampler(reader.num_samples, BATCH, rank, world)
-    loader = LoaderSpec(**{"name": name, "workers": 2, **more})
-    return open_loader(reader, spec, loader, sampler, train=False, device=device)
+    return open_loader(reader, spec, loader_spec(name, more), sampler, train=False, device=device)
+
+
+def loader_spec(name: str, more: dict) -> LoaderSpec:
+    return LoaderSpec(**{"name": name, "workers": 2, **more})
 
 
 def write_photos(path: Path) -> Reader:
