@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import numpy as np
 from deitfast.data import training_sampler, training_subset
 from deitfast.published import is_published
 from deitfast.recipe import Recipe
+from deitfast.runlog import version
 from deitfast.runtime import Runtime
 from deitfast.teacher import IDENTITY, Loaded, load_teacher
 from pipelines.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, is_cache, read_manifest, require_same
 from pipelines.errors import Mistake
-from pipelines.storage.beton import RAW
 from pipelines.storage.dataset import Dataset
+from pipelines.storage.reader import RAW
 from pipelines.teacher_cache import TeacherCache
 
 CACHES = Path("caches")
@@ -176,10 +176,5 @@ def _least_batch(recipe: Recipe, runtime: Runtime) -> int:
 
 
 def _software(runtime: Runtime) -> dict[str, str]:
-    found = {"precision": str(runtime.pixels).removeprefix("torch.")}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {name: found for name in LIBRARIES if (found := version(name))}
+    return {"precision": runtime.precision, **installed}

@@ -181,12 +181,13 @@ def environment() -> dict[str, Any]:
         "cores": usable_cores(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "libraries": {name: _version(name) for name in libraries},
+        "libraries": {name: version(name) for name in libraries},
         "executable": sys.executable,
     }
 
 
-def _version(library: str) -> str | None:
+def version(library: str) -> str | None:
+    """Return a library's version, None where it is not installed."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

@@ -57,6 +57,11 @@ class Runtime:
         """Dtype of the model's input."""
         return self.amp or torch.float32
 
+    @property
+    def precision(self) -> str:
+        """Name of that dtype: bfloat16, float16 or float32."""
+        return str(self.pixels).removeprefix("torch.")
+
 
 @contextmanager
 def start(train: TrainSpec, device: str = "auto") -> Iterator[Runtime]:

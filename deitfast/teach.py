@@ -216,7 +216,7 @@ def _compare(answers: Cached, inputs: ModelInput, known: np.ndarray, runtime: Ru
     off = logits.amax(-1) - logits.gather(1, label[:, None]).squeeze(1)
     if then.logit is not None and now.logit is not None:
         off = off.maximum((then.logit - now.logit).abs().amax(-1))
-    near = NEAR_TIE[str(runtime.pixels).removeprefix("torch.")] * max(1.0, float(logits.abs().max()))
+    near = NEAR_TIE[runtime.precision] * max(1.0, float(logits.abs().max()))
     worst = int(off.argmax())
     if off[worst] > near:
         sample, view = (int(values[known][worst]) for values in (inputs.params.sample, inputs.params.view))

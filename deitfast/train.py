@@ -141,8 +141,7 @@ class Run:
     def _greet(self) -> None:
         recipe, runtime = self.recipe, self.runtime
         parameters = sum(parameter.numel() for parameter in self.learner.model.parameters())
-        precision = str(runtime.amp).removeprefix("torch.") if runtime.amp else "float32"
-        how = f"{precision}, compiled" if runtime.compile else precision
+        how = f"{runtime.precision}, compiled" if runtime.compile else runtime.precision
         log.info("%s (%s parameters) on %s, %s", recipe.model.arch, f"{parameters:,}", runtime.device, how)
         steps = self.loader.steps_per_epoch
         log.info("%s: %d epochs of %d steps, loader %s", self.folder.path, recipe.train.epochs, steps, self.loader.name)

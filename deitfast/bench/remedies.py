@@ -13,10 +13,10 @@ from deitfast.bench.verdict import WORTH, Cost, Setup, loader_costs, more_cores,
 from pipelines.errors import Mistake
 from pipelines.loaders.assemble import HostLoader
 from pipelines.loaders.opening import available
-from pipelines.storage.beton import RAW
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, Source
+from pipelines.storage.reader import RAW
 
 SIDES = (500, 400)
 """Longest sides that are tried on a few images."""

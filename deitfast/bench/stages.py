@@ -125,7 +125,7 @@ class Workbench:
             arch=recipe.model.arch,
             size=recipe.augment.size,
             batch=recipe.train.batch,
-            precision=str(runtime.pixels).removeprefix("torch."),
+            precision=runtime.precision,
             compiled=runtime.compile,
             device=str(runtime.device),
             device_name=_name(runtime.device),
