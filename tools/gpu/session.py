@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from deitfast.runlog import environment
-from gpu import augmentation, loading, peer, small, suite, training
+from gpu import alternatives, augmentation, loading, peer, small, suite, training
 from gpu.lab import Lab
 from gpu.record import FORMAT, Figure, Note, Record, Section, save
 
@@ -44,6 +44,7 @@ PARTS: dict[str, Part] = {
     "evaluation": Part(training.evaluation),
     "teacher": Part(peer.teacher),
     "peer": Part(peer.peer, needs=("timm",)),
+    "alternatives": Part(alternatives.alternatives),
     "graphs": Part(training.graphs, cuda=True),
     "cifar": Part(small.cifar, alone=True),
     "cifar_ungraphed": Part(small.cifar_ungraphed, alone=True),
