@@ -84,7 +84,8 @@ class Plan:
         """Return uint8 [rows, S, S, 3], zeros if `blank`, in page-locked memory where the device is CUDA."""
         side = self.augment.size
         if self.device.type == "cuda":
-            return torch.zeros(rows, side, side, 3, dtype=torch.uint8, pin_memory=True)
+            make = torch.zeros if blank else torch.empty
+            return make(rows, side, side, 3, dtype=torch.uint8, pin_memory=True)
         images = self.canvases.take((rows, side, side, 3))
         return images.zero_() if blank else images
 
