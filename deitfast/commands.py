@@ -22,7 +22,7 @@ from deitfast.data import open_split, typical_side
 from deitfast.datasets import convert_dataset
 from deitfast.display import Display
 from deitfast.evaluate import agreement, final_head, measured, predict
-from deitfast.export import FORMATS, export_timm
+from deitfast.export import export, format_of
 from deitfast.plan import (
     DEMO_DATA,
     TrainOptions,
@@ -185,10 +185,9 @@ def _predict(
 
 def run_export(run: Path, out_path: Path, form: str, *, ema: bool, out: Console) -> None:
     """Write a run's network for other programs and say where."""
-    if form not in FORMATS:
-        raise Mistake(f"there is no format {form}", expected=", ".join(FORMATS))
+    form = format_of(out_path, form)  # before anything is read
     trained = load_run(run, torch.device("cpu"), ema=ema)
-    for file in export_timm(trained, out_path):
+    for file in export(trained, out_path, form):
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 

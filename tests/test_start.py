@@ -138,7 +138,8 @@ def test_the_same_line_with_a_recipe_goes_on(capsys, tiny_small: Path, tmp_path:
         (["eval", "--weights", "a.pth", "--arch", "alexnet"], "no network called alexnet"),
         (["eval", "run", "--set", "augment.size=3"], "--arch and --set go with --weights"),
         (["export", "run", "out.safetensors"], "there is no run in run"),
-        (["export", "run", "out", "--format", "onnx"], "there is no format onnx"),
+        (["export", "run", "out", "--format", "tflite"], "there is no format tflite"),
+        (["export", "run", "out.safetensors", "--format", "onnx"], "would not be what its name says"),
     ],
 )
 def test_mistakes_are_named(capsys, tiny_small: Path, tmp_path: Path, monkeypatch, line: list[str], says: str) -> None:

@@ -138,11 +138,13 @@ def eval_(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The run whose network to write.")],
-    output: Annotated[Path, typer.Argument(help="FILE.safetensors, or a folder for weights and config.json.")],
-    format_: Annotated[str, typer.Option("--format", help="timm.")] = "timm",
+    output: Annotated[
+        Path, typer.Argument(help="FILE.safetensors, FILE.onnx, or a folder for weights and config.json.")
+    ],
+    format_: Annotated[str, typer.Option("--format", help="timm or onnx; default: as OUTPUT ends.")] = "",
     ema: Annotated[bool, typer.Option("--ema", help="Write the averaged weights.")] = False,
 ) -> None:
-    """Write a trained network for other programs: safetensors under timm's names."""
+    """Write a trained network for other programs: safetensors under timm's names, or ONNX."""
     from deitfast.commands import run_export
 
     run_export(run, output, format_, ema=ema, out=out)
