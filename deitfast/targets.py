@@ -90,7 +90,7 @@ class Cached:
         """Read the views of the epoch's pass: for ImageNet 2.5 MB a view of hard targets."""
         repeats = self.cache.manifest.repeats
         self._first = (epoch % self._recipe.views) // repeats * repeats
-        self._rows = self.cache.rows(self._first, repeats)
+        self._rows = self.cache.rows(self._first)
 
     def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return targets as `Targets` does, with one gather on the host and a copy that nobody waits for.
@@ -154,7 +154,7 @@ class PerImage:
 
     def __init__(self, cache: TeacherCache, recipe: Recipe, classes: int, device: torch.device) -> None:
         """Read a cache of one target an image."""
-        self.cache, self._rows, self._spec = cache, cache.rows(0, 1)[0], cache.manifest.targets
+        self.cache, self._rows, self._spec = cache, cache.rows(0)[0], cache.manifest.targets
         self._rows[~present(self._rows)] = 0  # images that cannot be read, from which nothing learns
         self._classes, self._tau, self._device = classes, recipe.distill.tau, device
 

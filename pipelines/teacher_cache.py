@@ -8,9 +8,10 @@ a folder:
     targets.npy     once complete: [views, samples] of 2 bytes each (hard), or of top-k records (soft)
 
 Parts appear whole or not at all (temporary name, fsync, rename), under names that never meet, so any number of
-processes may write at any moment and be killed at any moment. When every view is answered the parts become
-`targets.npy`, and the manifest that says so is published last. The result depends on the targets alone: not on who
-wrote them, in which order, or how often they were interrupted.
+processes may write at any moment and be killed at any moment: several trainings may fill one cache. When every view is
+answered the parts become `targets.npy`, and the manifest that says so is published last; who still has answers finds
+them there and goes on reading. The result depends on the targets alone: not on who wrote them, in which order, or how
+often they were interrupted.
 """
 
 import shutil
@@ -29,7 +30,9 @@ from pipelines.cache_files import (
     PARTS,
     TARGETS,
     Manifest,
+    alone,
     damaged,
+    is_cache,
     open_table,
     parts,
     present,
@@ -53,21 +56,25 @@ class TeacherCache:
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> "TeacherCache":
-        """Start an empty cache.
+        """Start an empty cache, or open the one that another process has started in this moment.
 
         Raises:
             Mistake: there is something else in the folder, or the numbers do not fit the format.
             Failure: the disk is full or not writable.
         """
-        if folder.exists() and {file.name for file in folder.iterdir()} - {PARTS, f"{MANIFEST}.partial"}:
-            raise Mistake(f"{folder} is not empty and no teacher cache", remedy="give the name of a new folder")
         if manifest.views >= 2**16 or manifest.views % manifest.repeats:
             expected = f"a multiple of {manifest.repeats} (augment.repeats), at most {2**16 - 1}"
             raise Mistake(f"a cache of {manifest.views} views of an image", expected=expected)
         with writing(folder):
-            (folder / PARTS).mkdir(parents=True, exist_ok=True)
-            publish(folder, manifest)
-        return cls(folder, manifest)
+            folder.mkdir(parents=True, exist_ok=True)
+            with alone(folder):
+                if not is_cache(folder):
+                    if {file.name for file in folder.iterdir()} - {PARTS, f"{MANIFEST}.partial"}:
+                        remedy = "give the name of a new folder"
+                        raise Mistake(f"{folder} is not empty and no teacher cache", remedy=remedy)
+                    (folder / PARTS).mkdir(exist_ok=True)
+                    publish(folder, manifest)
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> "TeacherCache":
@@ -84,15 +91,19 @@ class TeacherCache:
         """Whether every target is there, in targets.npy."""
         return self._table is not None
 
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Return the targets of `count` views from `first` on, [count, samples] of `record`, in memory.
+    def rows(self, first: int) -> np.ndarray:
+        """Return the targets of the pass that begins with view `first`, [repeats, samples] of `record`, in memory.
 
         Raises:
             Failure: what is read is not what was written; the message names the file.
         """
-        if self._table is None:
-            return self._filled(first, count)[0]
-        rows = np.array(self._table[first : first + count])
+        if not self._finished_by_now():
+            try:
+                return self._filled(first)[0]
+            except FileNotFoundError:  # another process has made the parts into the table in this moment
+                self._require_finished()
+        assert self._table is not None
+        rows = np.array(self._table[first : first + self.manifest.repeats])
         for view, row in enumerate(rows, first):
             if zlib.crc32(row.tobytes()) != self.manifest.crc32[view]:
                 raise damaged(self.folder / TARGETS, f"CRC32 {self.manifest.crc32[view]:08x} of view {view}", "another")
@@ -111,62 +122,77 @@ class TeacherCache:
         self._added.append(entries)
 
     def flush(self) -> None:
-        """Write what was added since the last time as one part a pass.
+        """Write what was added since the last time as one part a pass; nothing, if another process has finished.
 
         Raises:
             Failure: the disk is full or not writable.
         """
-        if not self._added:
-            return
-        entries = np.concatenate(self._added)
-        passes = entries["view"] // self.manifest.repeats
-        with writing(self.folder):
-            for number in np.unique(passes):
-                write_part(self.folder, int(number) * self.manifest.repeats, entries[passes == number])
+        if self._added:
+            entries = np.concatenate(self._added)
+            passes = entries["view"] // self.manifest.repeats
+            with writing(self.folder):
+                try:
+                    for number in np.unique(passes):
+                        write_part(self.folder, int(number) * self.manifest.repeats, entries[passes == number])
+                except FileNotFoundError:  # the parts' folder is gone
+                    self._require_finished()
         self._added.clear()
 
     def finish(self) -> bool:
         """Make the parts into targets.npy if every view is answered; return whether the cache is complete.
 
-        One process may do so at a time; others keep adding, or read what is there.
+        One process does so at a time; the next one finds it done.
 
         Raises:
             Failure: a part is damaged, or the disk is full.
         """
-        if self.complete:
-            shutil.rmtree(self.folder / PARTS, ignore_errors=True)  # left behind by a kill at the last moment
-            return True
-        if not self._every_pass_has_parts():
-            return False
-        manifest, path = self.manifest, self.folder / TARGETS
-        crcs: list[int] = []
-        with writing(self.folder):
-            try:
-                with whole_file(path) as file:
-                    shape = (manifest.views, manifest.samples)
-                    npy.write_array_header_1_0(file, _header(shape, manifest.targets.record))
-                    for first in range(0, manifest.views, manifest.repeats):
-                        rows, counts = self._filled(first, manifest.repeats)
-                        if (counts != manifest.answered).any():
-                            raise _UnansweredError
-                        for row in rows:
-                            crcs.append(zlib.crc32(row.tobytes()))
-                            file.write(row.tobytes())
-            except _UnansweredError:
-                return False
-            self.manifest = replace(manifest, crc32=tuple(crcs))
-            publish(self.folder, self.manifest)
+        with writing(self.folder), alone(self.folder):
+            if not self._finished_by_now():
+                if not self._every_pass_has_parts():
+                    return False
+                try:
+                    publish(self.folder, replace(self.manifest, crc32=self._write_table()))
+                except _UnansweredError:
+                    return False
+                self._require_finished()
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-        self._table = open_table(self.folder, self.manifest)
         return True
+
+    def _write_table(self) -> tuple[int, ...]:
+        """Write targets.npy out of the parts and return each view's CRC32."""
+        manifest, crcs = self.manifest, list[int]()
+        with whole_file(self.folder / TARGETS) as file:
+            shape = (manifest.views, manifest.samples)
+            npy.write_array_header_1_0(file, _header(shape, manifest.targets.record))
+            for first in range(0, manifest.views, manifest.repeats):
+                rows, counts = self._filled(first)
+                if (counts != manifest.answered).any():
+                    raise _UnansweredError
+                for row in rows:
+                    crcs.append(zlib.crc32(row.tobytes()))
+                    file.write(row.tobytes())
+        return tuple(crcs)
+
+    def _finished_by_now(self) -> bool:
+        """Return whether the cache is complete, by whomever."""
+        if not self.complete and (manifest := read_manifest(self.folder)).crc32:
+            self.manifest, self._table = manifest, open_table(self.folder, manifest)
+        return self.complete
+
+    def _require_finished(self) -> None:
+        """Take up what another process has finished, as files are gone. Raises Failure where nobody has."""
+        if not self._finished_by_now():
+            raise damaged(self.folder / PARTS, "a folder of parts, or the finished table", "neither")
 
     def answers(self) -> int:
         """Return how many targets are there."""
-        if self.complete:
-            return self.manifest.views * self.manifest.answered
-        firsts = range(0, self.manifest.views, self.manifest.repeats)
-        there = {first for _, first in parts(self.folder)}
-        return sum(int(self._filled(first, self.manifest.repeats)[1].sum()) for first in firsts if first in there)
+        if not self._finished_by_now():
+            firsts = sorted({first for _, first in parts(self.folder)})
+            try:
+                return sum(int(self._filled(first)[1].sum()) for first in firsts)
+            except FileNotFoundError:
+                self._require_finished()
+        return self.manifest.views * self.manifest.answered
 
     def require_whole(self) -> None:
         """Read everything: damage is better met now than in the epoch that needs it (a second or two for .77 GB).
@@ -175,29 +201,28 @@ class TeacherCache:
             Failure: as `rows`.
         """
         for first in range(0, self.manifest.views, self.manifest.repeats):
-            self.rows(first, self.manifest.repeats)
+            self.rows(first)
 
     def check(self) -> Iterator[tuple[int, str]]:
         """Read everything; yield (views read, "" or what is damaged) after each pass."""
         for first in range(0, self.manifest.views, self.manifest.repeats):
             done, problem = first + self.manifest.repeats, ""
             try:
-                self.rows(first, self.manifest.repeats)
+                self.rows(first)
             except Failure as error:
                 problem = str(error)
             yield done, problem
 
-    def _filled(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a pass's targets [count, samples] out of the parts, and how many each view has, int64 [count]."""
+    def _filled(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a pass's targets [repeats, samples] out of the parts, and how many each view has, int64 [repeats]."""
         spec = self.manifest.targets
-        rows = np.zeros((count, self.manifest.samples), spec.record)
+        rows = np.zeros((self.manifest.repeats, self.manifest.samples), spec.record)
         labels = rows if spec.kind == "hard" else rows["label"]
         labels[:] = ABSENT
         for path, view in parts(self.folder):
-            if view == first - first % self.manifest.repeats:
+            if view == first:
                 entries = read_part(path, self.manifest)
-                own = (entries["view"] >= first) & (entries["view"] < first + count)
-                rows[entries["view"][own] - first, entries["sample"][own]] = entries["target"][own]
+                rows[entries["view"] - first, entries["sample"]] = entries["target"]
         return rows, present(rows).sum(1)
 
     def _every_pass_has_parts(self) -> bool:

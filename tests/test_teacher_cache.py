@@ -1,6 +1,7 @@
 """The cache's files: what goes in comes out, whoever wrote it, and nothing damaged or foreign is read."""
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
     there = np.zeros((VIEWS, SAMPLES), bool)
     there[tuple(np.argwhere(present(table))[:50].T)] = True
     for first in (0, 3):
-        rows = reopened.rows(first, REPEATS)
+        rows = reopened.rows(first)
         own = slice(first, first + REPEATS)
         assert (present(rows) == there[own]).all()
         assert (rows[there[own]] == table[own][there[own]]).all()
@@ -86,7 +87,7 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
     assert done.answers() == 6 * 18
     assert not (tmp_path / "cache" / PARTS).exists()
     for first in (0, 3):
-        rows = done.rows(first, REPEATS)
+        rows = done.rows(first)
         assert rows.tobytes() == table[first : first + REPEATS].tobytes()
     loaded = np.load(tmp_path / "cache" / TARGETS)  # as anybody may read it
     assert loaded.tobytes() == table.tobytes()
@@ -107,6 +108,51 @@ def test_the_finished_cache_does_not_depend_on_who_wrote_when(tmp_path_factory, 
     fill(other, table, order[20:], flushes)  # both have answered some
     assert other.finish()
     assert contents(folder / "a") == contents(folder / "b")
+
+
+def test_who_was_slower_goes_on_with_what_the_other_has_finished(tmp_path: Path) -> None:
+    """Two trainings that fill one cache: the second one still has answers when the first completes it."""
+    folder, table = tmp_path / "cache", answers(HARD)
+    fast, slow = TeacherCache.create(folder, manifest()), TeacherCache.create(folder, manifest())
+    slow.rows(0)
+    fill(fast, table, np.arange(6 * 18))
+    assert fast.finish()
+    fill(slow, table, np.arange(40))
+    assert slow.rows(0).tobytes() == table[:REPEATS].tobytes()
+    late = [TeacherCache(folder, manifest()) for _ in range(3)]  # as opened before the end
+    assert late[0].rows(3).tobytes() == table[3:].tobytes()
+    assert late[1].answers() == 6 * 18
+    assert late[2].finish()
+    assert all(each.complete for each in late)
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, TARGETS]
+
+
+TURNS, PATIENCE = 25, 20.0
+
+
+def race(folder: Path, barrier, seed: int) -> None:
+    for turn in range(TURNS):
+        own = folder.with_name(f"{folder.name}-{turn}")
+        barrier.wait(PATIENCE)
+        cache = TeacherCache.create(own, manifest())
+        fill(cache, answers(HARD), np.random.default_rng(seed + turn).permutation(6 * 18))
+        assert cache.answers() == 6 * 18
+        assert cache.finish()
+        assert cache.rows(3).tobytes() == answers(HARD)[3:].tobytes()
+
+
+def test_any_number_of_processes_fill_and_finish_one_cache_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    racers = [context.Process(target=race, args=(tmp_path / "cache", barrier, seed)) for seed in range(3)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(3 * PATIENCE)
+    assert [racer.exitcode for racer in racers] == [0, 0, 0]
+    complete(tmp_path / "alone")
+    for turn in range(TURNS):
+        assert contents(tmp_path / f"cache-{turn}") == contents(tmp_path / "alone")
 
 
 def test_sizes_are_two_bytes_a_view_and_what_the_records_take(tmp_path: Path) -> None:
@@ -133,9 +179,9 @@ def test_a_flipped_byte_in_the_targets_is_found_and_its_view_named(tmp_path: Pat
     header = 128
     flip(tmp_path / "cache" / TARGETS, header + 2 * SAMPLES * 4 + 7)
     cache = TeacherCache.open(tmp_path / "cache")
-    cache.rows(0, 3)
+    cache.rows(0)
     with pytest.raises(Failure, match=r"targets\.npy: damaged") as caught:
-        cache.rows(3, 3)
+        cache.rows(3)
     assert "of view 4" in str(caught.value)
     assert [done for done, problem in cache.check() if problem] == [6]
 
@@ -147,7 +193,7 @@ def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, 
     part = next((tmp_path / "cache" / PARTS).iterdir())
     flip(part, place)
     with pytest.raises(Failure, match=part.name):
-        TeacherCache.open(tmp_path / "cache").rows(0, 3)
+        TeacherCache.open(tmp_path / "cache").rows(0)
 
 
 @pytest.mark.parametrize("left", [0, 3, 100])
@@ -157,7 +203,7 @@ def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
     part = next((tmp_path / "part" / PARTS).iterdir())
     part.write_bytes(part.read_bytes()[:left])
     with pytest.raises(Failure, match=part.name):
-        cache.rows(0, 3)
+        cache.rows(0)
     complete(tmp_path / "table")
     path = tmp_path / "table" / TARGETS
     path.write_bytes(path.read_bytes()[: 120 + left])
@@ -172,7 +218,7 @@ def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
     assert cache.finish()
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "other" / TARGETS).read_bytes())
     with pytest.raises(Failure, match="CRC32"):
-        TeacherCache.open(tmp_path / "one").rows(0, 3)
+        TeacherCache.open(tmp_path / "one").rows(0)
     complete(tmp_path / "soft", spec=SOFT)
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "soft" / TARGETS).read_bytes())
     with pytest.raises(Failure, match="another cache's"):
@@ -187,7 +233,7 @@ def test_a_part_of_another_shape_is_refused(tmp_path: Path) -> None:
     part = next((tmp_path / "wide" / PARTS).iterdir())
     part.rename(tmp_path / "cache" / PARTS / part.name)
     with pytest.raises(Failure, match="targets of 20 images"):
-        TeacherCache.open(tmp_path / "cache").rows(0, 3)
+        TeacherCache.open(tmp_path / "cache").rows(0)
 
 
 @pytest.mark.parametrize("edit", [('"views": 6', '"views": 9'), ('"abc"', '"abd"'), ("{", ""), ('"hard"', '"soft"')])
