@@ -24,7 +24,7 @@ if REASONS["dali"]:
     pytest.skip(REASONS["dali"], allow_module_level=True)
 
 from pipelines.loaders import dali_graph, dali_setup
-from pipelines.loaders.dali import DaliLoader, _Placing
+from pipelines.loaders.dali import DaliLoader, _lumps, _Placing
 from pipelines.loaders.decode_once import NOTHING, decode_once
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -211,6 +211,14 @@ def test_placing_asks_the_device_nothing(photos: Reader) -> None:
     images, skipped = _Placing(plan).place(work, np.zeros(len(work.samples), np.bool_), crops)
     assert images.shape == (BATCH, *shape[1:])
     assert skipped == []
+
+
+@pytest.mark.parametrize("side", [3, 6, 8])
+def test_crops_of_any_side_are_moved_whole(side: int) -> None:
+    crops = torch.arange(5 * side * side * 3, dtype=torch.int32).to(torch.uint8).view(5, side, side, 3)
+    batch = torch.zeros_like(crops)
+    _lumps(batch).index_copy_(0, torch.tensor([4, 1]), _lumps(crops).index_select(0, torch.tensor([0, 3])))
+    assert torch.equal(batch, torch.stack([batch[0] * 0, crops[3], batch[0] * 0, batch[0] * 0, crops[0]]))
 
 
 def test_auto_is_dali_on_cuda_where_it_is_installed(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
