@@ -18,8 +18,8 @@ from pipelines.loaders.prefetch import QUEUED
 
 DIFFERENT = 4
 """Steps whose images a graph's rate is measured on, in turn."""
-WARM, TIMED = 2, 6
-"""Runs of a graph before and while its rate is measured."""
+WARM, TIMED = DIFFERENT, 6
+"""Runs of a graph before its rate is measured, so that DALI has memory for each of the steps, and while it is."""
 
 
 def graph_spec(plan: Plan, source: EncodedImages) -> GraphSpec:
