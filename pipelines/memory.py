@@ -7,7 +7,13 @@ import torch
 
 from pipelines.errors import Failure
 
-SAYS_SO = ("out of memory", "cudaErrorMemoryAllocation", "std::bad_alloc")
+SAYS_SO = (
+    "out of memory",
+    "cudaErrorMemoryAllocation",
+    "std::bad_alloc",
+    "CUDA allocation failed",  # DALI's CUDABadAlloc, in both its forms
+    "bytes on device",
+)
 """How libraries that are not torch word it."""
 
 
@@ -24,7 +30,7 @@ def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # C++'s bad_alloc, of which DALI's is one, may come as MemoryError
         if not out_of_memory(error):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
@@ -32,6 +38,6 @@ def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
         raise Failure(f"out of GPU memory for {buffer}", found=found, remedy=remedy) from error
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an exception of torch, DALI or CUDA says that the device has no memory left."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in SAYS_SO)

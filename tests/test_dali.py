@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.errors import Failure
 from pipelines.loaders import opening
 from pipelines.loaders.opening import choose, open_loader
+from pipelines.loaders.prefetch import QUEUED
 from pipelines.sampler import TrainSampler
 from pipelines.spec import LoaderSpec
 from pipelines.storage.reader import Reader
@@ -23,7 +24,7 @@ if REASONS["dali"]:
     pytest.skip(REASONS["dali"], allow_module_level=True)
 
 from pipelines.loaders import dali_graph, dali_setup
-from pipelines.loaders.dali import DaliLoader, _Placing
+from pipelines.loaders.dali import DaliLoader, _lumps, _Placing
 from pipelines.loaders.decode_once import NOTHING, decode_once
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -77,9 +78,19 @@ def test_dalis_own_trouble_is_told_as_such(small: Reader, monkeypatch: pytest.Mo
         list(loader.epoch(0))
 
 
-def test_running_out_of_memory_names_the_buffer(small: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Critical error\nCUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"),
+        RuntimeError("Critical error\nError in MIXED operator `decoders.image`\nCan't allocate 8 bytes on device 0."),
+        MemoryError("CUDA allocation failed"),
+    ],
+)
+def test_running_out_of_memory_names_the_buffer(
+    small: Reader, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(graph: dali_graph.Graph) -> list[torch.Tensor]:
-        raise RuntimeError("Critical error\nCUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+        raise error
 
     loader = open_train("dali", small, PADDED)
     list(loader.epoch(0))
@@ -177,7 +188,10 @@ def test_memory_is_bounded_by_what_a_run_can_hold(photos: Reader) -> None:
     bound = dali_setup.memory(plan, spec, largest=True)
     assert bound["decoded images"] == spec.depth * sum(sizes[-4:])
     assert dali_setup.memory(plan, spec, largest=False)["decoded images"] < bound["decoded images"]
-    assert bound["crops"] == bound["batches"] * 2 // 5 == 2 * 12 * 32 * 32 * 3
+    assert bound["crops"] == 3 * 12 * 32 * 32 * 3
+    assert bound["batches"] == 5 * 12 * 32 * 32 * 3
+    on_gpu = dali_setup.memory(plan, replace(spec, device=torch.device("cuda", 0)), largest=True)
+    assert on_gpu["batches"] == (3 + QUEUED + 1) * 12 * 32 * 32 * 3
 
 
 def test_the_rate_of_a_graph_can_be_measured(photos: Reader) -> None:
@@ -197,6 +211,14 @@ def test_placing_asks_the_device_nothing(photos: Reader) -> None:
     images, skipped = _Placing(plan).place(work, np.zeros(len(work.samples), np.bool_), crops)
     assert images.shape == (BATCH, *shape[1:])
     assert skipped == []
+
+
+@pytest.mark.parametrize("side", [3, 6, 8])
+def test_crops_of_any_side_are_moved_whole(side: int) -> None:
+    crops = torch.arange(5 * side * side * 3, dtype=torch.int32).to(torch.uint8).view(5, side, side, 3)
+    batch = torch.zeros_like(crops)
+    _lumps(batch).index_copy_(0, torch.tensor([4, 1]), _lumps(crops).index_select(0, torch.tensor([0, 3])))
+    assert torch.equal(batch, torch.stack([batch[0] * 0, crops[3], batch[0] * 0, batch[0] * 0, crops[0]]))
 
 
 def test_auto_is_dali_on_cuda_where_it_is_installed(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

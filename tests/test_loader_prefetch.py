@@ -3,13 +3,15 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 from pipelines.batch import Batch
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders import prefetch
+from pipelines.loaders.prefetch import QUEUED, prefetched
 from pipelines.views import ViewParams
 
 CPU = torch.device("cpu")
@@ -63,3 +65,66 @@ def test_the_source_is_closed_in_its_own_thread() -> None:
     del batches
     assert ended == ["deitfast-prefetch"]
     assert threading.active_count() == before
+
+
+@dataclass
+class Gpu:
+    """Done with so many batches."""
+
+    done: int = 0
+    received: int = 0
+
+
+@dataclass
+class Mark:
+    """Stands for an event that was recorded on the consumer's stream when it received a batch."""
+
+    gpu: Gpu
+    before: int
+
+    def query(self) -> bool:
+        return self.gpu.done >= self.before
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A GPU that only goes on when told to."""
+    gpu = Gpu()
+    receive = prefetch._Lane.receive
+
+    def marked(lane: prefetch._Lane, parcel: prefetch._Parcel) -> Batch:
+        lane._received.append(Mark(gpu, gpu.received))  # type: ignore[arg-type]
+        gpu.received += 1
+        return receive(lane, parcel)
+
+    monkeypatch.setattr(prefetch._Lane, "receive", marked)
+    return gpu
+
+
+def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu(gpu: Gpu) -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[Batch]:
+        for _ in range(20):
+            made.append(gpu.received - gpu.done)
+            yield one_batch()
+
+    batches = prefetched(source, 1, CPU)
+    for step in range(20):
+        if step > QUEUED:
+            time.sleep(0.01)
+            assert len(made) == step  # the next one is not begun
+            gpu.done += 1
+        next(batches)
+    gpu.done = gpu.received
+    assert next(batches, None) is None
+    assert max(made) == QUEUED
+
+
+def test_breaking_off_does_not_wait_for_the_gpu(gpu: Gpu) -> None:
+    batches = prefetched(lambda: iter([one_batch()] * 20), 1, CPU)
+    for _ in range(QUEUED + 1):
+        next(batches)
+    before = threading.active_count()
+    del batches
+    assert threading.active_count() == before - 1

@@ -148,7 +148,7 @@ class _Placing:
         pairs, counts = np.unique(np.stack([ahead, view]), axis=1, return_counts=True)  # sorted as `order` is
         parts = zip(*pairs.tolist(), lines.split(counts.tolist()), rows.split(counts.tolist()), strict=True)
         for step, crop, taken, put in parts:
-            self._begun[step][0].index_copy_(0, put, crops[crop].index_select(0, taken))
+            _lumps(self._begun[step][0]).index_copy_(0, put, _lumps(crops[crop]).index_select(0, taken))
         for step, skipped in zip(ahead[lost[line]].tolist(), row[lost[line]].tolist(), strict=True):
             self._begun[step][1].append(skipped)
         return self._begun.popleft()
@@ -157,3 +157,9 @@ class _Placing:
         """Return room for a batch, black where evaluation only fills it up."""
         side, make = self._plan.augment.size, torch.empty if self._plan.train else torch.zeros
         return make(rows, side, side, 3, dtype=torch.uint8, device=self._plan.device)
+
+
+def _lumps(crops: Tensor) -> Tensor:
+    """Return a view of uint8 [n, S, S, 3], [n, ...], of 8 bytes to an element if they fit: indexing moves elements."""
+    rows = crops.flatten(1)
+    return rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows

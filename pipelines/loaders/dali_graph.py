@@ -84,8 +84,9 @@ class Graph:
     def take(self) -> list[Tensor]:
         """Wait for the oldest run and return its crops: R times uint8 [n, S, S, 3] on the device, in DALI's memory.
 
-        On CUDA the host waits only until the run's last kernel is on its way; torch's current stream waits for the
-        rest, and the memory goes back to DALI in the order of that stream when the tensors are dropped.
+        On CUDA the host waits only until the run's last kernel is on its way, and torch's current stream waits for
+        the rest. Dropping the tensors is safe while they are still read: a thread of DALI's gives the memory back once
+        the GPU is done with all that it had been given until then.
         """
         stream = torch.cuda.current_stream(self.spec.device) if self.spec.device.type == "cuda" else None
         outputs = self._pipeline.outputs(stream)

@@ -14,11 +14,12 @@ from pipelines.loaders.calibration import decoder_share
 from pipelines.loaders.dali_graph import DEVICE_PADDING, Graph, GraphSpec
 from pipelines.loaders.dali_source import EncodedImages
 from pipelines.loaders.decode_once import decode_once
+from pipelines.loaders.prefetch import QUEUED
 
 DIFFERENT = 4
 """Steps whose images a graph's rate is measured on, in turn."""
-WARM, TIMED = 2, 6
-"""Runs of a graph before and while its rate is measured."""
+WARM, TIMED = DIFFERENT, 6
+"""Runs of a graph before its rate is measured, so that DALI has memory for each of the steps, and while it is."""
 
 
 def graph_spec(plan: Plan, source: EncodedImages) -> GraphSpec:
@@ -58,18 +59,18 @@ def memory(plan: Plan, spec: GraphSpec, *, largest: bool) -> dict[str, int]:
     """Return the bytes of each buffer, on the GPU, or without one on the host.
 
     With D runs under way, n images of R views in each and crops of S x S x 3 bytes: D x n decoded images (`largest`:
-    the n largest of the split, which bounds it; else n average ones); D x n x R crops; R + 2 batches (at the step,
-    waiting for it, and begun ahead); and on CUDA 16 MiB for each decoding thread, with as much again in page-locked
-    host memory.
+    the n largest of the split, which bounds it; else n average ones); the n x R crops of D + 1 runs, one of them being
+    gathered; R batches begun, `QUEUED` before the GPU (without one, the one at the step) and one just let go of; and
+    on CUDA 16 MiB for each decoding thread, with as much again in page-locked host memory.
     """
     sizes = plan.reader.heights.astype(np.int64) * plan.reader.widths * 3
     images = np.sort(sizes)[-spec.images :].sum() if largest else sizes.mean() * spec.images
-    crop, rows = spec.side**2 * 3, len(plan.sampler.rows(0, 0).samples)
+    crop, rows, cuda = spec.side**2 * 3, len(plan.sampler.rows(0, 0).samples), spec.device.type == "cuda"
     return {
         "decoded images": spec.depth * int(images),
-        "crops": spec.depth * spec.images * spec.views * crop,
-        "batches": (spec.views + 2) * rows * crop,
-        "decoder": spec.threads * DEVICE_PADDING if spec.device.type == "cuda" else 0,
+        "crops": (spec.depth + 1) * spec.images * spec.views * crop,
+        "batches": (spec.views + (QUEUED if cuda else 1) + 1) * rows * crop,
+        "decoder": spec.threads * DEVICE_PADDING if cuda else 0,
     }
 
 

@@ -1,8 +1,10 @@
 """Batches made ahead of their consumer by one background thread, and carried to the device beside its work."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread, local
 
@@ -14,6 +16,10 @@ from pipelines.memory import naming_memory
 
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"
+QUEUED = 4
+"""Batches that a GPU may have before it at most, the one it works on included, when another one is begun."""
+GLANCE = 0.001
+"""Seconds between two looks at how far the GPU is."""
 
 _PRODUCER = local()
 
@@ -28,6 +34,9 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
 
     The iterator that `make` returns is created, advanced and closed in that thread alone, so it may hold worker
     threads of its own. On CUDA it runs under a side stream, and the copy to the device overlaps with the step.
+
+    A host that never waits for its GPU would run further and further ahead of it, and so would the memory that the
+    GPU is not done with. It is the producer that waits: with at most `QUEUED` received batches before the GPU.
 
     However the iteration ends (exhausted, exception, `close`, `break`, garbage collection, Ctrl-C), the thread is
     told to stop and joined; it finishes at most the batch that it is working on, and less where that looks at
@@ -46,8 +55,8 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
         while (parcel := arrived.get()) is not None:
             if isinstance(parcel, BaseException):
                 raise parcel
-            slots.release()
             batch = lane.receive(parcel)
+            slots.release()
             del parcel
             yield batch
             del batch  # the consumer may have dropped it: do not hold a batch more than asked for
@@ -71,6 +80,7 @@ def _produce(
             try:
                 while True:
                     slots.acquire()
+                    lane.catch_up(stop)
                     if stop.is_set() or (batch := next(batches, None)) is None:
                         break
                     arrived.put(lane.send(batch))
@@ -91,12 +101,20 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream that batches are made on: torch keeps memory by stream, and another's would lie idle."""
+    return torch.cuda.Stream(device)
+
+
 class _Lane:
     """The way to a device. On CUDA: a side stream, so that copies overlap with the step; else a plain copy."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device) if device.type == "cuda" else None
+        self._received: deque[torch.cuda.Event] = deque()
+        """For each batch that was received, that the GPU is done with all that was asked of it until then (CUDA)."""
 
     def context(self) -> AbstractContextManager:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -112,9 +130,23 @@ class _Lane:
     def receive(self, parcel: "_Parcel") -> Batch:
         if parcel.done is not None:
             consumer = torch.cuda.current_stream(self.device)
+            before = torch.cuda.Event()
+            before.record(consumer)
+            self._received.append(before)
             consumer.wait_event(parcel.done)
             _each(parcel.batch, lambda tensor: _used_by(tensor, consumer))
         return parcel.batch
+
+    def catch_up(self, stop: Event) -> None:
+        """Have the producer wait until the GPU has at most `QUEUED` received batches before it, or `stop` is set.
+
+        Looks instead of `Event.synchronize`: a GPU may wait for other ranks for ever, and `stop` would not be heard.
+        """
+        while len(self._received) >= QUEUED:  # each speaks of the batches before its own
+            if self._received[0].query():
+                self._received.popleft()
+            elif stop.wait(GLANCE):
+                return
 
 
 @dataclass(frozen=True)
