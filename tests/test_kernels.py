@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASES = Path(__file__).with_name("kernel_cases.py")
 TYPES = {
     **dict.fromkeys(("images", "work", "tables"), "*u8"),
-    **dict.fromkeys(("mean", "std"), "*fp32"),
+    **dict.fromkeys(("mean", "scale"), "*fp32"),
     **dict.fromkeys(("slot", "rows"), "i32"),
     **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i64", "seed": "i64", "out": "*bf16"},
 }

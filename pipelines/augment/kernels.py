@@ -45,7 +45,7 @@ CANONICAL = _canonical()
 
 
 def model_input(
-    images: Tensor, sent: Tensor | None, mean: Tensor, std: Tensor, *, seed: int, patch: int, dtype: torch.dtype
+    images: Tensor, sent: Tensor | None, mean: Tensor, scale: Tensor, *, seed: int, patch: int, dtype: torch.dtype
 ) -> Tensor:
     """Return what the model reads: pixels [B, 3, S, S], channels-last, or with `patch` patches [B, (S/p)^2, 3 p p].
 
@@ -53,7 +53,7 @@ def model_input(
         images: uint8 [B, S, S, 3]; stay as they are.
         sent: what `send` returned; None normalises and does nothing else.
         mean: float32 [3], in pixel values.
-        std: float32 [3], likewise.
+        scale: float32 [3], what a pixel's distance from the mean is multiplied by.
         seed: of erasing's noise.
         patch: side of the patches, in the order of `cut_patches`; 0 for pixels.
         dtype: of the result.
@@ -70,7 +70,7 @@ def model_input(
         drawn, normal = (images, mean) if sent is None else (sent, normal_table(images.device))
         grid, cut = _cut(rows, size, LAST)
         layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": sent is not None, "BLOCK": cut["BLOCK"]}
-        write_input[grid](images, work, drawn, out, mean, std, normal, seed, rows, **layout, **EXACT)
+        write_input[grid](images, work, drawn, out, mean, scale, normal, seed, rows, **layout, **EXACT)
     return out if patch else out.permute(0, 3, 1, 2)
 
 
