@@ -23,7 +23,7 @@ TYPES = {
     **dict.fromkeys(("images", "work", "tables"), "*u8"),
     **dict.fromkeys(("mean", "scale"), "*fp32"),
     **dict.fromkeys(("slot", "rows"), "i32"),
-    **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i64", "seed": "i64", "out": "*bf16"},
+    **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i32", "seed": "i64", "out": "*bf16"},
 }
 SHAPE = {"SIZE": 224, "SLOTS": 2}
 MOST_REGISTERS = {"make_table": 64, "apply_colour": 64, "apply_affine": 80, "write_input": 104}

@@ -53,7 +53,7 @@ def write_input(
     """Write BLOCK pixels of one row of the model's input.
 
     Grid: B x ceil(S^2 / BLOCK) programs. Args: `out` [B, S, S, 3] where PATCH is 0, else [B, (S/p)^2, 3 p p] in the
-    order of `cut_patches`; `mean`, `scale` float32 [3] in pixel values; `normal` int64 [4097], `fixed.normal_table()`;
+    order of `cut_patches`; `mean`, `scale` float32 [3] in pixel values; `normal` int32 [4097], `fixed.normal_table()`;
     `seed` of the noise; the others as `kernels_colour.make_table`'s. Without TRAIN `drawn` is not read.
     """
     BLOCKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
@@ -147,8 +147,8 @@ def _normalised(pixels, mean, scale, wanted):
 @triton.jit
 def _normal(word, table):
     """Return a standard normal number, float32, from 32-bit words, as `fixed.normal` does in Q16."""
-    bits = word.to(tl.int64)
-    cell = (bits >> REST) & LAST_CELL
+    cell = (word >> REST) & LAST_CELL
     low = tl.load(table + cell)
-    distance = low + (((tl.load(table + cell + 1) - low) * (bits & REST_MASK)) >> REST)
-    return tl.where(bits >> 31 != 0, -distance, distance).to(tl.float32) * UNITS
+    rise = (tl.load(table + cell + 1) - low).to(tl.int64)
+    distance = low + ((rise * (word & REST_MASK)) >> REST).to(tl.int32)
+    return tl.where(word >> 31 != 0, -distance, distance).to(tl.float32) * UNITS
