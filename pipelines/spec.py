@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -108,7 +108,7 @@ class AugmentSpec:
     """Views of an image in one epoch (repeated augmentation); an epoch then visits 1/repeats of the images."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of the normalisation, in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation of the normalisation, in [0, 1]."""
     eval_crop: float = Field(default=0.875, gt=0, le=1)
     """Evaluation resizes the short side to int(size / eval_crop) and takes the centre; unused with crop = padded."""

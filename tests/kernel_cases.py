@@ -85,8 +85,9 @@ def test_everything_at_once_is_the_references(size: int, patch: int, dtype: torc
 
 
 def test_an_image_may_be_cut_into_any_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, most in (("TABLES", (64, 64)), ("COLOURS", (256, 64)), ("MOVES", (128, 128)), ("LAST", (128, 128))):
+    for name, most in (("TABLES", (64, 4)), ("COLOURS", (64, 4)), ("MOVES", (128, 4)), ("LAST", (128, 4))):
         monkeypatch.setattr(kernels, name, most)
+    monkeypatch.setattr(kernels, "CHUNK", 256)
     batch = drawn_batch(4, rows=3, size=21)
     batch.params.operation[:] = [[OPERATIONS.index(name)] * 2 for name in ("Equalize", "AutoContrast", "Contrast")]
     assert_same(batch, AugmentSpec(size=21, seed=SEED))

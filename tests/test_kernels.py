@@ -21,13 +21,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASES = Path(__file__).with_name("kernel_cases.py")
 TYPES = {
     **dict.fromkeys(("images", "work", "tables"), "*u8"),
-    **dict.fromkeys(("mean", "std"), "*fp32"),
+    **dict.fromkeys(("mean", "scale"), "*fp32"),
     **dict.fromkeys(("slot", "rows"), "i32"),
-    **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i64", "seed": "i64", "out": "*bf16"},
+    **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i32", "seed": "i64", "out": "*bf16"},
 }
 SHAPE = {"SIZE": 224, "SLOTS": 2}
-MOST_REGISTERS = {"make_table": 64, "apply_colour": 64, "apply_affine": 80, "write_input": 104}
-"""For a thread, at the blocks that are launched: two to four programs of 256 threads then share a multiprocessor."""
+MOST_REGISTERS = {"make_table": 64, "apply_colour": 64, "apply_affine": 80, "write_input": 80}
+"""For a thread, at the blocks and warps that are launched: 24 to 32 warps then share a multiprocessor."""
 
 
 def run_cases(**environment: str) -> None:
@@ -55,19 +55,15 @@ def test_kernels_compile_without_fused_multiply_adds_or_spills(capability: int, 
     from pipelines.augment.kernels_input import write_input
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    colours, moves, last = (
-        {"CHUNK": chunk, "BLOCK": block} for chunk, block in (kernels.COLOURS, kernels.MOVES, kernels.LAST)
-    )
-    given = {"TRAIN": True, **SHAPE, "BLOCK": last["BLOCK"]}
-    for kernel, constants in (
-        (make_table, {**SHAPE, "BLOCK": kernels.TABLES[1]}),
-        (apply_colour, {**SHAPE, **colours}),
-        (apply_affine, {**SHAPE, **moves}),
-        (write_input, {**given, "PATCH": 16}),
-        (write_input, {**given, "PATCH": 0}),
-        (write_input, {**given, "PATCH": 16, "TRAIN": False, "SLOTS": 0}),
+    for kernel, (block, warps), constants in (
+        (make_table, kernels.TABLES, {}),
+        (apply_colour, kernels.COLOURS, {"CHUNK": kernels.CHUNK}),
+        (apply_affine, kernels.MOVES, {"CHUNK": kernels.CHUNK}),
+        (write_input, kernels.LAST, {"TRAIN": True, "PATCH": 16}),
+        (write_input, kernels.LAST, {"TRAIN": True, "PATCH": 0}),
+        (write_input, kernels.LAST, {"TRAIN": False, "PATCH": 16, "SLOTS": 0}),
     ):
-        ptx, used = compiled(kernel, constants, capability, tmp_path)
+        ptx, used = compiled(kernel, {**SHAPE, **constants, "BLOCK": block}, warps, capability, tmp_path)
         name = f"{kernel.__name__} {constants}: {used}"
         assert not re.search(r"\bfma\.", ptx), f"{name} rounds once where the reference rounds twice"
         assert not re.search(r"\bdiv\.(full|approx)\.", ptx), f"{name} divides inexactly"
@@ -75,7 +71,7 @@ def test_kernels_compile_without_fused_multiply_adds_or_spills(capability: int, 
         assert used["REG"] <= MOST_REGISTERS[kernel.__name__], name
 
 
-def compiled(kernel, constants: dict, capability: int, folder: Path) -> tuple[str, dict[str, int]]:
+def compiled(kernel, constants: dict, warps: int, capability: int, folder: Path) -> tuple[str, dict[str, int]]:
     """Compile a kernel as it is launched; return its PTX, and registers and stack of its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +81,7 @@ def compiled(kernel, constants: dict, capability: int, folder: Path) -> tuple[st
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
     aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, constants, aligned)
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=EXACT)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**EXACT, "num_warps": warps})
     (folder / "kernel.cubin").write_bytes(found.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run([tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True)

@@ -78,6 +78,7 @@ def test_every_field_changes_the_digest() -> None:
         ("augment.size=big", "augment.size"),
         ("augment.size=100", "no multiple of model.patch 16"),
         ("augment.scale=[0.9, 0.1]", "scale must be two positive numbers in rising order"),
+        ("augment.std=[0.2, 0.0, 0.2]", "augment.std"),
         ("train.batch=100", "no multiple of augment.mix_group 64"),
         ("train.accumulate=3", "no multiple of train.accumulate 3"),
         ("train.epochs=0", "train.epochs"),

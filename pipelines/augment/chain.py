@@ -117,8 +117,8 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
 
     device = batch.images.device
     sent = kernels.send(batch.params, device) if train else None
-    mean, std = _normalisation(spec.mean, spec.std, device)
-    pixels = kernels.model_input(batch.images, sent, mean, std, seed=spec.seed, patch=patch, dtype=dtype)
+    mean, scale = _normalisation(spec.mean, spec.std, device)
+    pixels = kernels.model_input(batch.images, sent, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
     if sent is None:
         share = torch.ones_like(batch.labels, dtype=torch.float32)
         return ModelInput(pixels, batch.labels, batch.labels, share, batch.valid, batch.params)
@@ -127,9 +127,12 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
 
 
 def normalise(images: Tensor, spec: AugmentSpec) -> Tensor:
-    """(pixel / 255 - mean) / std as float32 [B, S, S, 3] from uint8 [B, S, S, 3]."""
-    mean, std = _normalisation(spec.mean, spec.std, images.device)
-    return (images - mean).div_(std)
+    """(pixel / 255 - mean) / std as float32 [B, S, S, 3] from uint8 [B, S, S, 3].
+
+    Computed as (pixel - 255 mean) (1 / (255 std)): a product costs a GPU one instruction, an exact quotient sixteen.
+    """
+    mean, scale = _normalisation(spec.mean, spec.std, images.device)
+    return (images - mean).mul_(scale)
 
 
 def mix(pixels: Tensor, partners: Tensor, share: Tensor, boxes: Tensor) -> None:
@@ -225,7 +228,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation in pixel values, float32 [3]; kept on the device, as copying them would wait."""
-    scaled = [[255 * value for value in values] for values in (mean, std)]
-    first, second = torch.tensor(scaled, dtype=torch.float32, device=device)
+    """Mean in pixel values and 1 / (255 std), float32 [3]; kept on the device, as copying them would wait."""
+    both = [[255 * value for value in mean], [1 / (255 * value) for value in std]]
+    first, second = torch.tensor(both, dtype=torch.float32, device=device)
     return first, second

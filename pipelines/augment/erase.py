@@ -36,5 +36,5 @@ def erase(images: Tensor, boxes: Tensor, samples: Tensor, views: Tensor, spec: A
 
 @lru_cache(maxsize=8)
 def normal_table(device: torch.device) -> Tensor:
-    """Return `fixed.normal_table()`, int64 [4097], kept on the device, as copying it would wait."""
-    return torch.tensor(fixed.normal_table(), device=device)
+    """Return `fixed.normal_table()`, int32 [4097], kept on the device, as copying it would wait."""
+    return torch.tensor(fixed.normal_table(), dtype=torch.int32, device=device)

@@ -26,10 +26,13 @@ from pipelines.operations import OPERATIONS
 from pipelines.packed import UNIT
 from pipelines.views import ViewParams
 
-TABLES, COLOURS, MOVES, LAST = (2048, 2048), (4096, 1024), (4096, 256), (1024, 1024)
-"""Pixels that a program of each kernel works on, in all and at once: most programs of the first three have nothing to
-do, so there are few of them; float64 coordinates fill the registers at one pixel a thread."""
-EXACT = {"num_warps": 8, "enable_fp_fusion": False}
+TABLES, COLOURS, MOVES, LAST = (4096, 16), (1024, 8), (256, 8), (512, 4)
+"""Pixels that a program of each kernel works on at once, and its warps: a table is made by one program, which waits for
+the whole image; float64 coordinates fill the registers at one pixel a thread; small programs of the last hide more of
+each other's waiting."""
+CHUNK = 4096
+"""Pixels that a program of colours or geometry works on in all: most have nothing to do, so there are few of them."""
+EXACT = {"enable_fp_fusion": False}
 """How every kernel is compiled: a fused multiply-add rounds once where Pillow rounds twice."""
 
 
@@ -45,7 +48,7 @@ CANONICAL = _canonical()
 
 
 def model_input(
-    images: Tensor, sent: Tensor | None, mean: Tensor, std: Tensor, *, seed: int, patch: int, dtype: torch.dtype
+    images: Tensor, sent: Tensor | None, mean: Tensor, scale: Tensor, *, seed: int, patch: int, dtype: torch.dtype
 ) -> Tensor:
     """Return what the model reads: pixels [B, 3, S, S], channels-last, or with `patch` patches [B, (S/p)^2, 3 p p].
 
@@ -53,7 +56,7 @@ def model_input(
         images: uint8 [B, S, S, 3]; stay as they are.
         sent: what `send` returned; None normalises and does nothing else.
         mean: float32 [3], in pixel values.
-        std: float32 [3], likewise.
+        scale: float32 [3], what a pixel's distance from the mean is multiplied by.
         seed: of erasing's noise.
         patch: side of the patches, in the order of `cut_patches`; 0 for pixels.
         dtype: of the result.
@@ -68,9 +71,10 @@ def model_input(
         if sent is not None and slots:
             _operate(images, work, sent, slots)
         drawn, normal = (images, mean) if sent is None else (sent, normal_table(images.device))
-        grid, cut = _cut(rows, size, LAST)
-        layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": sent is not None, "BLOCK": cut["BLOCK"]}
-        write_input[grid](images, work, drawn, out, mean, std, normal, seed, rows, **layout, **EXACT)
+        last = _at_once(size, LAST)
+        layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": sent is not None}
+        grid = (rows * triton.cdiv(size * size, last["BLOCK"]),)
+        write_input[grid](images, work, drawn, out, mean, scale, normal, seed, rows, **layout, **last, **EXACT)
     return out if patch else out.permute(0, 3, 1, 2)
 
 
@@ -78,21 +82,19 @@ def _operate(images: Tensor, work: Tensor, sent: Tensor, slots: int) -> None:
     """Put every image through its operations, slot by slot, from `images` and `work` into `work`."""
     rows, size = images.shape[:2]
     tables, arguments = images.new_empty((rows, 3, 256)), sent.view(torch.float64)
-    colours, colour = _cut(rows, size, COLOURS)
-    moves, move = _cut(rows, size, MOVES)
+    chunk = min(triton.next_power_of_2(size * size), CHUNK)
+    grid = (rows * triton.cdiv(size * size, chunk),)
     shape = {"SIZE": size, "SLOTS": slots, **EXACT}
     for slot in range(slots):
         given = images, work, sent, arguments
-        make_table[3 * rows,](*given, tables, slot, rows, **shape, BLOCK=_cut(rows, size, TABLES)[1]["BLOCK"])
-        apply_colour[colours](*given, tables, slot, rows, **shape, **colour)
-        apply_affine[moves](*given, slot, rows, **shape, **move)
+        make_table[3 * rows,](*given, tables, slot, rows, **shape, **_at_once(size, TABLES))
+        apply_colour[grid](*given, tables, slot, rows, **shape, CHUNK=chunk, **_at_once(size, COLOURS))
+        apply_affine[grid](*given, slot, rows, **shape, CHUNK=chunk, **_at_once(size, MOVES))
 
 
-def _cut(rows: int, size: int, most: tuple[int, int]) -> tuple[tuple[int], dict[str, int]]:
-    """Return a grid of `rows` images cut into chunks, and the chunk and block that its kernel is compiled for."""
-    pixels = triton.next_power_of_2(size * size)
-    chunk, block = min(pixels, most[0]), min(pixels, most[1])
-    return (rows * triton.cdiv(size * size, chunk),), {"CHUNK": chunk, "BLOCK": block}
+def _at_once(size: int, most: tuple[int, int]) -> dict[str, int]:
+    """Return the block and the warps that a kernel is compiled for."""
+    return {"BLOCK": min(triton.next_power_of_2(size * size), most[0]), "num_warps": most[1]}
 
 
 def send(params: ViewParams, device: torch.device) -> Tensor:

@@ -163,6 +163,6 @@ def _held(tap, SIZE: tl.constexpr):
 
 @triton.jit
 def _finished(values, within, channel: tl.constexpr):
-    """Clip and truncate float64 values; the fill colour where the source point is not in the image."""
-    clipped = tl.minimum(tl.maximum(values, 0.0), 255.0).to(tl.int32)
+    """Truncate float64 values and clip them; the fill colour where the source point is not in the image."""
+    clipped = tl.minimum(tl.maximum(values.to(tl.int32), 0), 255)
     return tl.where(within, clipped, (FILLS >> (8 * channel)) & 255)

@@ -1,6 +1,6 @@
 """The last pass: normalise, erase, mix, cast, and write what the model reads, as pixels or in patches.
 
-Equal to the reference bit for bit: IEEE division, two roundings where it has two, the noise of `draws.erase_noise`.
+Equal to the reference bit for bit: two roundings where it has two, the noise of `draws.erase_noise`.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
@@ -30,7 +30,7 @@ REST = tl.constexpr(REST_BITS)
 REST_MASK = tl.constexpr((1 << REST_BITS) - 1)
 ONE = tl.constexpr(UNIT)
 UNITS = tl.constexpr(1 / UNIT)
-"""A power of two: multiplying by it is exact, where float32 division need not be (`div_rn` apart)."""
+"""A power of two: multiplying by it is exact, where Triton's float32 division need not be."""
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
@@ -40,7 +40,7 @@ def write_input(
     drawn,
     out,
     mean,
-    std,
+    scale,
     normal,
     seed,
     rows,
@@ -53,7 +53,7 @@ def write_input(
     """Write BLOCK pixels of one row of the model's input.
 
     Grid: B x ceil(S^2 / BLOCK) programs. Args: `out` [B, S, S, 3] where PATCH is 0, else [B, (S/p)^2, 3 p p] in the
-    order of `cut_patches`; `mean`, `std` float32 [3] in pixel values; `normal` int64 [4097], `fixed.normal_table()`;
+    order of `cut_patches`; `mean`, `scale` float32 [3] in pixel values; `normal` int32 [4097], `fixed.normal_table()`;
     `seed` of the noise; the others as `kernels_colour.make_table`'s. Without TRAIN `drawn` is not read.
     """
     BLOCKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
@@ -73,10 +73,10 @@ def write_input(
         target = out + row.to(tl.int64) * (SIZE * SIZE * 3) + at * 3
         step: tl.constexpr = 1
     if TRAIN:
-        red, green, blue = _mixed(images, work, drawn, mean, std, normal, seed, row, rows, y, x, inside, SIZE, SLOTS)
+        red, green, blue = _mixed(images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside, SIZE, SLOTS)
     else:
         pixels = images + row.to(tl.int64) * (SIZE * SIZE * 3) + (y * SIZE + x) * 3
-        red, green, blue = _normalised(pixels, mean, std, inside)
+        red, green, blue = _normalised(pixels, mean, scale, inside)
     tl.store(target, red.to(out.dtype.element_ty), mask=inside)
     tl.store(target + step, green.to(out.dtype.element_ty), mask=inside)
     tl.store(target + 2 * step, blue.to(out.dtype.element_ty), mask=inside)
@@ -84,7 +84,7 @@ def write_input(
 
 @triton.jit
 def _mixed(
-    images, work, drawn, mean, std, normal, seed, row, rows, y, x, inside, SIZE: tl.constexpr, SLOTS: tl.constexpr
+    images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside, SIZE: tl.constexpr, SLOTS: tl.constexpr
 ):
     """Return red, green and blue, float32 [BLOCK], of a row mixed with its partner as `chain.mix` does."""
     share = drawn_at(drawn, row, SHARE, SLOTS)
@@ -97,12 +97,12 @@ def _mixed(
     ours = 1.0 - theirs
     # what has no weight is not read: CutMix reads every pixel of one image or the other
     red, green, blue = _erased(
-        images, work, drawn, mean, std, normal, seed, row, rows, y, x, inside & (ours > 0), SIZE, SLOTS
+        images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside & (ours > 0), SIZE, SLOTS
     )
     if (share < ONE) | (height > 0):
         partner = drawn_at(drawn, row, PARTNER, SLOTS)
         red2, green2, blue2 = _erased(
-            images, work, drawn, mean, std, normal, seed, partner, rows, y, x, inside & (theirs > 0), SIZE, SLOTS
+            images, work, drawn, mean, scale, normal, seed, partner, rows, y, x, inside & (theirs > 0), SIZE, SLOTS
         )
         red = red * ours + red2 * theirs
         green = green * ours + green2 * theirs
@@ -112,12 +112,12 @@ def _mixed(
 
 @triton.jit
 def _erased(
-    images, work, drawn, mean, std, normal, seed, row, rows, y, x, wanted, SIZE: tl.constexpr, SLOTS: tl.constexpr
+    images, work, drawn, mean, scale, normal, seed, row, rows, y, x, wanted, SIZE: tl.constexpr, SLOTS: tl.constexpr
 ):
     """Return red, green and blue, float32 [BLOCK], of a row after all its operations, normalised and erased."""
     applied = drawn_at(drawn, row, OPERATION + 2 * SLOTS, SLOTS)
     source, first, step = stored(images, work, drawn, row, applied, rows, SIZE, SLOTS)
-    red, green, blue = _normalised(source + (y * SIZE + first + step * x) * 3, mean, std, wanted)
+    red, green, blue = _normalised(source + (y * SIZE + first + step * x) * 3, mean, scale, wanted)
     height = drawn_at(drawn, row, ERASE + 2, SLOTS)
     if height > 0:
         top = drawn_at(drawn, row, ERASE, SLOTS)
@@ -136,19 +136,19 @@ def _erased(
 
 
 @triton.jit
-def _normalised(pixels, mean, std, wanted):
-    """Return (pixel - mean) / std of three channels, float32 [BLOCK]."""
+def _normalised(pixels, mean, scale, wanted):
+    """Return (pixel - mean) scale of three channels, float32 [BLOCK], as `chain.normalise` does."""
     red = tl.load(pixels, mask=wanted, other=0).to(tl.float32) - tl.load(mean)
     green = tl.load(pixels + 1, mask=wanted, other=0).to(tl.float32) - tl.load(mean + 1)
     blue = tl.load(pixels + 2, mask=wanted, other=0).to(tl.float32) - tl.load(mean + 2)
-    return tl.div_rn(red, tl.load(std)), tl.div_rn(green, tl.load(std + 1)), tl.div_rn(blue, tl.load(std + 2))
+    return red * tl.load(scale), green * tl.load(scale + 1), blue * tl.load(scale + 2)
 
 
 @triton.jit
 def _normal(word, table):
     """Return a standard normal number, float32, from 32-bit words, as `fixed.normal` does in Q16."""
-    bits = word.to(tl.int64)
-    cell = (bits >> REST) & LAST_CELL
+    cell = (word >> REST) & LAST_CELL
     low = tl.load(table + cell)
-    distance = low + (((tl.load(table + cell + 1) - low) * (bits & REST_MASK)) >> REST)
-    return tl.where(bits >> 31 != 0, -distance, distance).to(tl.float32) * UNITS
+    rise = (tl.load(table + cell + 1) - low).to(tl.int64)
+    distance = low + ((rise * (word & REST_MASK)) >> REST).to(tl.int32)
+    return tl.where(word >> 31 != 0, -distance, distance).to(tl.float32) * UNITS
