@@ -73,7 +73,7 @@ def lab(tmp_path: Path) -> Lab:
 
 def failing(lab: Lab) -> Iterator[Figure | Note]:
     yield Figure("before", "ms", (1.0, 3.0))
-    raise ValueError("planted")
+    raise ValueError("planted in test[on], see [/folder]")
 
 
 def fine(lab: Lab) -> Iterator[Figure | Note]:
@@ -93,10 +93,10 @@ def test_a_section_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path: 
     one, two = found.sections
     assert (one.outcome, two.outcome) == ("failed", "done")
     assert one.figures == (Figure("before", "ms", (1.0, 3.0)),)
-    assert "ValueError: planted" in one.reason
+    assert "ValueError: planted in test[on], see [/folder]" in one.reason
     assert two.notes == {"found": {"a": 1}}
     assert found.failed
-    assert "ValueError: planted" in shown(found)
+    assert "ValueError: planted in test[on], see [/folder]" in shown(found)
 
 
 def test_what_was_found_is_on_the_disk_before_a_section_ends(tmp_path: Path, monkeypatch) -> None:
