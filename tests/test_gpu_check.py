@@ -272,6 +272,7 @@ OWN = f"cp3{sys.version_info.minor}"
         ("a_b-1-cp399-abi3-manylinux_2_17_x86_64", False), ("a_b-1-cp38-cp38-linux_x86_64", False),
         (f"a_b-1-{OWN}-{OWN}-musllinux_1_2_x86_64", False), (f"a_b-1-{OWN}-{OWN}-manylinux_2_17_aarch64", False),
         (f"a_b-1-{OWN}-{OWN}t-linux_x86_64", False), ("pip_freezes", False), ("PyTest-1-py3-none-any", False),
+        ("typing_extensions-99-py3-none-any", True),
     ],
 )  # fmt: skip
 def test_only_wheels_that_fit_and_are_not_installed_are_taken(name: str, fits: bool, monkeypatch) -> None:
