@@ -135,7 +135,9 @@ class Teacher:
         if not self.same:
             pixels = (pixels.float() * self.scale + self.shift).to(pixels.dtype)
         if pixels.shape[-1] != self.size:
-            pixels = F.interpolate(pixels, size=self.size, mode="bicubic", antialias=True)
+            # in half precision torch's antialiased resize does not exist on a CPU, and rounds its weights on a GPU
+            resized = F.interpolate(pixels.float(), size=self.size, mode="bicubic", antialias=True)
+            pixels = resized.to(pixels.dtype)
         with self.runtime.autocast():
             logits = joint(self.model(pixels)).float()
         return logits if self.outputs is None else logits.index_select(1, self.outputs)

@@ -27,7 +27,14 @@ GPU = torch.device("cuda", 0)
 HERE = Runtime(GPU, rank=0, world=1, amp=None, compile=False)
 BUSY = 200_000_000
 """GPU cycles, some 100 ms: whatever does not wait for them comes too early."""
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")]
+USUAL = (
+    "`torch.jit.script_method` is deprecated",  # Inductor's first import, in torch 2.11
+    "The .grad attribute of a Tensor",  # Dynamo looks at the logits'
+    "TensorFloat32 tensor cores",  # Inductor's advice on float32 products: these are compared with eager ones
+    "Synchronization debug mode is a prototype",  # torch's word at its first use in a process
+)
+"""Beginnings of warnings that torch gives on a GPU, and that say nothing of ours."""
+pytestmark = [pytest.mark.gpu, *(pytest.mark.filterwarnings(f"ignore:{words}") for words in USUAL)]
 needs_dali = pytest.mark.skipif(bool(why_not("dali")), reason=why_not("dali"))
 
 

@@ -73,7 +73,7 @@ def lab(tmp_path: Path) -> Lab:
 
 def failing(lab: Lab) -> Iterator[Figure | Note]:
     yield Figure("before", "ms", (1.0, 3.0))
-    raise ValueError("planted")
+    raise ValueError("planted in test[on], see [/folder]")
 
 
 def fine(lab: Lab) -> Iterator[Figure | Note]:
@@ -93,10 +93,10 @@ def test_a_section_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path: 
     one, two = found.sections
     assert (one.outcome, two.outcome) == ("failed", "done")
     assert one.figures == (Figure("before", "ms", (1.0, 3.0)),)
-    assert "ValueError: planted" in one.reason
+    assert "ValueError: planted in test[on], see [/folder]" in one.reason
     assert two.notes == {"found": {"a": 1}}
     assert found.failed
-    assert "ValueError: planted" in shown(found)
+    assert "ValueError: planted in test[on], see [/folder]" in shown(found)
 
 
 def test_what_was_found_is_on_the_disk_before_a_section_ends(tmp_path: Path, monkeypatch) -> None:
@@ -272,6 +272,7 @@ OWN = f"cp3{sys.version_info.minor}"
         ("a_b-1-cp399-abi3-manylinux_2_17_x86_64", False), ("a_b-1-cp38-cp38-linux_x86_64", False),
         (f"a_b-1-{OWN}-{OWN}-musllinux_1_2_x86_64", False), (f"a_b-1-{OWN}-{OWN}-manylinux_2_17_aarch64", False),
         (f"a_b-1-{OWN}-{OWN}t-linux_x86_64", False), ("pip_freezes", False), ("PyTest-1-py3-none-any", False),
+        ("typing_extensions-99-py3-none-any", True),
     ],
 )  # fmt: skip
 def test_only_wheels_that_fit_and_are_not_installed_are_taken(name: str, fits: bool, monkeypatch) -> None:

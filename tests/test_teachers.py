@@ -1,5 +1,6 @@
 """Teachers: runs, files and torchvision's networks, fed as they were trained, their classes matched by name."""
 
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -63,6 +64,16 @@ def test_a_student_of_another_size_and_normalisation_is_seen_as_the_teacher_was_
         larger = F.interpolate((images - mean) / std, size=224, mode="bicubic", antialias=True)
         (expected,) = loaded.model(larger)
     assert torch.allclose(Teacher(loaded, recipe, CPU).logits((images - 0.5) / 0.25), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_a_student_of_another_size_may_come_in_half_precision(resnet18: Path, amp: torch.dtype) -> None:
+    loaded = load_teacher(spec("resnet18", resnet18), SYNSETS)
+    recipe = tiny_recipe("augment.mean=[0.485, 0.456, 0.406]", "augment.std=[0.229, 0.224, 0.225]")
+    pixels = torch.randn(2, 3, 32, 32).to(amp)
+    exact = Teacher(loaded, recipe, CPU).logits(pixels.float())
+    found = Teacher(loaded, recipe, replace(CPU, amp=amp)).logits(pixels)
+    assert (found - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_some_of_the_classes_are_found_by_name_whatever_their_order(resnet18: Path) -> None:

@@ -235,7 +235,7 @@ def whole_loader(bench: Workbench, name: str = "loader") -> Work:
     def take() -> None:
         next(batches)
 
-    return Work(name, what, "loader", bench.recipe.train.batch, take, ahead=ahead)
+    return Work(name, what, "loader", bench.recipe.train.batch, take, ahead=ahead, on_device=True)
 
 
 def copying(bench: Workbench) -> list[Work]:

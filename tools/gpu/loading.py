@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
 
 import torch
 
@@ -28,7 +27,7 @@ def loader(lab: Lab) -> Iterator[Figure | Note]:
         works = []
         for share in SHARES:
             bench = stack.enter_context(closing(lab.bench.changed([f"loader.hw_decoder_load={share}"])))
-            works.append(replace(whole_loader(bench, f"loader, hw_decoder_load {share}"), on_device=True))
+            works.append(whole_loader(bench, f"loader, hw_decoder_load {share}"))
         for found in measure(works, lab.bench.clock, lab.pace):
             yield rates(found, found.name)
     if cache_file().exists():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from gpu.record import Figure, Record, Section
@@ -23,13 +24,13 @@ def table(section: Section) -> RenderableType:
     )
     title = f"\n[bold]{section.name}[/bold] ({section.seconds:.0f} s{memory})"
     if section.outcome == "left out":
-        return f"\n[bold]{section.name}[/bold] left out: {section.reason}"
+        return f"\n[bold]{section.name}[/bold] left out: {escape(section.reason)}"
     found = Table("", "median", "lowest", "highest", "n", "", "target", box=None, pad_edge=False)
     for figure in section.figures:
         numbers = (written(value, figure) for value in (figure.median, figure.lowest, figure.highest))
-        found.add_row(figure.name, *numbers, str(len(figure.samples)), figure.what, target(figure))
+        found.add_row(escape(figure.name), *numbers, str(len(figure.samples)), escape(figure.what), target(figure))
     if section.outcome == "failed":
-        return Group(title, found, f"[red]failed[/red]: {section.reason.strip().splitlines()[-1]}")
+        return Group(title, found, f"[red]failed[/red]: {escape(section.reason.strip().splitlines()[-1])}")
     return Group(title, found)
 
 

@@ -17,8 +17,9 @@ REQUIRED = ("torch", "torchvision", "numpy", "PIL", "pydantic", "tomli_w", "safe
 """Modules without which nothing here runs."""
 OPTIONAL = ("triton", "nvidia.dali", "nvidia.nvimgcodec", "timm", "pytest", "hypothesis")
 """Modules that some sections need."""
-RELATIVE = "nvidia_"
-"""Libraries of NVIDIA's find each other by where they lie: these are unpacked even if they are installed elsewhere."""
+ANYWAY = ("nvidia_", "typing_extensions")
+"""Unpacked even if installed: NVIDIA's libraries find each other by where they lie, and pydantic needs a new
+typing_extensions, of which torch brings along any."""
 
 
 def missing(modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ def wanted(name: str) -> bool:
     if len(parts) not in (5, 6):
         return False
     python, abi, place = (set(part.split(".")) for part in parts[-3:])
-    return _fits(python, abi, place) and (parts[0].lower().startswith(RELATIVE) or not installed(parts[0]))
+    return _fits(python, abi, place) and (parts[0].lower().startswith(ANYWAY) or not installed(parts[0]))
 
 
 def installed(distribution: str) -> bool:
