@@ -117,3 +117,15 @@ def fill_slowly(data: Path, out: Path) -> None:
         patch.setattr("deitfast.targets.FLUSH_SECONDS", 0.0)
         patch.setattr("deitfast.teach.load_teacher", lambda spec, classes: judge(len(classes), pause=0.002))
         taught(data, out, distilled("train.epochs=6", "train.batch=8"))
+
+
+def cached(folder: Path, mode: str = "hard"):
+    """Targets from a complete cache."""
+    cache = TeacherCache.open(folder)
+    assert cache.complete
+    return lambda recipe, classes: Cached(cache, recipe, classes, nobody, CPU)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
