@@ -5,6 +5,7 @@ from typing import get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting, counted
 from deitfast.display import duration, volume
@@ -90,16 +91,26 @@ def ratios(record: Record) -> Iterator[str]:
             )
 
 
+def _table(title: str) -> Table:
+    """Return an empty table."""
+    return Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+
+
+def _line(what: str) -> Text:
+    """Return words of a last column: cut off, not folded, as a narrow terminal is the figures'."""
+    return Text(what, no_wrap=True, overflow="ellipsis")
+
+
 def _stages(record: Record) -> Table:
-    table = Table(title=headline(record.setting), title_justify="left")
+    table = _table(headline(record.setting))
     table.add_column("stage", no_wrap=True)
     for column in ("images/s", "lowest", "highest", "x threads", "CPU us"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what", overflow="fold")
+    table.add_column("what")
     for stage in rows(record):
         times = threads(stage, record.setting)
         limit = figure(stage.rate * times) if times > 1 else ""
-        table.add_row(stage.name, *_rates(stage), limit, f"{stage.cpu_seconds * 1e6:,.0f}", stage.what)
+        table.add_row(stage.name, *_rates(stage), limit, f"{stage.cpu_seconds * 1e6:,.0f}", _line(stage.what))
     count = len(rows(record)[0].samples)
     table.caption = f"each alone, median of {count} measurements; CPU: processor time an image, all threads"
     table.caption_justify = "left"
@@ -107,29 +118,29 @@ def _stages(record: Record) -> Table:
 
 
 def _changes(changes: tuple[Change, ...]) -> Table:
-    table = Table(title="what a change brings, loader and step together, images/s", title_justify="left")
+    table = _table("what a change brings, loader and step together, images/s")
     table.add_column("change", overflow="fold")
     for column in ("predicted", "measured", "lowest", "highest"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("predicted from", overflow="fold")
+    table.add_column("predicted from")
     for change in changes:
         predicted = figure(change.predicted) if change.predicted else "-"
-        table.add_row(change.change, predicted, *(_rates(change.measured) if change.measured else "-  "), change.how)
+        rates = _rates(change.measured) if change.measured else "-  "
+        table.add_row(change.change, predicted, *rates, _line(change.how))
     return table
 
 
 def _peers(kind: str, peers: list[Peer]) -> Table:
     title = {"loader": "loaders side by side, one view an image", "step": "steps side by side"}[kind]
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     table.add_column("whose", overflow="fold")
     for column in ("images/s", "lowest", "highest", "CPU us"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what", overflow="fold")
+    table.add_column("what")
     for peer in peers:
         if found := peer.measured:
-            table.add_row(
-                peer.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", f"{found.what} ({peer.version})"
-            )
+            what = _line(f"{found.what} ({peer.version})")
+            table.add_row(peer.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", what)
     return table
 
 
