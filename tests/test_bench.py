@@ -16,7 +16,7 @@ from rich.console import Console
 from small_runs import CPU, tiny_recipe
 
 from deitfast import recipe as recipes
-from deitfast.bench import machine, peers
+from deitfast.bench import machine, peer, peer_loaders, peers
 from deitfast.bench.page import page
 from deitfast.bench.record import FORMAT, Change, Record, load, save
 from deitfast.bench.remedies import shrinking
@@ -272,7 +272,7 @@ def test_peers_that_are_not_there_are_named(bench_of_crops: Workbench, monkeypat
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 
-    monkeypatch.setattr(peers, "_module", missing)
+    monkeypatch.setattr(peer_loaders, "module", missing)
     found = bench(tiny_dataset, replace(QUICK, part="loader", rounds=1, peers=True))
     absent = {peer.name: peer.left_out for peer in found.peers if not peer.measured}
     assert absent[peers.DATALOADER] == "timm is not installed"
@@ -282,8 +282,8 @@ def test_peers_that_are_not_there_are_named(bench_of_crops: Workbench, monkeypat
 
 def test_stock_pipelines_that_crop_have_no_place_beside_padding(bench_of_crops: Workbench) -> None:
     padded = bench_of_crops.changed(["augment.crop=padded"])
-    for opener in (peers.ffcv_stock, peers.dali_stock):
-        with pytest.raises(peers.LeftOut, match="pads"):
+    for opener in (peer_loaders.ffcv_stock, peer_loaders.dali_stock):
+        with pytest.raises(peer.LeftOut, match="pads"):
             opener(padded, None)  # pyright: ignore[reportArgumentType]
 
 
@@ -296,7 +296,7 @@ def test_the_dataloaders_images_are_ours(bench_of_crops: Workbench) -> None:
             raise ValueError("bits")  # as Pillow says of a posterize to none
         return torch.from_numpy(np.array(image))
 
-    images = peers.StoredImages(reader.path, transform)
+    images = peer_loaders.StoredImages(reader.path, transform)
     pixels, label = images[3]
     assert tuple(pixels.shape) == (reader.heights[3], reader.widths[3], 3)
     assert label == reader.labels[3]

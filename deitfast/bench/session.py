@@ -10,7 +10,8 @@ import torch
 
 from deitfast import __version__
 from deitfast.bench.machine import arithmetic, measure_disk
-from deitfast.bench.peers import LOADERS, STEPS, LeftOut, Rival
+from deitfast.bench.peer import LeftOut
+from deitfast.bench.peers import LOADERS, STEPS, Rival
 from deitfast.bench.record import FORMAT, OURS, Arithmetic, Change, Disk, Kind, Measured, Outlook, Peer, Record
 from deitfast.bench.remedies import loader_alone, remedies
 from deitfast.bench.stages import Workbench, all_together, copying, device_stages, loader_stages, whole_loader

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from deitfast import recipe as recipes
-from deitfast.bench.peers import random_teacher
+from deitfast.bench.peer_steps import random_teacher
 from deitfast.bench.record import Measured
 from deitfast.bench.stages import Targets, Workbench
 from deitfast.bench.timing import Pace

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from deitfast.bench.peers import DATALOADER, Loaded, loading_alone, timm_batches
+from deitfast.bench.peer_loaders import Loaded, loading_alone, timm_batches
+from deitfast.bench.peers import DATALOADER
 from deitfast.bench.stages import LEARNING_RATE
 from deitfast.bench.timing import Work, measure
 from gpu.lab import Lab, rates
