@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -173,8 +174,10 @@ def test_a_cache_killed_at_random_moments_is_the_undisturbed_one(
     fill_slowly(tiny_small, tmp_path / "whole")
     takes = time.monotonic() - began
     draw, partial, done = random.Random(kills), 0, 0
-    while done < kills:
-        out = tmp_path / f"killed{done}"
+    for number in count():
+        if done == kills:
+            break
+        out = tmp_path / f"killed{number}"  # a new one each time: a child may be done before it is killed
         while not (out / TARGETS).exists():
             child = spawn.Process(target=fill_slowly, args=(tiny_small, out))
             child.start()
