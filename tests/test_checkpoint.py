@@ -46,9 +46,33 @@ def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path) -> None:
     file.write_bytes(b"not a checkpoint at all")
     with pytest.raises(Failure, match="is damaged"):
         checkpoint.load(file, CPU)
+    file.write_bytes(b"")  # as a power cut leaves it on some file systems
+    with pytest.raises(Failure, match="is damaged"):
+        checkpoint.load(file, CPU)
     torch.save({"epoch": 1}, file)
     with pytest.raises(Mistake, match="another format"):
         checkpoint.load(file, CPU)
+
+
+def test_a_flipped_bit_is_found(tmp_path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save(file, {"epoch": 1, "model": {"weight": torch.zeros(1000)}})
+    whole = file.read_bytes()
+    start = whole.index(bytes(4000))
+    for position in (start, start + 3999):
+        content = bytearray(whole)
+        content[position] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(Failure, match=r"is damaged\n  found: .* CRC32"):
+            checkpoint.load(file, CPU)
+
+
+def test_nobody_is_told_to_run_what_is_in_a_file(tmp_path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": CPU, "model": nn.Linear(2, 2)}, file)
+    with pytest.raises(Failure, match=r"found: Unsupported global: GLOBAL .*Linear") as raised:
+        checkpoint.load(file, CPU)
+    assert not any(word in str(raised.value) for word in ("weights_only", "safe_globals"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path) -> None:
