@@ -35,14 +35,18 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises:
         Failure: the disk is full or not writable; the old checkpoint stays as it was.
+        KeyboardInterrupt: so it was while this wrote; the old checkpoint stays as well.
     """
     try:
         with whole_file(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch's writer, interrupted, raises a complaint of its own on top
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise Failure(
             f"cannot write checkpoint {path}",
-            found=str(error).splitlines()[0],
+            found=str(cause).splitlines()[0],
             remedy="free some space and continue with --resume",
         ) from error
 

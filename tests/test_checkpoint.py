@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,31 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.files.os.fsync", full)
     with pytest.raises(Failure, match="No space left"):
         checkpoint.save(file, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(file, CPU)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("met", "told", "says"),
+    [
+        (OSError(28, "No space left on device"), Failure, "No space left on device"),
+        (KeyboardInterrupt("a second Ctrl-C"), KeyboardInterrupt, "a second Ctrl-C"),
+    ],
+)
+def test_what_ends_writing_in_its_middle_is_told_and_leaves_the_old_checkpoint(
+    tmp_path, monkeypatch, met: BaseException, told: type[BaseException], says: str
+) -> None:
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save(file, {"epoch": 1})
+
+    class Ending(io.FileIO):
+        def write(self, content: object) -> int:
+            raise met
+
+    monkeypatch.setattr("pipelines.files.Path.open", lambda path, mode: Ending(path, "w"))
+    with pytest.raises(told, match=says):
+        checkpoint.save(file, {"epoch": 2, "model": {"weight": torch.zeros(1000)}})
     monkeypatch.undo()
     assert checkpoint.load(file, CPU)["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
