@@ -111,6 +111,20 @@ def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_pa
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "loader.prefetch=1"), resume=True)
 
 
+def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe, refused = tiny_recipe("train.epochs=1"), []
+
+    def again(folder: RunFolder, row: dict) -> None:
+        monkeypatch.undo()
+        with pytest.raises(Mistake, match="another run is writing here"):
+            run(tiny_small, tmp_path / "run", recipe, resume=True)
+        refused.append(row)
+
+    monkeypatch.setattr(RunFolder, "append", again)
+    run(tiny_small, tmp_path / "run", recipe)
+    assert refused
+
+
 def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Path, teacher: Path) -> None:
     recipe = tiny_recipe("distill.mode=hard", f"distill.teacher={teacher}")
     with pytest.raises(Mistake, match="does not know class ant") as caught:
