@@ -111,6 +111,15 @@ def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_pa
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "loader.prefetch=1"), resume=True)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"data": "somewhere"}', b"\xff", None])
+def test_a_run_that_does_not_say_what_it_is_of_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "run.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(Failure, match=r"run\.json is damaged") as raised:
+        RunFolder(tmp_path).info()
+    assert raised.value.remedy
+
+
 def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
     recipe, refused = tiny_recipe("train.epochs=1"), []
 
