@@ -1,6 +1,8 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ UNREADABLE = (
     ValueError,
     TypeError,
     AttributeError,
+    zipfile.BadZipFile,
+    struct.error,
 )
-"""What torch.load raises for files that are none of its own, or damaged."""
+"""What `read` raises for files that torch.save did not write, or that are damaged."""
+REMEDY = "copy it again from where it is whole, or start the run anew with another --out"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -30,14 +35,18 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises:
         Failure: the disk is full or not writable; the old checkpoint stays as it was.
+        KeyboardInterrupt: so it was while this wrote; the old checkpoint stays as well.
     """
     try:
         with whole_file(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch's writer, interrupted, raises a complaint of its own on top
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise Failure(
             f"cannot write checkpoint {path}",
-            found=str(error).splitlines()[0],
+            found=str(cause).splitlines()[0],
             remedy="free some space and continue with --resume",
         ) from error
 
@@ -50,15 +59,37 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         Failure: the file is damaged.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read(path, device)
     except FileNotFoundError:
         raise Mistake(f"there is no checkpoint {path}", remedy="name the folder of a run that got that far") from None
     except UNREADABLE as error:
-        raise Failure(f"checkpoint {path} is damaged", found=str(error).splitlines()[0]) from error
+        raise Failure(f"checkpoint {path} is damaged", found=reason(error), remedy=REMEDY) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise Mistake(f"checkpoint {path} has another format", expected=str(FORMAT), found=str(found))
     return state
+
+
+def read(path: Path, device: torch.device | str) -> Any:
+    """Return what torch.save wrote, its tensors on `device`, once it has the checksums that were written with it.
+
+    torch.load compares none. Files of before PyTorch 1.6 have none, and are no zip archives.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Exception: one of UNREADABLE, where the file is damaged, or would run code.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if (part := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{part} in it has not the CRC32 that was written with it")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def reason(error: BaseException) -> str:
+    """Return what `read`'s error says is wrong, without torch's advice to run what is in the file."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    return text.splitlines()[0].partition(". Please use")[0]
 
 
 def restore_model(model: nn.Module, state: dict[str, Any], path: Path, *, ema: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deitfast.checkpoint import UNREADABLE
+from deitfast import checkpoint
 from deitfast.hugging_face import is_hugging_face, to_timm
 from deitfast.recipe import Arch
 from deitfast.runlog import RunFolder
@@ -166,12 +166,12 @@ def _torch_file(file: Path) -> dict[str, Any]:
     """Return what torch.save wrote, as far as it is data."""
     try:
         with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options beside the weights
-            tree = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+            tree = checkpoint.read(file, "cpu")
+    except checkpoint.UNREADABLE as error:
         raise Mistake(
             f"{file} cannot be read as weights",
             expected="a whole file of tensors, written by torch.save",
-            found=str(error).splitlines()[0],
+            found=checkpoint.reason(error),
             remedy="files that would run code are refused; save the state_dict alone, or as .safetensors",
         ) from None
     if not isinstance(tree, dict):

@@ -92,7 +92,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
     recipe = _recipe(options, begun.recipe() if begun else None, name, side)
     if recipe.distill.mode != "none" and not recipe.distill.teacher and name == "demo":
         recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
-    _check_teacher(recipe, name, side)
+    _check_teacher(recipe, options, name, side)
     out = begun.path if begun else options.out or _free_folder(recipe, name)
     return TrainJob(recipe, data, out, options.resume, options.command, options.tensorboard)
 
@@ -211,7 +211,7 @@ def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
     return recipes.override(recipe, ["distill.targets=reused", f"distill.views={options.views}"])
 
 
-def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:
+def _check_teacher(recipe: Recipe, options: TrainOptions, dataset: str, side: int) -> None:
     distill = recipe.distill
     kept = distill.cache not in ("none", "auto")
     if distill.mode != "none" and not distill.teacher and not kept:
@@ -221,9 +221,15 @@ def _check_teacher(recipe: Recipe, dataset: str, side: int) -> None:
             expected="--teacher RUN, the folder of a finished run on the same classes",
             remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
         )
-    if distill.mode == "none" and (distill.teacher or kept):
-        named = "--teacher" if distill.teacher else "--cache"
-        raise Mistake(f"{named} without --distill", expected="--distill hard or --distill soft beside it")
+    idle = {
+        "--teacher": distill.teacher,
+        "--cache": kept,
+        "--teacher-weights": options.teacher_weights,
+        "--views": options.views,
+        "--per-image": options.per_image,
+    }
+    if distill.mode == "none" and (named := [name for name, given in idle.items() if given]):
+        raise Mistake(f"{named[0]} without --distill", expected="--distill hard or --distill soft beside it")
 
 
 def _free_folder(recipe: Recipe, dataset: str) -> Path:

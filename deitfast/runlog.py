@@ -116,8 +116,13 @@ class RunFolder:
             return RunInfo(**{**tree, "classes": tuple(tree["classes"]), "command": tuple(tree["command"])})
         except FileNotFoundError:
             raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise Failure(f"{self.path / 'run.json'} is damaged", found=str(error)) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Failure(
+                f"{self.path / 'run.json'} is damaged",
+                expected="what `deitfast train` wrote",
+                found=str(error),
+                remedy="copy it again from where it is whole: without it nobody knows the run's data and classes",
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, a dict an epoch, leaving out lines cut short by a crash."""

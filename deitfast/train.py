@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from deitfast.watch import Watch
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import Failure
+from pipelines.files import locked
 from pipelines.memory import naming_memory
 from pipelines.storage.dataset import Dataset
 
@@ -61,7 +62,7 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
     """Train as `job` says and return the last epoch's row of metrics.jsonl.
 
     Raises:
-        Mistake: data set, teacher, run folder and recipe do not fit each other.
+        Mistake: data set, teacher, run folder and recipe do not fit each other, or another run is in the folder.
         Failure: damaged data or checkpoint, full disk, or a loss that stays non-finite.
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
@@ -70,11 +71,12 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         run = Run(job, runtime, display, dataset, folder)
         spec, data = dataset.spec, str(job.data.resolve())
         info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.start)
-        if runtime.main:
-            folder.open(job.recipe, info, resume=job.resume)
-        runtime.agree(None)  # nobody goes on before the folder is open
-        with logging_to(folder.log if runtime.main else None):
-            return run.run()
+        with locked(folder.path, "run") if runtime.main else nullcontext():
+            if runtime.main:
+                folder.open(job.recipe, info, resume=job.resume)
+            runtime.agree(None)  # nobody goes on before the folder is open
+            with logging_to(folder.log if runtime.main else None):
+                return run.run()
 
 
 class Run:

@@ -176,7 +176,7 @@ def open_table(folder: Path, manifest: Manifest) -> np.ndarray:
     path = folder / TARGETS
     try:
         table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: it is empty
         raise damaged(path, f"{manifest.views} x {manifest.samples} targets", str(error)) from None
     expected = ((manifest.views, manifest.samples), manifest.targets.record)
     if (table.shape, table.dtype) != expected:

@@ -1,10 +1,16 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written; folders with one writer."""
 
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from pipelines.errors import Mistake
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -32,5 +38,33 @@ def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Make the folder and keep other processes of this kind out of it; the lock goes with the process.
+
+    Args:
+        folder: where it writes.
+        what: what it is, for whoever comes second ("conversion").
+
+    Raises:
+        Mistake: another one is writing there, or it can be no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"{folder}: another {what} is writing here", remedy="wait for it, or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            log.debug("%s: not locked: %s", folder, error.strerror)
+        yield
     finally:
         os.close(fd)

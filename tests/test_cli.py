@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from deitfast.cli import main
 from deitfast.runlog import RunFolder
@@ -89,6 +90,9 @@ def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], sa
         (["--distill", "hard"], "--distill hard needs a teacher"),
         (["--distill", "loud"], "distill.mode"),
         (["--teacher", "somewhere"], "--teacher without --distill"),
+        (["--teacher-weights", "somewhere"], "--teacher-weights without --distill"),
+        (["--views", "2"], "--views without --distill"),
+        (["--per-image"], "--per-image without --distill"),
         (["--distill", "hard", "--teacher", "nowhere"], "there is no run in"),
         (["--recipe", "nowhere.toml"], "there is no recipe nowhere.toml"),
         (["--device", "abacus"], "--device abacus is no device"),
@@ -102,6 +106,17 @@ def test_options_that_do_not_fit_leave_no_run_behind(capsys, tiny_small: Path, o
     assert code == 2, err
     assert says in err
     assert not Path("run").exists()
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "images/train/\N{CAT FACE}"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "1.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "deitfast", "convert", "folder", tmp_path / "images", tmp_path / "data"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, "classes: \\U0001f431" in done.stdout) == (0, True), done.stderr
 
 
 def test_a_damaged_data_set_fails_with_1(capsys, tiny_small: Path, tmp_path: Path) -> None:

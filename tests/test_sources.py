@@ -143,6 +143,7 @@ def test_links_and_odd_names(tmp_path: Path) -> None:
     (root / "train/cat/link.jpg").symlink_to(outside / "x.jpg")
     (root / "train/dog").symlink_to(outside / "dog")
     (root / "train/cat/round").symlink_to(root / "train")  # for ever, if followed blindly
+    (root / "train/cat/itself").symlink_to("itself")
     Path(os.fsdecode(os.fsencode(root / "train/cat") + b"/\xff\n.jpg")).write_bytes(b"not UTF-8")
     source = open_source("folder", root)
     found = {name: data for _, name, data in contents(source)}
@@ -150,11 +151,13 @@ def test_links_and_odd_names(tmp_path: Path) -> None:
     assert found["train/dog/1.jpg"] == b"in a linked folder"
     assert found["train/cat/\\udcff\\n.jpg"] == b"not UTF-8"
     assert len(found) == 4
-    (root / "train/cat/gone.jpg").symlink_to(outside / "nothing")
-    source = open_source("folder", root)
-    (gone,) = [entry for entry in source.splits["train"] if "gone" in entry.name]
-    with pytest.raises(OSError, match="gone"):
-        source.read(gone)
+    for target in (outside / "nothing", "gone.jpg"):
+        (root / "train/cat/gone.jpg").unlink(missing_ok=True)
+        (root / "train/cat/gone.jpg").symlink_to(target)
+        source = open_source("folder", root)
+        (gone,) = [entry for entry in source.splits["train"] if "gone" in entry.name]
+        with pytest.raises(OSError, match="gone"):
+            source.read(gone)
 
 
 def test_links_inside_a_tar(tmp_path: Path) -> None:

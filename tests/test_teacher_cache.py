@@ -206,9 +206,11 @@ def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
         cache.rows(0)
     complete(tmp_path / "table")
     path = tmp_path / "table" / TARGETS
-    path.write_bytes(path.read_bytes()[: 120 + left])
-    with pytest.raises(Failure, match=r"targets\.npy: damaged"):
-        TeacherCache.open(tmp_path / "table")
+    whole = path.read_bytes()
+    for kept in (left, 120 + left):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(Failure, match=r"targets\.npy: damaged"):
+            TeacherCache.open(tmp_path / "table")
 
 
 def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:

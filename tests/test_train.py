@@ -111,6 +111,29 @@ def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_pa
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "loader.prefetch=1"), resume=True)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"data": "somewhere"}', b"\xff", None])
+def test_a_run_that_does_not_say_what_it_is_of_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "run.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(Failure, match=r"run\.json is damaged") as raised:
+        RunFolder(tmp_path).info()
+    assert raised.value.remedy
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe, refused = tiny_recipe("train.epochs=1"), []
+
+    def again(folder: RunFolder, row: dict) -> None:
+        monkeypatch.undo()
+        with pytest.raises(Mistake, match="another run is writing here"):
+            run(tiny_small, tmp_path / "run", recipe, resume=True)
+        refused.append(row)
+
+    monkeypatch.setattr(RunFolder, "append", again)
+    run(tiny_small, tmp_path / "run", recipe)
+    assert refused
+
+
 def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Path, teacher: Path) -> None:
     recipe = tiny_recipe("distill.mode=hard", f"distill.teacher={teacher}")
     with pytest.raises(Mistake, match="does not know class ant") as caught:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.errors import Mistake
 from pipelines.storage.reader import JPEG, RAW
+from pipelines.storage.source_tree import IMAGE_SUFFIXES
 from pipelines.storage.transcode import BadImageError, Codec, Kind, Sample, transcode
 
 
@@ -51,6 +52,17 @@ def test_other_files_become_what_imagefolder_sees(odd, name, kind, mode):
     assert sample.kind == kind
     assert sample.mode == mode
     assert difference(stored(sample), pixels(odd[name])) <= (0 if mode == RAW else 3)
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_whatever_is_taken_for_an_image_by_its_name_can_be_stored(suffix):
+    form = Image.registered_extensions().get(suffix, "PPM")
+    if form not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {form}")
+    content = encoded(Image.fromarray(drawn(40, 30)).convert("1" if suffix == ".pbm" else "RGB"), form)
+    sample = transcode(content, "x" + suffix, Codec())
+    assert (sample.height, sample.width) == (40, 30)
+    assert difference(stored(sample), pixels(content)) == 0
 
 
 def test_grey_jpegs_become_colour_and_keep_their_pixels(odd):
@@ -106,7 +118,7 @@ def test_cut_jpegs_are_refused_wherever_they_are_cut(odd, codec, name, share):
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"<html>not found</html>", r"not an image \(it starts with b'<html>"),
+        (b"<html>not found</html>", r"not an image that Pillow reads \(it starts with b'<html>"),
         (encoded(drawn(90, 90), "PNG")[:-3000], "truncated|cut|broken"),
         (np.zeros((4, 4), np.uint8), "instead of uint8"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),

@@ -1,5 +1,6 @@
 """The command line. Heavy imports stay inside the commands, so that --help comes at once."""
 
+import io
 import os
 import sys
 
@@ -17,6 +18,9 @@ INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class may have a name that the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     sys.exit(_run(arguments) if debug else _run_quietly(arguments))

@@ -6,19 +6,15 @@ is added, all of it is read back, and only then it gets its name. `dataset.json`
 source and the options, on nothing else.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.errors import Mistake
-from pipelines.files import whole_file
+from pipelines.files import locked, whole_file
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert_split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
@@ -75,7 +71,7 @@ def convert(
         source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
         progress or (lambda *_: None), _listing(source), form or beton(),
     )  # fmt: skip
-    with _locked(job.output):
+    with locked(job.output, "conversion"):
         if (job.output / SPEC_FILE).exists():
             return _already_there(job)
         converted = {split: convert_split(job, split) for split in source.splits}
@@ -113,26 +109,6 @@ def _listing(source: Source) -> str:
         for entry in entries:
             digest.update(f"\0{entry.name}\0{entry.label}\0{entry.size}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other conversions out of it; the lock goes with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mistake(f"{folder}: another conversion is writing here", remedy="wait for it, or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            log.debug("%s: not locked: %s", folder, error.strerror)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _already_there(job: Job) -> DatasetSpec:

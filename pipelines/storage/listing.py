@@ -153,16 +153,27 @@ def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspa
             raise Failure(f"{printable(folder)} cannot be listed: {error.strerror}") from None
         for child in children:
             name = prefix + child.name
-            if child.is_dir():
+            is_folder, is_file = _leads_to(child)
+            if is_folder:
                 if child.name not in skip and not is_hidden(child.name):
                     listing.folders.add(name)
                     pending.append((child.path, name + "/", above | {identity}))
-            elif child.is_file():
+            elif is_file:
                 listing.files[name] = Extent(child.path, 0, child.stat().st_size)
-            elif child.is_symlink():  # points nowhere: reading it will say so, silence would lose an image
+            elif child.is_symlink():  # leads nowhere: reading it will say so, silence would lose an image
                 listing.files[name] = Extent(child.path, 0, 0)
             if len(listing.files) % REPORT_EVERY == 1:
                 workspace.progress("listing files", len(listing.files), 0)
+
+
+def _leads_to(child: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Return whether an entry, or what a link leads to, is a folder and whether a file; a link may lead nowhere."""
+    try:
+        return child.is_dir(), child.is_file()
+    except OSError:  # links that lead to themselves, or into a folder that nobody may enter
+        if child.is_symlink():
+            return False, False
+        raise
 
 
 def _members(tar: Extent, origin: Path, workspace: Workspace) -> Iterator[tarfile.TarInfo]:

@@ -25,7 +25,13 @@ FORCED_QUALITY = 95
 """JPEG quality, at full chroma resolution, of what must be re-encoded though nobody asked for smaller files."""
 LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+)
+"""What Pillow is asked to read: all that `source_tree` takes for images. AVIF came with Pillow 11.3."""
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -134,7 +140,7 @@ def transcode(content: bytes | np.ndarray, name: str, codec: Codec) -> Sample:
     except (BadImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        raise BadImageError(f"not an image (it starts with {content[:12]!r})") from None
+        raise BadImageError(f"not an image that Pillow reads (it starts with {content[:12]!r})") from None
     except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
         raise BadImageError(str(error) or type(error).__name__) from None
 
