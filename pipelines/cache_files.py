@@ -1,12 +1,10 @@
 """The files of a teacher cache: its manifest, the parts it is filled with, and the finished table."""
 
-import fcntl
 import json
-import os
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -142,18 +140,6 @@ def writing(folder: Path) -> Iterator[None]:
             found=str(error),
             remedy="free some space and start the same command again: what is written is kept",
         ) from error
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, where the file system knows locks; a kill opens it again."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

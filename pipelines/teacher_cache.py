@@ -30,7 +30,6 @@ from pipelines.cache_files import (
     PARTS,
     TARGETS,
     Manifest,
-    alone,
     damaged,
     is_cache,
     open_table,
@@ -43,7 +42,7 @@ from pipelines.cache_files import (
     writing,
 )
 from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.files import alone, whole_file
 
 
 class TeacherCache:
