@@ -46,6 +46,8 @@ DOCUMENT = """<!doctype html>
 </body>
 </html>
 """
+FAR = 4
+"""Times the predicted rate at which the bars of limits end: what is further away is out of the way, however far."""
 
 
 def page(record: Record) -> str:
@@ -55,7 +57,8 @@ def page(record: Record) -> str:
     found = [*sentences(record)]
     if verdict:
         parts.append(f"<div class=verdict>{''.join(map(_paragraph, found))}</div>")
-        parts += ["<h2>What each part allows, images/s</h2>", _limits(record)]
+        parts.append(f"<h2>What each part allows, images/s (bars end at {figure(FAR * verdict.predicted)})</h2>")
+        parts.append(_limits(record))
     else:
         parts += map(_paragraph, found)
     parts += ["<h2>Microseconds an image, each stage alone</h2>", _stages(record)]
@@ -78,7 +81,7 @@ def page(record: Record) -> str:
 def _limits(record: Record) -> str:
     assert record.verdict is not None
     limits = record.verdict.limits
-    most = 4 * record.verdict.predicted  # what is further away than that is out of the way, however far
+    most = FAR * record.verdict.predicted
     lines = [_row(name, rate, most, worst=name == record.verdict.limit) for name, rate in limits.items()]
     if record.together:
         lines.append(_measured_row("loader and step together", record.together, most))
