@@ -96,11 +96,14 @@ class TeacherCache:
         Raises:
             Failure: what is read is not what was written; the message names the file.
         """
-        if not self._finished_by_now():
+        if not self.complete:
             try:
-                return self._filled(first)[0]
+                found = self._filled(first)[0]
             except FileNotFoundError:  # another process has made the parts into the table in this moment
                 self._require_finished()
+            else:
+                if not self._finished_by_now():  # asked afterwards: parts go once the cache is complete, not before
+                    return found
         assert self._table is not None
         rows = np.array(self._table[first : first + self.manifest.repeats])
         for view, row in enumerate(rows, first):
@@ -185,13 +188,15 @@ class TeacherCache:
 
     def answers(self) -> int:
         """Return how many targets are there."""
-        if not self._finished_by_now():
-            firsts = sorted({first for _, first in parts(self.folder)})
+        there = 0
+        if not self.complete:
             try:
-                return sum(int(self._filled(first)[1].sum()) for first in firsts)
-            except FileNotFoundError:
+                there = sum(
+                    int(self._filled(first)[1].sum()) for first in sorted({view for _, view in parts(self.folder)})
+                )
+            except FileNotFoundError:  # as in `rows`
                 self._require_finished()
-        return self.manifest.views * self.manifest.answered
+        return self.manifest.views * self.manifest.answered if self._finished_by_now() else there
 
     def require_whole(self) -> None:
         """Read everything: damage is better met now than in the epoch that needs it (a second or two for .77 GB).

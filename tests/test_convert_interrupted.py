@@ -18,7 +18,7 @@ from pipelines.storage.convert import convert
 from pipelines.storage.formats import Format, beton, shards
 
 SOURCE = """
-import sys, time
+import signal, sys, time
 from dataclasses import dataclass
 sys.path[:0] = {paths!r}
 from images import MemorySource, entries, jpeg
@@ -37,6 +37,7 @@ def slow():
     return Slow(splits={{"train": entries(files), "val": entries(files[:30])}})
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script inherit deafness
     convert_split.BATCH_IMAGES, convert_split.FLUSH_BYTES = 5, 1
     source = slow()
     print("starting", flush=True)
