@@ -17,6 +17,7 @@ from deitfast.trained import TrainedModel
 from pipelines.errors import Mistake
 
 CLASSES = tuple("abc")
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch 2.11's exporter, of itself
 
 
 def untrained(*settings: str) -> TrainedModel:
