@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,30 +53,33 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises:
         Mistake: another one is writing there, or it can be no folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(folder, wait=False))
         except BlockingIOError:
             raise Mistake(f"{folder}: another {what} is writing here", remedy="wait for it, or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            log.debug("%s: not locked: %s", folder, error.strerror)
+        except OSError as error:
+            raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
         yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, where the file system knows locks; a kill opens it again."""
+def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Let one process at a time into the block, where the file system knows locks; a kill opens it again.
+
+    Raises:
+        BlockingIOError: another process is in there, and this one does not `wait`.
+        OSError: there is no such folder.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:  # some network file systems have no locks
+            log.debug("%s: not locked: %s", folder, error.strerror)
         yield
     finally:
         os.close(handle)
