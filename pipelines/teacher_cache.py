@@ -156,7 +156,7 @@ class TeacherCache:
                     publish(self.folder, replace(self.manifest, crc32=self._write_table()))
                 except _UnansweredError:
                     return False
-                self._require_finished()
+                self._finished_by_now()
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         return True
 
@@ -176,7 +176,7 @@ class TeacherCache:
         return tuple(crcs)
 
     def _finished_by_now(self) -> bool:
-        """Return whether the cache is complete, by whomever."""
+        """Take up the finished table if it is there by now, by whomever, and return whether it is."""
         if not self.complete and (manifest := read_manifest(self.folder)).crc32:
             self.manifest, self._table = manifest, open_table(self.folder, manifest)
         return self.complete
@@ -191,9 +191,8 @@ class TeacherCache:
         there = 0
         if not self.complete:
             try:
-                there = sum(
-                    int(self._filled(first)[1].sum()) for first in sorted({view for _, view in parts(self.folder)})
-                )
+                firsts = {view for _, view in parts(self.folder)}
+                there = sum(int(self._filled(first)[1].sum()) for first in firsts)
             except FileNotFoundError:  # as in `rows`
                 self._require_finished()
         return self.manifest.views * self.manifest.answered if self._finished_by_now() else there
