@@ -133,14 +133,16 @@ def describe_cache(
         **{f"augment.{name}": fields[name] for name in chosen},
         **teacher,
     }
-    whole = training_sampler(dataset, recipe, runtime, _least_batch(recipe, runtime), whole=True)
-    subset = training_subset(dataset, recipe)
+    answered = training_sampler(dataset, recipe, runtime, _least_batch(recipe, runtime), whole=True).views_per_epoch
+    if per_image:
+        subset = training_subset(dataset, recipe)
+        answered = samples if subset is None else len(subset)
     return Manifest(
         FORMAT,
         spec,
         views=1 if per_image else recipe.views,
         samples=samples,
-        answered=(samples if subset is None else len(subset)) if per_image else whole.views_per_epoch,
+        answered=answered,
         repeats=1 if per_image else recipe.augment.repeats,
         identity=identity,
         made_with=_software(runtime),

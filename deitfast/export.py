@@ -109,7 +109,7 @@ def export_onnx(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
             Published(trained.model).eval(), (pixels,), dynamo=True, verbose=False,
             input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: batch},),
         )  # fmt: skip
-    except ImportError as error:  # torch says so of either package, in this way or through its own exception
+    except ImportError as error:  # of either package
         raise Mistake(
             "the export to ONNX needs two packages more", found=str(error), remedy="pip install onnx onnxscript"
         ) from error
