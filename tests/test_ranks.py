@@ -13,31 +13,14 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = ("augment.mix_group=4", "model.patch=16", "model.drop_path=0.0", "optim.name=sgd", "optim.lr=0.05")
 
 
-def train(data: Path, out: Path, world: int) -> None:
-    """Train one epoch with `world` processes under torchrun."""
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    options = ["--data", data, "--out", out, "--batch", 16, "--epochs", 1, "--device", "cpu", *settings]
-    runner = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
-    subprocess.run(
-        [sys.executable, "-m", *runner, "deitfast", "train", *map(str, options)],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
-def test_two_ranks_learn_what_one_does(tiny_small: Path, tmp_path: Path) -> None:
-    train(tiny_small, tmp_path / "one", 1)
-    train(tiny_small, tmp_path / "two", 2)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun leaves a folder wherever temporary files go."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def launched(world: int, *words: object) -> None:
-    """Run a command of deitfast in `world` processes."""
+    """Run a command of deitfast in `world` processes under torchrun."""
     runner = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "deitfast"]
     done = subprocess.run(
         [sys.executable, "-m", *runner, *map(str, words), "--device", "cpu"],
@@ -47,6 +30,21 @@ def launched(world: int, *words: object) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def train(data: Path, out: Path, world: int) -> None:
+    """Train one epoch with `world` processes."""
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    launched(world, "train", "--data", data, "--out", out, "--batch", 16, "--epochs", 1, *settings)
+
+
+def test_two_ranks_learn_what_one_does(tiny_small: Path, tmp_path: Path) -> None:
+    train(tiny_small, tmp_path / "one", 1)
+    train(tiny_small, tmp_path / "two", 2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
 
 
 @pytest.mark.slow
