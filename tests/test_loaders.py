@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from betons import photo, write_split
+from betons import jpeg, photo, write_split
 from loading import (
     BATCH,
     CPU,
@@ -98,6 +98,16 @@ def test_batches_are_what_the_contract_says(name: str, photos: Reader, small: Re
             np.testing.assert_array_equal(batch.labels, 100 + batch.params.sample)
         loader.close()
         loader.close()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_jpeg_that_libjpeg_only_warns_of_is_read(name: str, tmp_path: Path, suffix: str) -> None:
+    image = photo(np.random.default_rng(0), SIZE, SIZE)
+    warned = jpeg(image)[:-2] + b"stray bytes" + b"\xff\xd9"  # as cameras and old programs leave them there
+    reader = write_split(tmp_path / f"warned{suffix}", [(image, jpeg(image)), (image, warned)])
+    (batch,) = open_eval(name, reader, PADDED).epoch(0)
+    assert batch.valid[:2].all()
+    assert torch.equal(batch.images[0], batch.images[1])
 
 
 @pytest.mark.parametrize("name", LOADERS)

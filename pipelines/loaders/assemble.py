@@ -20,6 +20,7 @@ from pipelines.sampler import Rows, Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.pool import usable_cores
 from pipelines.storage.reader import RAW, Reader
+from pipelines.storage.transcode import BadImageError, stored_size
 from pipelines.views import ViewParams, draw_eval, draw_train
 
 KEPT_CANVASES = 4
@@ -253,6 +254,17 @@ def undecodable(reader: Reader, sample: int, found: str = "") -> Failure:
         found=found,
         remedy="run deitfast verify on the data set and convert it again, or leave it out with loader.skip_bad",
     )
+
+
+def refused(reader: Reader, sample: int) -> Failure | None:
+    """Return what to raise for a JPEG that a decoder did not take: nothing where Pillow reads it as it is stored."""
+    try:
+        height, width = stored_size(reader.sample(sample).tobytes())
+    except BadImageError as error:
+        return undecodable(reader, sample, str(error))
+    if (height, width) == (reader.heights[sample], reader.widths[sample]):
+        return None
+    return undecodable(reader, sample, f"one of {width} x {height}")
 
 
 def fit(codec: Codec, crop: np.ndarray, resized: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:

@@ -1,14 +1,12 @@
 """What the dali loader feeds its graph: stored images as they lie in the mapped file, looked at before DALI is."""
 
-import io
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
 
 from pipelines.errors import Failure
-from pipelines.loaders.assemble import CHUNK, Plan, undecodable
+from pipelines.loaders.assemble import CHUNK, Plan, refused, undecodable
 from pipelines.loaders.dali_graph import PIXEL
 from pipelines.loaders.decode_once import NOTHING, Work
 from pipelines.storage.jpeg import read_frame
@@ -80,11 +78,9 @@ class EncodedImages:
         for sample in samples[self._reader.modes[samples] != RAW].tolist():
             if sample in self._plan.bad:  # DALI had a black pixel instead
                 continue
-            try:
-                Image.open(io.BytesIO(self._reader.sample(sample).tobytes())).load()
-            except Exception as reason:  # on damaged files Pillow raises nearly anything
+            if failure := refused(self._reader, sample):
                 broken += 1
-                self._plan.bad.meet(sample, undecodable(self._reader, sample, str(reason)))
+                self._plan.bad.meet(sample, failure)
         if not broken:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             message = next((line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0])

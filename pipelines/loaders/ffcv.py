@@ -19,7 +19,7 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import Geometry, Plan, undecodable
+from pipelines.loaders.assemble import Geometry, Plan, refused
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import Rows
 from pipelines.storage.beton import BetonReader
@@ -170,7 +170,8 @@ class _Run(EpochIterator):
         table = tabulate(self.reader, rows, params, self._damaged(rows) if self.plan.spec.check else ())
         (images,) = super().run_pipeline(b_ix, table, batch_slot, cuda_event)
         for sample in table[table[:, STATUS] != 0, SAMPLE].tolist():
-            self.plan.bad.meet(sample, undecodable(self.reader, sample))
+            if failure := refused(self.reader, sample):  # libjpeg's warnings come as failures, with all pixels there
+                self.plan.bad.meet(sample, failure)
         skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, self.plan.bad.samples()))
         images[skipped] = 0
         return images, rows, params, skipped
