@@ -31,6 +31,7 @@ JUNK = {
     "train/cat/notes.txt": b"",
     "train/cat/Thumbs.db": b"",
     "train/dog/._1.jpg": b"macOS",
+    "train/dog/4.HEIC": b"a telephone's",
     "train/.git/cat.png": b"",
     "__MACOSX/train/cat/1.jpg": b"",
     "README.md": b"",
@@ -66,7 +67,8 @@ def test_a_tree_is_the_same_in_every_shape(tmp_path: Path, shape: str) -> None:
     expected = sorted((name.split("/")[1], name, data) for name, data in TREE.items())
     assert contents(source) == [item for item in expected if item[1].startswith("train")]
     assert contents(source, "val") == [("dog", "val/dog/9.jpg", b"dog nine")]
-    assert source.ignored == 4  # notes, thumbnails, ._, README; hidden folders are not looked into
+    left_out = ".md, .db, .txt, ._*, .heic"  # of hidden folders nothing is said
+    assert source.notes == (f"5 files, not images by their names, are left out: {left_out}",)
     copy = pickle.loads(pickle.dumps(source))
     assert contents(copy) == contents(source)
 

@@ -35,8 +35,6 @@ class Locator(Protocol):
 class OpenedSource(Source):
     """A source whose entries' `where` are locators. Close it when the last image has been read."""
 
-    ignored: int = 0
-    """Files that were passed over because their names are not those of images."""
     notes: tuple[str, ...] = ()
     """What the user should know: parts that are missing or left out."""
     unpacked: str = ""

@@ -145,9 +145,7 @@ def _open_archive(
                 Entry(f"{name}#{row}", int(label), image, PIXELS)
                 for row, (label, image) in enumerate(zip(batch.labels, batch.images, strict=True))
             )
-    return OpenedSource(
-        layout.kind, str(listing.origin), classes, splits, 0, tuple(workspace.notes), workspace.unpacked
-    )
+    return OpenedSource(layout.kind, str(listing.origin), classes, splits, tuple(workspace.notes), workspace.unpacked)
 
 
 def _class_names(layout: Layout, data: bytes, where: str) -> tuple[str, ...]:

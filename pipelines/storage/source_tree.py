@@ -1,6 +1,8 @@
 """Image trees: `train/<class>/*` and `val/<class>/*` in a folder or an archive. What kind `folder` opens."""
 
 import hashlib
+import posixpath
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +44,8 @@ class Tree:
     """Images by full name, sorted."""
     folders: set[str]
     """Visible folders by full name."""
-    ignored: int
-    """Visible files that are not images by their names."""
+    ignored: Counter[str]
+    """Visible files that are not images by their names, by their ending (or name, where that has none)."""
 
     def part(self, folder: str) -> Part:
         """Return what lies below `folder` (a name directly below the root; empty: the root itself)."""
@@ -90,13 +92,16 @@ def open_tree(kind: str, listing: Listing, workspace: Workspace, val_fraction: f
     if unused := len(tree.images) - used:
         seen = " and ".join(f"{part.folder}/<class>/" for part in (train, val) if part and part.folder)
         workspace.notes.append(f"{unused:,} images outside {seen or 'the class folders'} are left out")
-    return assemble(kind, listing.origin, train, val, workspace, val_fraction, tree.ignored)
+    if tree.ignored:
+        endings = some([ending for ending, _ in tree.ignored.most_common()])
+        workspace.notes.append(f"{tree.ignored.total():,} files, not images by their names, are left out: {endings}")
+    return assemble(kind, listing.origin, train, val, workspace, val_fraction, tree.ignored.total())
 
 
 def read_tree(listing: Listing) -> Tree:
     """Pick the images out of a listing, by their names' endings, and find the folder that holds them all."""
     images: Images = {}
-    ignored = 0
+    ignored: Counter[str] = Counter()
     for name, locator in listing.files.items():
         *folders, base = name.split("/")
         if any(map(is_hidden, folders)):
@@ -104,7 +109,7 @@ def read_tree(listing: Listing) -> Tree:
         if base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith("._"):  # ._ are macOS notes
             images[name] = locator
         else:
-            ignored += 1
+            ignored["._*" if base.startswith("._") else printable(posixpath.splitext(base)[1].lower() or base)] += 1
     visible = {name for name in listing.folders if not any(map(is_hidden, name.split("/")))}
     return Tree(_common_root(images), images, visible, ignored)
 
@@ -147,7 +152,7 @@ def assemble(
         splits["train"], splits["val"] = split_off(splits["train"], val_fraction, train.folder)
     else:
         workspace.notes.append("there is no validation split; --val-fraction .1 makes one")
-    return OpenedSource(kind, str(origin), tuple(labels), splits, ignored, tuple(workspace.notes), workspace.unpacked)
+    return OpenedSource(kind, str(origin), tuple(labels), splits, tuple(workspace.notes), workspace.unpacked)
 
 
 def split_off(entries: list[Entry], fraction: float, folder: str) -> tuple[list[Entry], list[Entry]]:
