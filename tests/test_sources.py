@@ -224,6 +224,9 @@ def test_val_fraction_depends_on_names_alone(tmp_path: Path) -> None:
         ({"train/cat/1.jpg": b"", "train/dog/1.txt": b""}, "1 of 2 classes have no images.*dog"),
         ({"train/cat/1.jpg": b"", "val/cow/1.jpg": b""}, "classes that train/ has not.*cow"),
         ({"val/cat/1.jpg": b""}, "no training images.*no train/"),
+        ({"train/cat.1.jpg": b"", "test1/2.jpg": b""}, "named like splits.*found: test1, train"),
+        ({"images/train/1.jpg": b"", "images/val/2.jpg": b""}, "named like splits.*found: train, val"),
+        ({"seg_train/a/1.jpg": b"", "seg_test/a/2.jpg": b""}, "named like splits.*found: seg_test, seg_train"),
     ],
 )
 def test_trees_that_will_not_do(tmp_path: Path, files: dict[str, bytes], words: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def open_folder(path: Path, workspace: Workspace, val_fraction: float) -> Opened
     """Open a folder, tar or zip of class folders, with or without train and val above them.
 
     Raises:
-        Mistake: there are no class folders, a class is empty, or val has classes that train has not.
+        Mistake: no class folders, or named like splits; a class is empty, or val has classes that train has not.
     """
     return open_tree("folder", list_files(path, workspace), workspace, val_fraction)
 
@@ -88,6 +89,12 @@ def open_tree(kind: str, listing: Listing, workspace: Workspace, val_fraction: f
             found=f"{vals[0].folder}/ with {len(vals[0].classes)} classes, and no train/",
         )
     train, val = trains[0] if trains else tree.part(""), vals[0] if vals else None
+    if any(train.classes.values()) and all(map(_is_split, train.classes)):
+        raise Mistake(
+            f"{printable(listing.origin)}: the folders that should be classes are named like splits",
+            expected=LAYOUT,
+            found=some(sorted(train.classes)),
+        )
     used = sum(len(images) for part in (train, val) if part for images in part.classes.values())
     if unused := len(tree.images) - used:
         seen = " and ".join(f"{part.folder}/<class>/" for part in (train, val) if part and part.folder)
@@ -185,6 +192,11 @@ def _entries(part: Part, labels: Mapping[str, int]) -> list[Entry]:
         for class_name in sorted(part.classes)
         for name, locator in part.classes[class_name].items()  # sorted, as listings are
     ]
+
+
+def _is_split(folder: str) -> bool:
+    """Say whether a folder's name is that of a split: train, test1, seg_train."""
+    return any(word in TRAIN_NAMES + VAL_NAMES for word in re.findall("[a-z]+", folder.lower()))
 
 
 def _common_root(images: Iterable[str]) -> str:
