@@ -97,6 +97,10 @@ LAYOUTS = {
     "tree with flat val": TREE | FLAT_VAL | SYNSETS,
     "tree beside its tars": TREE | TARS | SYNSETS,
     "train tree, val tar": {"ILSVRC2012_img_val.tar": TARS["ILSVRC2012_img_val.tar"]} | TREE | SYNSETS,
+    "one class extracted, another's tar gone": {name: data for name, data in TREE.items() if WNIDS[2] not in name}
+    | {f"train/{wnid}.tar": NESTED[f"{wnid}.tar"] for wnid in WNIDS[1:]}
+    | CLASSED_VAL,
+    "val half sorted": TREE | dict([*CLASSED_VAL.items()][:2]) | dict([*FLAT_VAL.items()][2:]) | SYNSETS,
     "class tars not yet extracted": {f"train/{name}": data for name, data in NESTED.items()} | CLASSED_VAL,
     "kaggle": KAGGLE,
 }
@@ -118,6 +122,12 @@ def test_official_folder_names(tmp_path: Path) -> None:
     names |= {name.replace("val/", "ILSVRC2012_img_val/", 1): data for name, data in FLAT_VAL.items()}
     expected = [(wnid, "ILSVRC2012_img_" + name, data) for wnid, name, data in EXPECTED_TRAIN]
     check(open_source("imagenet", write_tree(tmp_path, names | SYNSETS)), expected)
+
+
+def test_classes_beside_the_validation_folder(tmp_path: Path) -> None:
+    names = {name.removeprefix("train/"): data for name, data in TREE.items()}
+    expected = [(wnid, name.removeprefix("train/"), data) for wnid, name, data in EXPECTED_TRAIN]
+    check(open_source("imagenet", write_tree(tmp_path, names | FLAT_VAL | SYNSETS)), expected)
 
 
 def test_the_training_tar_itself_finds_what_lies_beside_it(tmp_path: Path) -> None:
@@ -145,6 +155,8 @@ def test_parts_of_imagenet_work_with_a_word(tmp_path: Path) -> None:
     source = open_source("imagenet", write_tree(tmp_path / "no val", TREE))
     assert list(source.splits) == ["train"]
     assert any("no validation split" in note for note in source.notes)
+    spilt = open_source("imagenet", write_tree(tmp_path / "spilt", TREE | {"train/n02084071_1.JPEG": b""}))
+    assert "1 images outside train/<wnid>/ are left out" in spilt.notes
     source = open_source("imagenet", tmp_path / "no val", val_fraction=0.3)
     assert [entry.label for entry in source.splits["val"]] == [0, 1, 2]
 
@@ -184,6 +196,7 @@ def test_meta_mat_as_scipy_reads_it() -> None:
             "no little-endian MATLAB 5 file",
         ),
         ({"val/other.JPEG": b"", **SYNSETS}, Mistake, r"val/other\.JPEG has no label.*numbered 1 to 5"),
+        ({"val/images/1.JPEG": b"", "val/val_annotations.txt": b""}, Mistake, "of no class that the training.*images"),
         ({"train/n02000000/notes.txt": b""}, Mistake, "1 of 4 classes have no images.*n02000000"),
     ],
 )
@@ -196,6 +209,9 @@ def test_no_training_images(tmp_path: Path) -> None:
     write_tree(tmp_path, {"ILSVRC2012_img_val.tar": TARS["ILSVRC2012_img_val.tar"], "readme.txt": b""})
     with pytest.raises(Mistake, match=r"(?s)no ImageNet training images.*found: ILSVRC2012_img_val\.tar, readme\.txt"):
         open_source("imagenet", tmp_path)
+    flat = write_tree(tmp_path / "flat", {"train/n01440764_1.JPEG": b"", "train/n01440764_2.JPEG": b""})
+    with pytest.raises(Mistake, match="found: train, with 2 images in none of these"):
+        open_source("imagenet", flat)
 
 
 @pytest.mark.parametrize("cut", [1, 700, 3000, 6000])

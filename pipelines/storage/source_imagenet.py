@@ -8,7 +8,7 @@ from pipelines.errors import Mistake
 from pipelines.storage.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
 from pipelines.storage.listing import Extent, Listing, list_files, list_tar, printable
 from pipelines.storage.opened import OpenedSource, Workspace
-from pipelines.storage.source_tree import TRAIN_NAMES, Images, Part, Tree, assemble, read_tree
+from pipelines.storage.source_tree import TRAIN_NAMES, Part, Tree, assemble, read_tree, some
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -35,12 +35,13 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
     skip = UNUSED | {"train", "ILSVRC2012_img_train"} if packed else UNUSED
     listing = list_files(path, workspace, skip)
     tree = read_tree(listing)
-    train = _packed_train(listing, workspace) or _tree_train(tree)
-    if train is None or not any(train.classes.values()):
+    train = _train(tree, listing, workspace)
+    if not any(train.classes.values()):
+        outside = f", with {len(tree.images):,} images in none of these" if tree.images else ""
         raise Mistake(
             f"{printable(path)} holds no ImageNet training images",
             expected=f"{TRAIN_TAR}, or folders train/<wnid>/ such as train/n01440764/",
-            found=_some_names(listing),
+            found=_some_names(listing) + outside,
             remedy="give the folder they lie in as the source, or set IMAGENET_DIR",
         )
     val = _packed_val(listing, workspace) or _tree_val(tree)
@@ -48,6 +49,8 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
         val = _label(val, train, listing, workspace)
     if val is not None:
         val = _known_classes(val, train, workspace)
+    if train.loose:
+        workspace.notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
     if len(train.classes) != 1000:
         workspace.notes.append(f"{len(train.classes):,} of ImageNet's 1,000 classes are here")
     source = assemble("imagenet", listing.origin, train, val, workspace, val_fraction)
@@ -56,8 +59,16 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
     return source
 
 
-def _packed_train(listing: Listing, workspace: Workspace) -> Part | None:
-    """Return the images inside class tars, which lie in the training tar or by themselves."""
+def _train(tree: Tree, listing: Listing, workspace: Workspace) -> Part:
+    """Return the training images: of class tars, and of the folders of classes that were extracted already."""
+    packed, extracted = _packed_train(listing, workspace), _tree_train(tree)
+    if packed.classes and extracted is not None:
+        return Part("train", extracted.classes | packed.classes, extracted.loose)
+    return extracted or packed
+
+
+def _packed_train(listing: Listing, workspace: Workspace) -> Part:
+    """Return the images inside class tars, which lie in the training tar or by themselves; there may be none."""
     names = listing.named(TRAIN_TAR)
     outer = listing.files[names[0]] if names else None
     inner = list_tar(outer, Path(names[0]), workspace).files if isinstance(outer, Extent) else listing.files
@@ -68,7 +79,7 @@ def _packed_train(listing: Listing, workspace: Workspace) -> Part | None:
             images = read_tree(list_tar(tar, Path(base), workspace)).images
             wnid = base.removesuffix(".tar")
             part.classes[wnid] = {f"train/{wnid}/{printable(image)}": where for image, where in images.items()}
-    return part if part.classes else None
+    return part
 
 
 def _tree_train(tree: Tree) -> Part | None:
@@ -76,8 +87,8 @@ def _tree_train(tree: Tree) -> Part | None:
     for part in tree.parts(TRAIN_FOLDERS):
         if any(part.classes.values()):
             return part
-    top = tree.part("")
-    return top if any(WNID.fullmatch(name) for name in top.classes) else None
+    classes = {name: images for name, images in tree.part("").classes.items() if WNID.fullmatch(name)}
+    return Part("", classes) if classes else None
 
 
 def _packed_val(listing: Listing, workspace: Workspace) -> Part | None:
@@ -96,9 +107,9 @@ def _tree_val(tree: Tree) -> Part | None:
 
 
 def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Part:
-    """Return the validation images that lie side by side, in the classes that a label file gives them."""
+    """Return the validation images, those that lie side by side in the classes that a label file gives them."""
     labels = validation_labels(listing, sorted(train.classes))
-    classes: dict[str, Images] = {}
+    classes = {wnid: dict(images) for wnid, images in val.classes.items()}
     for name, where in val.loose.items():
         number = NUMBER.search(posixpath.basename(name))
         wnid = labels.get(int(number[1])) if number else None
@@ -112,14 +123,25 @@ def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Pa
     return Part(val.folder, classes)
 
 
-def _known_classes(val: Part, train: Part, workspace: Workspace) -> Part | None:
-    """Leave out validation images of classes that a partial training set lacks, with a note."""
+def _known_classes(val: Part, train: Part, workspace: Workspace) -> Part:
+    """Leave out validation images of classes that a partial training set lacks, with a note.
+
+    Raises:
+        Mistake: that would be all of them.
+    """
     known = {wnid: images for wnid, images in val.classes.items() if wnid in train.classes}
+    if not any(known.values()):
+        raise Mistake(
+            f"{val.folder}/ has images of no class that the training images have",
+            expected="folders of wnids, or images side by side and a file of their labels",
+            found=some(sorted(val.classes)),
+            remedy="sort them so, or take them away to go on without",
+        )
     if left_out := sum(map(len, val.classes.values())) - sum(map(len, known.values())):
         workspace.notes.append(
             f"{left_out:,} validation images of classes that are not in the training set are left out"
         )
-    return Part(val.folder, known) if any(known.values()) else None
+    return Part(val.folder, known)
 
 
 def _some_names(listing: Listing) -> str:
