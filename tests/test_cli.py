@@ -119,6 +119,15 @@ def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None
     assert (done.returncode, "classes: \\U0001f431" in done.stdout) == (0, True), done.stderr
 
 
+def test_brackets_in_names_are_shown(capsys) -> None:
+    folder = Path("[bold] images/train/cat [female]")
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "1.png")
+    code, shown, err = call(capsys, "convert", "folder", folder.parents[1], "[data]", "--workers", 1)
+    assert code == 0, err
+    assert all(name in shown for name in ("[data]: folder", "classes: cat [female]", "source: [bold] images"))
+
+
 def test_a_damaged_data_set_fails_with_1(capsys, tiny_small: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -157,9 +157,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, e
     from deitfast.tables import ablation_table
 
     if name:
-        out.print(recipe.dump(recipe.load(name)), markup=False, highlight=False)
+        out.print(recipe.dump(recipe.load(name)), highlight=False)
         return
     for each in recipe.names():
-        out.print(f"[bold]{each}[/bold]")
-        out.print(recipe.head(each), markup=False, highlight=False, style="dim")
+        out.print(each, style="bold")
+        out.print(recipe.head(each), highlight=False, style="dim")
     out.print(ablation_table())
