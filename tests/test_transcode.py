@@ -72,6 +72,19 @@ def test_grey_jpegs_become_colour_and_keep_their_pixels(odd):
     assert difference(stored(sample), pixels(odd["grey.JPEG"])) < 0.1
 
 
+@pytest.mark.parametrize("form", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_frames_the_first_is_taken_and_counted(form: str) -> None:
+    frames = [Image.fromarray(drawn(40, 30, seed)) for seed in range(3)]
+    several = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    sample = transcode(several, "x", Codec())
+    assert sample.kind & Kind.FRAMES
+    assert difference(stored(sample), pixels(several)) == 0
+    assert difference(stored(sample), np.asarray(frames[0])) < 12
+    if form == "GIF":  # cut in the second frame
+        assert transcode(several[: len(several) * 2 // 5], "x", Codec()) == sample
+    assert not transcode(encoded(frames[0], form), "x", Codec()).kind & Kind.FRAMES
+
+
 def test_sixteen_bits_are_scaled_not_clipped(odd):
     deep = np.asarray(Image.open(io.BytesIO(odd["deep.png"]))).astype(float)
     sample = transcode(odd["deep.png"], "deep.png", Codec())

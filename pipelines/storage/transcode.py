@@ -49,6 +49,7 @@ class Kind(IntFlag):
     ALPHA = 256
     ROTATED = 512
     MISNAMED = 1024
+    FRAMES = 2048
 
 
 KIND_NAMES = {
@@ -63,6 +64,7 @@ KIND_NAMES = {
     Kind.ALPHA: "transparent",
     Kind.ROTATED: "EXIF-rotated",
     Kind.MISNAMED: "named JPEG but not one",
+    Kind.FRAMES: "first of several frames",
 }
 """How `DatasetSpec` and the summary call them."""
 
@@ -243,6 +245,8 @@ def _traits(image: Image.Image, name: str) -> Kind:
         kind |= Kind.ROTATED
     if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):
         kind |= Kind.MISNAMED
+    if image.format not in ("JPEG", "MPO") and _several(image):
+        kind |= Kind.FRAMES
     return kind
 
 
@@ -250,6 +254,14 @@ def _raw_modes(image: Any) -> Iterable[object]:
     """Return the decoder's arguments of each tile: Pillow names the file's own depth nowhere else."""
     for _, _, _, arguments in image.tile:
         yield arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+
+
+def _several(image: Image.Image) -> bool:
+    """Say whether there are further frames, or pages of a TIFF."""
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # the second one is damaged, which is no reason to refuse the first
+        return True
 
 
 def _orientation(image: Image.Image) -> object:
