@@ -1,5 +1,6 @@
 """Conversion: what is written, whatever the number of workers, and what is refused."""
 
+import logging
 import pickle
 
 import pytest
@@ -42,14 +43,16 @@ def test_the_bytes_do_not_depend_on_the_workers(odd, tmp_path, monkeypatch):
     assert contents_of(tmp_path / "1") == contents_of(tmp_path / "2")
 
 
-def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path):
+def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path, caplog):
     files = list(odd.values())[:4]
     contents = [files[0], files[1][:-50], files[2], b"", files[3], b"text"]
     source = MemorySource(splits={"train": entries(contents, labels=[0, 0, 0, 0, 1, 1])})
     with pytest.raises(Mistake, match=r"1\.JPEG: the JPEG stops before its end(.|\n)*--skip-bad"):
         convert(source, tmp_path / "d", workers=1)
     assert not (tmp_path / "d" / "dataset.json").exists()
-    spec = convert(source, tmp_path / "d", workers=1, skip_bad=True)
+    with caplog.at_level(logging.INFO, logger="pipelines"):
+        spec = convert(source, tmp_path / "d", workers=1, skip_bad=True)
+    assert f"3 images are left out; {tmp_path / 'd' / 'skipped.txt'} says which and why" in caplog.messages
     assert spec.splits["train"].samples == 3
     assert spec.splits["train"].converted["skipped"] == 3
     lines = (tmp_path / "d" / "skipped.txt").read_text().splitlines()

@@ -134,7 +134,8 @@ def test_val_comes_before_test_and_unlabelled_test_is_left_out(tmp_path: Path) -
     write_tree(tmp_path, {"train/a/1.jpg": b"1", "test/a/2.jpg": b"2", "val/a/3.jpg": b"3"})
     source = open_source("folder", tmp_path)
     assert contents(source, "val") == [("a", "val/a/3.jpg", b"3")]
-    assert source.notes == ("1 images outside train/<class>/ and val/<class>/ are left out",)
+    left_out = "1 images outside train/<class>/ and val/<class>/ are left out"
+    assert source.notes == (left_out, "there is one class only: a")
     flat = write_tree(tmp_path / "flat", {"train/a/1.jpg": b"1", "test/2.jpg": b"2"})
     assert list(open_source("folder", flat).splits) == ["train"]
 

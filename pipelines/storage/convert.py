@@ -84,6 +84,7 @@ def convert(
         if skipped := [line for _, lines in converted.values() for line in lines]:
             with whole_file(job.output / SKIPPED_FILE) as file:
                 file.write("".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace"))
+            log.info("%d images are left out; %s says which and why", len(skipped), job.output / SKIPPED_FILE)
         write_spec(job.output, spec)
         _remove_leftovers(job)
     return spec

@@ -145,6 +145,8 @@ def assemble(
             remedy="add their images or remove their folders",
         )
     labels = {name: label for label, name in enumerate(sorted(train.classes))}
+    if len(labels) == 1:
+        workspace.notes.append(f"there is one class only: {min(labels)}")
     splits = {"train": _entries(train, labels)}
     if val is not None:
         if unknown := sorted(name for name, images in val.classes.items() if images and name not in labels):
