@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,7 +22,7 @@ from deitfast.bench.remedies import shrinking
 from deitfast.bench.session import Wish, run_session
 from deitfast.bench.stages import Workbench
 from deitfast.bench.tables import show
-from deitfast.bench.timing import HOST, Pace, Pause, Work, measure, processor_seconds
+from deitfast.bench.timing import Pace
 from deitfast.display import Display
 from deitfast.recipe import Recipe
 from deitfast.step import Learner
@@ -176,54 +175,6 @@ def test_what_cannot_be_measured_is_refused(tiny_dataset: Path) -> None:
             Wish(**wrong)
     with closing(Dataset.open(tiny_dataset)) as dataset, pytest.raises(Mistake, match="one process"):
         run_session(dataset, recipe(), replace(CPU, world=2), QUICK, Display(Console(), quiet=True))
-
-
-class Ticks:
-    """A clock that stands still unless told to go on."""
-
-    now = 0.0
-
-    def mark(self) -> float:
-        return self.now
-
-    def wait(self) -> None:
-        pass
-
-    def seconds(self, began: float, ended: float) -> float:
-        return ended - began
-
-
-def test_rates_and_waiting_follow_the_clock() -> None:
-    clock = Ticks()
-
-    def call() -> Pause:
-        began, clock.now = clock.now, clock.now + 0.25
-        pause, clock.now = Pause(began, clock.now), clock.now + 0.75
-        return pause
-
-    work = Work("work", "", "device", 10, call, on_device=True)
-    (found,) = measure([work], clock, Pace(1e-3, rounds=3))  # pyright: ignore[reportArgumentType]
-    assert found.rates == (10.0,) * 3
-    assert found.waiting == 0.25
-
-
-def test_what_was_made_beforehand_goes_unmeasured_and_workers_finish_their_turns() -> None:
-    calls: list[str] = []
-    works = [
-        Work("one", "", None, 1, lambda: calls.append("one"), ahead=3),
-        Work("four", "", None, 1, lambda: (calls.append("four"), time.sleep(0.01)), at_once=4),
-    ]
-    one, four = measure(works, HOST, Pace(1e-3, rounds=1))
-    assert four.samples[0].images == 16
-    assert calls.count("one") >= one.samples[0].images + 2 * 3 + 1
-
-
-def test_processor_time_of_other_processes_counts() -> None:
-    before = processor_seconds([os.getpid()])
-    end = time.process_time() + 0.2
-    while time.process_time() < end:
-        pass
-    assert processor_seconds([os.getpid()]) - before == pytest.approx(0.4, abs=0.05)
 
 
 @pytest.mark.parametrize(("arch", "width", "heads"), [("deit_ti", 192, 1), ("deit_s", 384, 2)])

@@ -1,6 +1,7 @@
 """What only the dali loader does; the contract that it shares is in test_loaders.py and test_bad_input.py."""
 
 import logging
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,33 @@ def test_a_graph_serves_one_epoch_after_the_other(photos: Reader, monkeypatch: p
     for epoch in range(3):
         list(loader.epoch(epoch))
     assert len(built) == 1
+
+
+def test_dali_hears_of_the_readers_of_its_memory_before_it_has_it_back(
+    photos: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA it would otherwise write into crops that are still to be read."""
+    take, let_go = dali_graph.Graph.take, dali_graph.Graph.let_go
+    lent: list[weakref.ref[torch.Tensor]] = []
+    heard = []
+
+    def taking(graph: dali_graph.Graph) -> list[torch.Tensor]:
+        assert not any(crop() is not None for crop in lent)
+        crops = take(graph)
+        lent[:] = map(weakref.ref, crops)
+        return crops
+
+    def letting_go(graph: dali_graph.Graph) -> None:
+        heard.append(all(crop() is not None for crop in lent))
+        let_go(graph)
+
+    loader = open_train("dali", photos, RESIZED)
+    list(loader.epoch(0))  # the graph is built
+    monkeypatch.setattr(dali_graph.Graph, "take", taking)
+    monkeypatch.setattr(dali_graph.Graph, "let_go", letting_go)
+    list(loader.epoch(0))
+    assert heard
+    assert all(heard)
 
 
 def test_jpegs_that_no_hardware_decoder_takes_are_counted(photos: Reader, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,10 +82,19 @@ def test_crops_of_dali_are_near_the_references(photos: Reader) -> None:
 
 
 @needs_dali
-def test_crops_of_dali_stay_as_they_are_while_more_are_decoded(photos: Reader) -> None:
-    """DALI's memory is copied from before DALI has it back, also where the step's stream is far behind."""
+def test_crops_of_dali_stay_as_they_are_while_more_are_decoded(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI's memory is copied from before DALI has it back, also where that or the step's stream is far behind."""
+    from pipelines.loaders.dali import _Placing
+
+    place = _Placing.place
+
+    def late(*given: Any) -> Any:
+        torch.cuda._sleep(BUSY // 10)
+        return place(*given)
+
     with closing(open_train("dali", photos, RESIZED, device=GPU, hw_decoder_load=0.65)) as loader:
         quiet = [batch.images.cpu() for batch in loader.epoch(0)]
+        monkeypatch.setattr(_Placing, "place", late)
         kept = []
         for batch in loader.epoch(0):
             torch.cuda._sleep(BUSY // 10)

@@ -1,5 +1,6 @@
 """The thread that makes batches ahead: how many, what it hands on, how it ends."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -8,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from loading import BATCH, RESIZED, open_eval
 
 from pipelines.batch import Batch
 from pipelines.loaders import prefetch
+from pipelines.loaders.assemble import CHUNK
 from pipelines.loaders.prefetch import QUEUED, prefetched
+from pipelines.loaders.reference import PillowCodec
+from pipelines.storage.reader import Reader
 from pipelines.views import ViewParams
 
 CPU = torch.device("cpu")
@@ -47,6 +52,23 @@ def test_prefetching_hands_on_what_came_before_an_exception() -> None:
     assert [next(batches).images.item() for _ in range(2)] == [0, 0]
     with pytest.raises(ValueError, match="third"):
         next(batches)
+
+
+def test_threads_are_at_the_next_batch_while_one_waits_for_its_slowest_image(
+    photos: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls, further = PillowCodec.decode, itertools.count(), threading.Event()
+
+    def slow_at_first(codec: PillowCodec, data: np.ndarray, *window: int) -> np.ndarray:
+        number = next(calls)
+        if number == 0:
+            assert further.wait(20), "the other thread stopped at the end of the batch"
+        if number > BATCH - CHUNK:  # more than the first thread leaves of the first batch
+            further.set()
+        return decode(codec, data, *window)
+
+    monkeypatch.setattr(PillowCodec, "decode", slow_at_first)
+    assert sum(batch.valid.sum() for batch in open_eval("reference", photos, RESIZED).epoch(0)) == photos.num_samples
 
 
 def test_the_source_is_closed_in_its_own_thread() -> None:

@@ -276,5 +276,13 @@ def all_together(bench: Workbench) -> Work:
         bench.step(bench.augmented(batch))
         return pause
 
-    ahead = bench.recipe.loader.prefetch + 1
-    return Work("all together", "loader and step", None, bench.recipe.train.batch, train, ahead=ahead, on_device=True)
+    return Work(
+        "all together",
+        "loader and step",
+        None,
+        bench.recipe.train.batch,
+        train,
+        ahead=bench.recipe.loader.prefetch + 1,
+        drain=lambda: next(batches),
+        on_device=True,
+    )

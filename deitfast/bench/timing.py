@@ -45,7 +45,9 @@ class Work:
     threaded: bool = False
     """Whether the loader's threads will share this work."""
     ahead: int = 0
-    """Calls that may have been made beforehand in the background: as many go unmeasured before each measurement."""
+    """Calls that may have been made beforehand in the background: as many go unmeasured before a measurement."""
+    drain: Callable[[], object] | None = None
+    """Takes one of what was made beforehand, so that it is not worked off in a measurement; None: as `call` does."""
     at_once: int = 1
     """Calls whose results come at about the same time, from workers that each do one: measured in whole multiples."""
     on_device: bool = False
@@ -99,7 +101,9 @@ HOST = Clock(torch.device("cpu"))
 def measure(works: Sequence[Work], clock: Clock, pace: Pace) -> list[Measured]:
     """Measure works in turns, so that a machine that slows down slows them all alike.
 
-    Each is warmed up first. A single one goes on without a break between its measurements.
+    Each is warmed up first, and what it made ahead while the others had their turn goes before its own begins: a
+    loader of four fifths of the step's rate would pass for as fast over the first twelve steps. A single one goes on
+    without a break between its measurements.
     """
     pace.planned(pace.rounds * len(works))
     counts = [_warm_up(work, _clock(work, clock), pace.seconds) for work in works]
@@ -108,8 +112,10 @@ def measure(works: Sequence[Work], clock: Clock, pace: Pace) -> list[Measured]:
         for work, count, found in zip(works, counts, samples, strict=True):
             if len(works) > 1:
                 settle(work.processes)
-                for _ in range(work.ahead):
-                    work.call()
+            if work.drain and (len(works) > 1 or not found):
+                _repeat(work.drain, work.ahead)
+            if len(works) > 1:
+                _repeat(work.call, work.ahead)
             found.append(_sample(work, _clock(work, clock), count))
             pace.told(work.name, found[-1].images / found[-1].seconds)
     return [
@@ -159,8 +165,13 @@ def _warm_up(work: Work, clock: Clock, seconds: float) -> int:
     return calls if work.at_once == 1 else max(LEAST_TURNS, math.ceil(calls / work.at_once)) * work.at_once
 
 
+def _repeat(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
 def _sample(work: Work, clock: Clock, count: int) -> Sample:
-    clock.wait()
+    """Measure without a wait in front: while the device worked off the calls before, the loader would get ahead."""
     pauses: list[Pause] = []
     spent, began = processor_seconds(work.processes()), clock.mark()
     for _ in range(count):

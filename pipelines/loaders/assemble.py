@@ -139,22 +139,26 @@ class HostLoader:
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix=f"deitfast-{self.name}")
+        begun: deque[Callable[[], Batch]] = deque()
         try:
             for step in range(start_step, self.steps_per_epoch):
-                yield self._batch(pool, *self.plan.draw(epoch, step))
+                begun.append(self._begin(pool, *self.plan.draw(epoch, step)))
+                if len(begun) > 1:  # while a batch waits for its last images, the other threads are at the next
+                    yield begun.popleft()()
+            while begun:
+                yield begun.popleft()()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _batch(self, pool: ThreadPoolExecutor, rows: Rows, params: ViewParams) -> Batch:
+    def _begin(self, pool: ThreadPoolExecutor, rows: Rows, params: ViewParams) -> Callable[[], Batch]:
+        """Have the threads render a batch; return what waits for them and gives it."""
         geometry = Geometry.of(params)
         covered = rows.valid.all() and geometry.fills(self.plan.augment.size)
         images = self.plan.canvas(len(rows.samples), blank=not covered)
-        out, work = images.numpy(), by_sample(rows)
+        out, work, stop = images.numpy(), by_sample(rows), broken_off()
         chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-        stop, skipped = broken_off(), []
-        for rows_skipped in pool.map(lambda chunk: self._render_chunk(chunk, geometry, out, stop), chunks):
-            skipped += rows_skipped
-        return self.plan.batch(images, rows, params, skipped)
+        skipped = pool.map(lambda chunk: self._render_chunk(chunk, geometry, out, stop), chunks)
+        return lambda: self.plan.batch(images, rows, params, [row for part in skipped for row in part])
 
     def _render_chunk(
         self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray, stop: Event

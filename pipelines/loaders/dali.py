@@ -90,6 +90,7 @@ class DaliLoader:
                     raise lost
                 crops = self._take(graph, [work for work, _ in started])
                 images, skipped = placing.place(work, lost, crops)
+                graph.let_go()
                 del crops  # DALI's memory
                 started.popleft()
                 start(pool)

@@ -61,6 +61,8 @@ class Graph:
         self.spec = spec
         self._held: deque[list[np.ndarray]] = deque(maxlen=spec.depth + 1)
         """What the runs under way read, and the last one taken: DALI reads the encoded images where they lie."""
+        self._writers: set[int] = set()
+        """DALI's CUDA streams that wrote the crops taken last."""
         self._pipeline: Pipeline = define(spec)
         self._pipeline.build()
         nothing = np.zeros((spec.views, 1, 8), np.int64)
@@ -85,12 +87,22 @@ class Graph:
         """Wait for the oldest run and return its crops: R times uint8 [n, S, S, 3] on the device, in DALI's memory.
 
         On CUDA the host waits only until the run's last kernel is on its way, and torch's current stream waits for
-        the rest. Dropping the tensors is safe while they are still read: a thread of DALI's gives the memory back once
-        the GPU is done with all that it had been given until then.
+        the rest. DALI writes to the memory of tensors that were dropped at once: `let_go` goes before.
         """
-        stream = torch.cuda.current_stream(self.spec.device) if self.spec.device.type == "cuda" else None
-        outputs = self._pipeline.outputs(stream)
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        device = self.spec.device
+        if device.type != "cuda":
+            return [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs()]
+        outputs = [output.as_tensor() for output in self._pipeline.outputs(torch.cuda.current_stream(device))]
+        self._writers = {output.stream for output in outputs}
+        # not by DLPack: for what came by it a thread of DALI's waits, at every run, until the whole GPU has caught up,
+        # which costs a core and memory, and ends the capture of a CUDA graph
+        return [torch.as_tensor(output, device=device) for output in outputs]
+
+    def let_go(self) -> None:
+        """Have DALI's next use of the crops' memory wait for all that torch's current stream was given until now."""
+        for writer in self._writers:
+            reader = torch.cuda.current_stream(self.spec.device)
+            torch.cuda.ExternalStream(writer, self.spec.device).wait_stream(reader)
 
     def _feed(self, encoded: list[np.ndarray], geometry: np.ndarray) -> None:
         self._held.append(encoded)
