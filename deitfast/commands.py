@@ -171,15 +171,7 @@ def _predict(
     loader = open_split(dataset, split, recipe, runtime)
     label = f"evaluating {split} ({loader.name} loader)"
     with closing(loader), display.bar(label, loader.steps_per_epoch) as bar:
-        heads, labels = predict(
-            trained.model,
-            loader,
-            recipe.augment,
-            runtime.device,
-            runtime.amp,
-            lambda done, _: bar.reach(done),
-            kernels=recipe.train.kernels,
-        )
+        heads, labels = predict(trained.model, loader, recipe, runtime, lambda done, _: bar.reach(done))
     return loader.name, heads, labels
 
 

@@ -303,16 +303,8 @@ class Run:
 
         for name, model in models.items():
             with stop.at_once(), self.display.bar("evaluating", loader.steps_per_epoch) as bar:
-                heads = evaluate(
-                    model,
-                    loader,
-                    self.recipe.augment,
-                    self.runtime.device,
-                    self.runtime.amp,
-                    len(self.spec.classes),
-                    partial(seen, bar=bar),
-                    kernels=self.recipe.train.kernels,
-                )
+                count, progress = len(self.spec.classes), partial(seen, bar=bar)
+                heads = evaluate(model, loader, self.recipe, self.runtime, count, progress)
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
             everything[name] = {head: metrics.everything() for head, metrics in heads.items()}
         self.evaluating = time.monotonic() - began
