@@ -70,7 +70,7 @@ def augment(
     Raises:
         Mistake: kernels are on where they cannot run.
     """
-    if run_kernels(kernels, batch.images.device):
+    if kernels_run(kernels, batch.images.device):
         return _in_kernels(batch, spec, dtype, train, patch)
     if not train:
         own = torch.ones_like(batch.labels, dtype=torch.float32)
@@ -90,7 +90,7 @@ def augment(
     return _input(batch, pixels, dtype, patch, batch.labels[columns["partner"]], share)
 
 
-def run_kernels(kernels: str, device: torch.device) -> bool:
+def kernels_run(kernels: str, device: torch.device) -> bool:
     """Return whether the kernels run on a device, for `train.kernels`.
 
     Raises:
