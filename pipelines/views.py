@@ -15,8 +15,6 @@ from pipelines.packed import RESIZED, UNIT, PackedSpec, Tables, pack, tables_for
 from pipelines.sampler import Rows
 from pipelines.spec import AugmentSpec
 
-__all__ = ["COLUMNS", "SLICES", "ViewParams", "draw_eval", "draw_train"]
-
 COLUMNS = {
     "sample": 1,  # index in the split
     "view": 1,  # number of the view
