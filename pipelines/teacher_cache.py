@@ -7,10 +7,10 @@ a folder:
     parts/          while it fills: targets with their (view, sample), each part a file of its own with its CRC32
     targets.npy     once complete: [views, samples] of 2 bytes each (hard), or of top-k records (soft)
 
-Parts appear whole or not at all (temporary name, fsync, rename), under names that never meet, so any number of
-processes may write at any moment and be killed at any moment: several trainings may fill one cache. When every view is
-answered the parts become `targets.npy`, and the manifest that says so is published last; who still has answers finds
-them there and goes on reading. The result depends on the targets alone: not on who wrote them, in which order, or how
+Parts appear whole or not at all (temporary name, fsync, rename) and under unique names, so any number of processes may
+write, and be killed, at any moment: several trainings may fill one cache. Once every view is answered the parts become
+`targets.npy`, and the manifest that says so is published last; a process that still holds answers of its own finds the
+table and reads on from there. The result depends on the targets alone: not on who wrote them, in which order, or how
 often they were interrupted.
 """
 
@@ -57,7 +57,7 @@ class TeacherCache:
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> "TeacherCache":
-        """Start an empty cache, or open the one that another process has started in this moment.
+        """Start an empty cache, or open the one that another process has just started.
 
         Raises:
             Mistake: there is something else in the folder, or the numbers do not fit the format.
@@ -167,7 +167,7 @@ class TeacherCache:
         return self.manifest.views * self.manifest.answered if there is None else there
 
     def require_whole(self) -> None:
-        """Read everything: damage is better met now than in the epoch that needs it (a second or two for .77 GB).
+        """Read everything, to meet damage now and not in the epoch that needs it (a second or two for .77 GB).
 
         Raises:
             Failure: as `rows`.
@@ -216,13 +216,13 @@ class TeacherCache:
         return None if self._finished_by_now() else found
 
     def _finished_by_now(self) -> bool:
-        """Take up the finished table if it is there by now, by whomever, and return whether it is."""
+        """Open the finished table if there is one by now, whoever made it; return whether there is."""
         if not self.complete and (manifest := read_manifest(self.folder)).crc32:
             self.manifest, self._table = manifest, open_table(self.folder, manifest)
         return self.complete
 
     def _require_finished(self) -> None:
-        """Take up what another process has finished, as files are gone. Raises Failure where nobody has."""
+        """Open the table that another process must have made, as parts are gone. Raises Failure if there is none."""
         if not self._finished_by_now():
             raise damaged(self.folder / PARTS, "a folder of parts, or the finished table", "neither")
 

@@ -30,7 +30,7 @@ class Source(ABC):
     origin: str
     """Where the images come from, for people."""
     classes: tuple[str, ...]
-    """Class names, sorted as their labels are numbered."""
+    """Class names in label order."""
     splits: dict[str, list[Entry]]
     """Split names (train, val) and their images, in the order they will have in the dataset."""
 
