@@ -21,7 +21,7 @@ from pipelines.storage.reader import RAW
 from pipelines.teacher_cache import TeacherCache
 
 CACHES = Path("caches")
-"""Where caches are that nobody gave a name."""
+"""Where caches go that were not given a name."""
 PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
 """Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")

@@ -107,7 +107,7 @@ class Run:
             self._go_back()
             log.info("resuming in epoch %d after %d steps", self.position.epoch + 1, self.position.steps)
         elif self.runtime.compile:
-            self._save()  # compiling ends at once when asked to, at a moment when nothing can be saved
+            self._save()  # compiling can be interrupted, and nothing can be saved at that moment
         row: dict[str, Any] = {}
         last: Diverged | None = None
         with catching_signals(self.runtime) as stop, closing(self.watch), closing(self.loader):
@@ -273,7 +273,7 @@ class Run:
         return row
 
     def _complete_cache(self, stop: Stop) -> None:
-        """Have the teacher answer for the views too that no batch had room for: then any batch can use the cache."""
+        """Have the teacher also answer for the views that no batch had room for: any batch size can then use them."""
         if not isinstance(self.targets, Cached) or self.targets.cache.complete:
             return
         with closing(Filling(self.recipe, self.dataset, self.runtime, self.display)) as filling:
