@@ -21,7 +21,7 @@ from pipelines.storage.reader import RAW
 from pipelines.teacher_cache import TeacherCache
 
 CACHES = Path("caches")
-"""Where caches are that nobody gave a name."""
+"""Where caches go that were not given a name."""
 PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
 """Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
@@ -88,7 +88,7 @@ def open_cache(
         Mistake: the cache is of another data set, recipe, teacher or loader; the message names the fields.
         Failure: it is damaged, or the disk is full.
     """
-    manifest = describe_cache(recipe, dataset, loader, teacher, runtime)
+    manifest = needed_manifest(recipe, dataset, loader, teacher, runtime)
     folder = cache_folder(recipe, dataset, manifest)
     if folder is None:
         return None
@@ -116,7 +116,7 @@ def software_changes(cache: TeacherCache, runtime: Runtime) -> list[str]:
     ]
 
 
-def describe_cache(
+def needed_manifest(
     recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
 ) -> Manifest:
     """Return the manifest of the cache that a run needs, before anything is in it; arguments as `open_cache`'s."""
@@ -133,7 +133,8 @@ def describe_cache(
         **{f"augment.{name}": fields[name] for name in chosen},
         **teacher,
     }
-    answered = training_sampler(dataset, recipe, runtime, _least_batch(recipe, runtime), whole=True).views_per_epoch
+    batch = recipe.augment.mix_group * runtime.world  # any that the ranks can share
+    answered = training_sampler(dataset, recipe, runtime, batch, whole=True).views_per_epoch
     if per_image:
         subset = training_subset(dataset, recipe)
         answered = samples if subset is None else len(subset)
@@ -170,11 +171,6 @@ def pixels_of(loader: str, dataset: Dataset, recipe: Recipe) -> str:
     if augment.crop == "padded" and (reader.modes == RAW).all() and (sides == augment.size).all():
         return "any"
     return "reference" if loader == "resident" else loader  # equal to the bit
-
-
-def _least_batch(recipe: Recipe, runtime: Runtime) -> int:
-    """The smallest batch that the ranks can share."""
-    return recipe.augment.mix_group * runtime.world
 
 
 def _software(runtime: Runtime) -> dict[str, str]:

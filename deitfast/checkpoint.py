@@ -35,7 +35,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises:
         Failure: the disk is full or not writable; the old checkpoint stays as it was.
-        KeyboardInterrupt: so it was while this wrote; the old checkpoint stays as well.
+        KeyboardInterrupt: Ctrl-C came while this wrote; the old checkpoint stays as well.
     """
     try:
         with whole_file(path) as file:
@@ -73,7 +73,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 def read(path: Path, device: torch.device | str) -> Any:
     """Return what torch.save wrote, its tensors on `device`, once it has the checksums that were written with it.
 
-    torch.load compares none. Files of before PyTorch 1.6 have none, and are no zip archives.
+    torch.load compares none. Files from before PyTorch 1.6 have none, and are not zip archives.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,7 +82,7 @@ def read(path: Path, device: torch.device | str) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if (part := file.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{part} in it has not the CRC32 that was written with it")
+                raise zipfile.BadZipFile(f"{part} in it does not have the CRC32 that was written with it")
     return torch.load(path, map_location=device, weights_only=True)
 
 

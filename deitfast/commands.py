@@ -1,4 +1,4 @@
-"""What the commands train, eval, export and bench do once their options are read."""
+"""What the commands train, teach, eval, export, report and bench do once their options are read."""
 
 import json
 import logging
@@ -171,15 +171,7 @@ def _predict(
     loader = open_split(dataset, split, recipe, runtime)
     label = f"evaluating {split} ({loader.name} loader)"
     with closing(loader), display.bar(label, loader.steps_per_epoch) as bar:
-        heads, labels = predict(
-            trained.model,
-            loader,
-            recipe.augment,
-            runtime.device,
-            runtime.amp,
-            lambda done, _: bar.reach(done),
-            kernels=recipe.train.kernels,
-        )
+        heads, labels = predict(trained.model, loader, recipe, runtime, lambda done, _: bar.reach(done))
     return loader.name, heads, labels
 
 
@@ -225,9 +217,7 @@ class BenchOptions:
         named = self.batch or any(setting.startswith("train.batch") for setting in self.settings)
         if named or wish.part == "loader" or recipe.train.batch <= CPU_BATCH:
             return recipe, wish
-        note = (
-            f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, of which a CPU has enough for minutes"
-        )
+        note = f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, which takes a CPU minutes"
         return recipes.override(recipe, [f"train.batch={CPU_BATCH}"]), replace(wish, notes=(note,))
 
 

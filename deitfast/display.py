@@ -30,7 +30,7 @@ class Bar:
         self._began = self._printed = time.monotonic()
 
     def start(self, done: int) -> None:
-        """Say that `done` were done before the bar appeared: they do not count as fast work."""
+        """Say that `done` were done before the bar appeared: the rate does not count them."""
         self._first = done
         self.reach(done)
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from deitfast.runlog import environment
 from deitfast.runtime import choose_amp, choose_compile
-from pipelines.augment.chain import run_kernels
+from pipelines.augment.chain import kernels_run
 from pipelines.loaders.opening import available, free_memory
 
 
@@ -43,4 +43,4 @@ def _precision(device: torch.device) -> str:
     amp = choose_amp("auto", device)
     name = str(amp).removeprefix("torch.") if amp else "float32"
     compiled = "compiled" if choose_compile("auto", device) else "not compiled"
-    return f"trains in {name}, {compiled}, augments in {'kernels' if run_kernels('auto', device) else 'batched torch'}"
+    return f"trains in {name}, {compiled}, augments in {'kernels' if kernels_run('auto', device) else 'batched torch'}"

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from deitfast.metrics import Metrics, measure
 from deitfast.model import joint, reads_patches
+from deitfast.recipe import Recipe
+from deitfast.runtime import Runtime
 from pipelines.augment.chain import augment
 from pipelines.batch import Loader
 from pipelines.errors import Failure, Mistake
 from pipelines.memory import naming_memory
-from pipelines.spec import AugmentSpec, Kernels
 
 HEADS = ("class", "distillation")
 """Names of a model's heads, in the order of its outputs."""
@@ -27,13 +28,10 @@ def final_head(results: Mapping[str, object]) -> str:
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    augment_spec: AugmentSpec,
-    device: torch.device,
-    amp: torch.dtype | None,
+    recipe: Recipe,
+    runtime: Runtime,
     classes: int,
     progress: Callable[[int, int], object] | None = None,
-    *,
-    kernels: Kernels = "auto",
 ) -> dict[str, Metrics]:
     """Measure every head over one pass of an evaluation loader; under torch.distributed, over all ranks' shards.
 
@@ -43,12 +41,10 @@ def evaluate(
         model: maps pixels [B, 3, S, S], or patches where it takes them, to (class logits,) or (class logits,
             distillation logits).
         loader: gives this rank's batches; rows that are not `valid` are ignored.
-        augment_spec: normalisation and size.
-        device: where the model is.
-        amp: autocast dtype; None for float32.
+        recipe: how images are normalised, and what does it (`train.kernels`).
+        runtime: device and precision of the model.
         classes: width that the heads must have.
         progress: called after each batch with (batches done, batches in all).
-        kernels: what makes the model's input, as `augment` takes it.
 
     Returns:
         "class", and with two heads "distillation" and "joint" (the mean of the logits): see `final_head`.
@@ -57,7 +53,7 @@ def evaluate(
         Mistake: heads of another width.
         Failure: nothing to evaluate, or labels outside the classes.
     """
-    heads, labels = predict(model, loader, augment_spec, device, amp, progress, kernels=kernels)
+    heads, labels = predict(model, loader, recipe, runtime, progress)
     if heads[0].shape[1] != classes:
         raise Mistake(
             f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
@@ -77,12 +73,9 @@ def measured(heads: tuple[Tensor, ...], labels: Tensor) -> dict[str, Metrics]:
 def predict(
     model: nn.Module,
     loader: Loader,
-    augment_spec: AugmentSpec,
-    device: torch.device,
-    amp: torch.dtype | None,
+    recipe: Recipe,
+    runtime: Runtime,
     progress: Callable[[int, int], object] | None = None,
-    *,
-    kernels: Kernels = "auto",
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return each head's logits, float32 [N, C], and the labels, int64 [N], of every image; arguments as `evaluate`.
 
@@ -95,7 +88,7 @@ def predict(
     model.eval()
     try:
         with naming_memory("evaluation", "lower train.batch: evaluation takes no larger one"):
-            heads, labels = _predict(model, loader, augment_spec, device, amp, progress, kernels)
+            heads, labels = _predict(model, loader, recipe, runtime, progress)
     finally:
         model.train(was_training)
     return tuple(gather(head) for head in heads), gather(labels)
@@ -151,20 +144,18 @@ def gather(rows: Tensor) -> Tensor:
 def _predict(
     model: nn.Module,
     loader: Loader,
-    augment_spec: AugmentSpec,
-    device: torch.device,
-    amp: torch.dtype | None,
+    recipe: Recipe,
+    runtime: Runtime,
     progress: Callable[[int, int], object] | None,
-    kernels: Kernels,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return each head's logits, float32 [N, C], and labels, int64 [N], of this rank's valid rows, on the device."""
     logits: list[tuple[Tensor, ...]] = []
     labels: list[Tensor] = []
     valid: list[Tensor] = []
     for done, batch in enumerate(loader.epoch(0), start=1):
-        dtype, patch = amp or torch.float32, reads_patches(model)
-        inputs = augment(batch, augment_spec, dtype=dtype, train=False, patch=patch, kernels=kernels)
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        patch, kernels = reads_patches(model), recipe.train.kernels
+        inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=False, patch=patch, kernels=kernels)
+        with runtime.autocast():
             heads = model(inputs.pixels)
         # copies, as a model in a CUDA graph writes its next logits over these
         logits.append(tuple(head.to(torch.float32, copy=True) for head in heads))

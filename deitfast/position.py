@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deitfast.losses import PARTS
@@ -58,6 +59,16 @@ class Position:
         names = ("epoch", "steps", "seconds", "waited", "asked", "skipped")
         own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last two
         return cls(torch.tensor(state["losses"], device=device), **own)
+
+    def sum_over_ranks(self, world: int) -> None:
+        """Count what all `world` ranks did, at an epoch's end: the mean of their losses, all rows skipped."""
+        if world == 1:
+            return
+        dist.all_reduce(self.losses)
+        self.losses /= world
+        skipped = torch.tensor(self.skipped, device=self.losses.device)
+        dist.all_reduce(skipped)
+        self.skipped = int(skipped)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every part of the loss over the epoch so far. Waits for the device.

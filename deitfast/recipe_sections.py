@@ -35,14 +35,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class DistillSpec:
-    """What the teacher has to say, and which head listens."""
+    """How the teacher teaches, and which head learns from it."""
 
     mode: Literal["none", "soft", "hard"] = "none"
     """hard: cross-entropy with the teacher's argmax; soft: KL divergence at temperature tau."""
     teacher: str = ""
     """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""
     teacher_weights: str = ""
-    """File with the weights of torchvision's network; "": its published ones, fetched where they are not there."""
+    """File with the weights of torchvision's network; "": its published ones, fetched if need be."""
     cache: str = "auto"
     """Folder of a teacher cache: what is in it is not asked again, and what is not is added. auto: for hard targets one
     in caches/, named by all that they depend on; none: the teacher answers in the loop, and nothing is kept."""

@@ -60,14 +60,14 @@ class RunFolder:
         return (self.path / "recipe.toml").is_file()
 
     def create(self, recipe: Recipe, info: RunInfo) -> None:
-        """Write the recipe, the run's data and teacher, and the environment."""
+        """Write the recipe, what else the run was made of, and the environment."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "run.json", json.dumps(asdict(info), indent=1))
         write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
         write_text(self.path / "recipe.toml", recipes.dump(recipe))
 
     def open(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
-        """Start the run's folder, or make sure that going on in it goes on with the same run.
+        """Start the run's folder, or make sure that the run to be resumed is the one that is there.
 
         Raises:
             Mistake: there is a run, and it is not to be resumed, or not of this recipe, data set or start.

@@ -25,18 +25,22 @@ class Learner:
     """A model and everything that trains it."""
 
     def __init__(
-        self, recipe: Recipe, classes: int, runtime: Runtime, start: Callable[[nn.Module], object] | None = None
+        self,
+        recipe: Recipe,
+        classes: int,
+        runtime: Runtime,
+        start: Callable[[nn.Module], dict[str, str]] | None = None,
     ) -> None:
         """Build model, optimiser, averaged weights and gradient scaler from the recipe.
 
         The initialisation depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
-        others in their place, before anything is derived from them.
+        others in their place, before anything is derived from them, and describes them.
         """
         self.recipe, self.runtime = recipe, runtime
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
-        if start:
-            start(model)
+        self.started = start(model) if start else {}
+        """What `start` says of the weights that it put in; empty without."""
         # built on the CPU whatever the device: the same seed gives the same weights everywhere
         self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimiser = build_optimiser(self.model, recipe.optim, recipe.train.batch)

@@ -70,7 +70,7 @@ class InLoop:
 
 
 class Cached:
-    """What the cache knows is read; what it does not know the teacher is asked, once, and the cache keeps it.
+    """Reads what the cache has; asks the teacher for the rest, once, and the cache keeps the answers.
 
     The student learns from what the cache keeps of an answer, in its first epoch as in every later run.
     """

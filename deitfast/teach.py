@@ -109,7 +109,7 @@ def open_targets(
 
 
 class Filling:
-    """Goes through every view of a cache, those too that a training's batches leave out."""
+    """Goes through every view of a cache, including those that a training's batches leave out."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, runtime: Runtime, display: Display) -> None:
         self.recipe, self.runtime, self.display = recipe, runtime, display
@@ -224,7 +224,7 @@ def _compare(answers: Cached, inputs: ModelInput, known: np.ndarray, runtime: Ru
             f"the teacher cache {answers.cache.folder} does not say what the teacher says now",
             expected=f"class {int(logits[worst].argmax())} for view {view} of image {sample}, or a near-tie with it",
             found=f"class {int(label[worst])} in the cache, {float(off[worst]):.4f} apart in logits",
-            remedy="views are made otherwise than when it was filled (another loader or library?): fill a new one",
+            remedy="views are not made as when it was filled (another loader or library?): fill a new one",
         )
 
 

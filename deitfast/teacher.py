@@ -73,7 +73,8 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
     cpu = torch.device("cpu")
     if not name or (not RunFolder(path).exists() and not path.exists()):
         expected = "a run's folder, a file of weights, or a network of torchvision's (regnet_y_16gf, resnet50, ...)"
-        raise Mistake(f"there is no run in {name or 'no folder'}, and no teacher of that name", expected=expected)
+        problem = f"there is no run in {name}, and no teacher of that name" if name else "no teacher is named"
+        raise Mistake(problem, expected=expected)
     trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, (), cpu)
     own = trained.recipe.augment
     names = trained.classes or _names(f"teacher {name}", trained.outputs)

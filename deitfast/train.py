@@ -10,9 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from deitfast import checkpoint
 from deitfast.data import open_split, open_training
@@ -70,7 +68,7 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         folder = RunFolder(runtime.agree(job.out))
         run = Run(job, runtime, display, dataset, folder)
         spec, data = dataset.spec, str(job.data.resolve())
-        info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.start)
+        info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.learner.started)
         with locked(folder.path, "run") if runtime.main else nullcontext():
             if runtime.main:
                 folder.open(job.recipe, info, resume=job.resume)
@@ -89,10 +87,9 @@ class Run:
         self.loader = open_training(dataset, recipe, runtime)
         self.targets = open_targets(recipe, dataset, self.loader.name, runtime, display)
         self.validation = open_split(dataset, "val", recipe, runtime) if "val" in self.spec.splits else None
-        self.start: dict[str, str] = {}
-        """What the model began with; empty where it was drawn, or comes out of the checkpoint."""
-        begun = folder.checkpoint.exists()
-        self.learner = Learner(recipe, len(self.spec.classes), runtime, None if begun else self._begin)
+        start = partial(start_model, spec=recipe.model, classes=self.spec.classes)
+        begun = folder.checkpoint.exists()  # the weights come out of the checkpoint then
+        self.learner = Learner(recipe, len(self.spec.classes), runtime, None if begun else start)
         # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
         asks = self.targets and not (self.targets.cache and self.targets.cache.complete)
         self.patch = 0 if asks else reads_patches(self.learner.model)
@@ -103,9 +100,6 @@ class Run:
         self.evaluating = 0.0  # seconds that the last evaluation took
         self.watch = Watch(folder.path if runtime.main else None, tensorboard=job.tensorboard)
 
-    def _begin(self, model: nn.Module) -> None:
-        self.start = start_model(model, self.recipe.model, self.spec.classes)
-
     def run(self) -> dict[str, Any]:
         """Go through the epochs, from wherever the checkpoint stands."""
         self._greet()
@@ -113,7 +107,7 @@ class Run:
             self._go_back()
             log.info("resuming in epoch %d after %d steps", self.position.epoch + 1, self.position.steps)
         elif self.runtime.compile:
-            self._save()  # compiling ends at once when asked to, at a moment when nothing can be saved
+            self._save()  # compiling can be interrupted, and nothing can be saved at that moment
         row: dict[str, Any] = {}
         last: Diverged | None = None
         with catching_signals(self.runtime) as stop, closing(self.watch), closing(self.loader):
@@ -254,12 +248,7 @@ class Run:
     def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         """Evaluate, write the epoch's row, and move on to the next."""
         position, train = self.position, self.recipe.train
-        if self.runtime.world > 1:
-            dist.all_reduce(position.losses)
-            position.losses /= self.runtime.world
-            skipped = torch.tensor(position.skipped, device=self.runtime.device)
-            dist.all_reduce(skipped)
-            position.skipped = int(skipped)
+        position.sum_over_ranks(self.runtime.world)
         images, epoch = position.steps * train.batch, position.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -284,7 +273,7 @@ class Run:
         return row
 
     def _complete_cache(self, stop: Stop) -> None:
-        """Have the teacher answer for the views too that no batch had room for: then any batch can use the cache."""
+        """Have the teacher also answer for the views that no batch had room for: any batch size can then use them."""
         if not isinstance(self.targets, Cached) or self.targets.cache.complete:
             return
         with closing(Filling(self.recipe, self.dataset, self.runtime, self.display)) as filling:
@@ -303,16 +292,8 @@ class Run:
 
         for name, model in models.items():
             with stop.at_once(), self.display.bar("evaluating", loader.steps_per_epoch) as bar:
-                heads = evaluate(
-                    model,
-                    loader,
-                    self.recipe.augment,
-                    self.runtime.device,
-                    self.runtime.amp,
-                    len(self.spec.classes),
-                    partial(seen, bar=bar),
-                    kernels=self.recipe.train.kernels,
-                )
+                count, progress = len(self.spec.classes), partial(seen, bar=bar)
+                heads = evaluate(model, loader, self.recipe, self.runtime, count, progress)
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
             everything[name] = {head: metrics.everything() for head, metrics in heads.items()}
         self.evaluating = time.monotonic() - began

@@ -19,7 +19,7 @@ FORMAT = 1
 """Version of the folder's layout."""
 MANIFEST, TARGETS, PARTS = "manifest.json", "targets.npy", "parts"
 ABSENT = 65535
-"""Label of a target that nobody has asked for: the images a pass leaves out. So caches hold at most 65,535 classes."""
+"""Label of a target that is not there: nobody has asked for it yet, or the pass leaves its image out."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What is drawn for one view, as functions of integers: one source for numpy, torch, numba and plain Python.
 
 Each function takes an `AugmentSpec` as integers and tables (`pack` and `tables_for` of `pipelines.packed`) and gives
-the same integers wherever it runs. They hold no branch on what is drawn, only on the spec. `pipelines.views` runs them
-over a batch on the host; inside a compiled decoder they run one view at a time:
+the same integers wherever it runs. They branch on the spec, never on what is drawn. `pipelines.views` runs them over
+a batch on the host; inside a compiled decoder they run one view at a time:
 
     window = compiled().window
 

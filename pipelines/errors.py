@@ -20,6 +20,6 @@ class Failure(Exception):
 
 
 class Mistake(Failure):
-    """The user asked for something that cannot be (missing folder, unknown key, wrong teacher)."""
+    """The user asked for something impossible (a missing folder, an unknown key, the wrong teacher)."""
 
     exit_code = 2

@@ -126,7 +126,7 @@ def distance_from_centre(word: Ints, table: Ints) -> Ints:
 def normal_table() -> np.ndarray:
     """Return the quantiles of |N(0, 1)| in Q16, int64 [4097]: knot i is the quantile at i / 4096, rounded to Q16.
 
-    The last, infinite in truth, stands where it makes the variance of what the table draws one: at 4.13.
+    The last one, infinite in truth, is placed so that what is drawn from the table has variance one: at 4.13.
     """
     table = _invert(lambda knot: 2 * _normal_integral((knot + 0.5) / 65536), 19)
     return _frozen(_close(table, variance=65536.0**2))
@@ -136,8 +136,8 @@ def normal_table() -> np.ndarray:
 def beta_table(a: float) -> np.ndarray:
     """Return the quantiles of |X - 1/2| in Q30 for X ~ Beta(a, a), int64 [4097], for any a > 0, rounded to Q30.
 
-    The last knot stands where it makes the variance right, at 1/2 at most: it is 1/2 for a <= 1, and where a is large
-    a straight line from the last but one to 1/2 would weigh more than the whole rest. Beta(1, 1) is exactly uniform.
+    The last knot is placed so that the variance is right, at most at 1/2: it is 1/2 for a <= 1, but for a large a a
+    straight line from the last but one to 1/2 would weigh more than all the rest. Beta(1, 1) is exactly uniform.
     """
     centre = _beta_series(np.array([0.5]), a)
 

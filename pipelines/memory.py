@@ -1,4 +1,4 @@
-"""Running out of GPU memory, told as which buffer it was for and what to lower."""
+"""Running out of GPU memory: which buffer it was for, and what to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ SAYS_SO = (
     "CUDA allocation failed",  # DALI's CUDABadAlloc, in both its forms
     "bytes on device",
 )
-"""How libraries that are not torch word it."""
+"""How libraries other than torch word it."""
 
 
 @contextmanager

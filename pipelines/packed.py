@@ -51,19 +51,13 @@ class PackedSpec(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The tables that draws look up, int64: numpy arrays, or torch tensors after `on`."""
+    """The tables that draws look up, int64: numpy arrays; torch tensors do as well, where a draw runs on those."""
 
     exp2: Ints  # [257]
     normal: Ints  # [4097]
     mixup: Ints  # [4097]
     cutmix: Ints  # [4097]
     policy: Ints  # [25 * 2 * 3]: AutoAugment's operation, threshold of its probability and magnitude in Q16
-
-    def on(self, device: object) -> "Tables":
-        """Return the tables as torch tensors on a device."""
-        import torch
-
-        return Tables(*(torch.tensor(table, device=device) for table in self))  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=8)

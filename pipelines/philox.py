@@ -22,7 +22,7 @@ is the augmentation seed, low word first. The stream says what is drawn, and wha
 
 The functions below use nothing but Python's operators on integers. So one source runs on numpy int64 arrays, on torch
 int64 tensors of any device, compiled by numba on int64 scalars (`pipelines.draws.compiled`), and on plain Python
-integers. Three traps are stepped round: a product of two words wraps modulo 2^64 in int64, which harms neither half;
+integers. Three traps are avoided: a product of two words wraps modulo 2^64 in int64, which harms neither half;
 torch's and numpy's >> is arithmetic, hence the mask after it; uint64 is never used, as numpy and numba turn its
 mixtures with int64 into float64. numpy scalars (np.int64) warn where they wrap: pass arrays.
 

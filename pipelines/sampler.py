@@ -79,8 +79,8 @@ class TrainSampler:
         views: views of an image in the whole run, a multiple of `repeats`, after which passes start over with the first
             (in a new order); 0: as many as there are epochs.
         subset: int64, the indices to train on, each once; None: all.
-        whole: give all groups of an epoch, those too that do not fill a batch: the last batches are filled up with
-            rows that are not valid. For a teacher who answers for every view, whatever batch asks for it later.
+        whole: give all groups of an epoch, including those that do not fill a batch: the last batches are filled up
+            with rows that are not valid. For a teacher, who answers for every view, whatever batch asks for it later.
 
     Raises:
         Mistake: the numbers do not fit each other; the message says which to change.
@@ -155,7 +155,7 @@ class TrainSampler:
 
     @property
     def views_per_epoch(self) -> int:
-        """Views that an epoch has over all ranks, in the mean of the epochs of a pass where it is `whole`."""
+        """Views of one epoch over all ranks; with `whole`, the mean over the epochs of a pass."""
         return self._blocks * self._group
 
     def _pass_order(self, number: int) -> np.ndarray:

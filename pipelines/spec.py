@@ -51,7 +51,7 @@ class DatasetSpec:
     name: str
     """Kind of source: imagenet, cifar10, cifar100, folder, demo."""
     classes: tuple[str, ...]
-    """Class names, sorted as their labels are numbered."""
+    """Class names in label order."""
     splits: dict[str, SplitSpec]
     """train, and val where the source has one."""
     codec: dict[str, int]
@@ -64,7 +64,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class AugmentSpec:
-    """One training image's way, as DeiT has it. Every default is the paper's."""
+    """What is done to a training image, as in DeiT. Every default is the paper's."""
 
     size: int = Field(default=224, ge=8, le=4096)
     """Side of the model's square input in pixels."""
@@ -103,7 +103,7 @@ class AugmentSpec:
     mix_switch: Probability = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix where both are on."""
     mix_group: int = Field(default=64, ge=2, multiple_of=2)
-    """Views that share one mode, lambda and box and find their partners among each other (DeiT's batch per GPU)."""
+    """Views that share one mode, lambda and box, and are mixed with each other (DeiT's batch per GPU)."""
     repeats: int = Field(default=3, ge=1, le=16)
     """Views of an image in one epoch (repeated augmentation); an epoch then visits 1/repeats of the images."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -127,7 +127,7 @@ class AugmentSpec:
 
 
 Kernels = Literal["auto", "on", "off"]
-"""Whether augmentation runs in Triton's kernels or in batched torch; auto: in the kernels on CUDA, where Triton is."""
+"""Whether augmentation runs in Triton's kernels or in batched torch; auto: the kernels on CUDA, if Triton is there."""
 LoaderName = Literal["auto", "resident", "dali", "cpu", "ffcv", "reference"]
 
 
@@ -144,6 +144,6 @@ class LoaderSpec:
     check: bool = True
     """Compare each image's CRC32 before it is decoded."""
     skip_bad: bool = False
-    """Leave damaged images out, named in the log and counted in the metrics, where they would end the run."""
+    """Leave damaged images out, naming them in the log and counting them in the metrics, instead of ending the run."""
     hw_decoder_load: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     """Share of the JPEGs that the GPU's own JPEG decoder takes (dali on CUDA); auto: measured once for a machine."""

@@ -7,19 +7,19 @@ a folder:
     parts/          while it fills: targets with their (view, sample), each part a file of its own with its CRC32
     targets.npy     once complete: [views, samples] of 2 bytes each (hard), or of top-k records (soft)
 
-Parts appear whole or not at all (temporary name, fsync, rename), under names that never meet, so any number of
-processes may write at any moment and be killed at any moment: several trainings may fill one cache. When every view is
-answered the parts become `targets.npy`, and the manifest that says so is published last; who still has answers finds
-them there and goes on reading. The result depends on the targets alone: not on who wrote them, in which order, or how
+Parts appear whole or not at all (temporary name, fsync, rename) and under unique names, so any number of processes may
+write, and be killed, at any moment: several trainings may fill one cache. Once every view is answered the parts become
+`targets.npy`, and the manifest that says so is published last; a process that still holds answers of its own finds the
+table and reads on from there. The result depends on the targets alone: not on who wrote them, in which order, or how
 often they were interrupted.
 """
 
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
@@ -44,6 +44,8 @@ from pipelines.cache_files import (
 from pipelines.errors import Failure, Mistake
 from pipelines.files import alone, whole_file
 
+Found = TypeVar("Found")
+
 
 class TeacherCache:
     """An open cache: read by rows of views, written through `add` and `flush`."""
@@ -55,7 +57,7 @@ class TeacherCache:
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> "TeacherCache":
-        """Start an empty cache, or open the one that another process has started in this moment.
+        """Start an empty cache, or open the one that another process has just started.
 
         Raises:
             Mistake: there is something else in the folder, or the numbers do not fit the format.
@@ -96,14 +98,9 @@ class TeacherCache:
         Raises:
             Failure: what is read is not what was written; the message names the file.
         """
-        if not self.complete:
-            try:
-                found = self._filled(first)[0]
-            except FileNotFoundError:  # another process has made the parts into the table in this moment
-                self._require_finished()
-            else:
-                if not self._finished_by_now():  # asked afterwards: parts go once the cache is complete, not before
-                    return found
+        found = self._unless_finished(lambda: self._filled(first)[0])
+        if found is not None:
+            return found
         assert self._table is not None
         rows = np.array(self._table[first : first + self.manifest.repeats])
         for view, row in enumerate(rows, first):
@@ -160,45 +157,17 @@ class TeacherCache:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         return True
 
-    def _write_table(self) -> tuple[int, ...]:
-        """Write targets.npy out of the parts and return each view's CRC32."""
-        manifest, crcs = self.manifest, list[int]()
-        with whole_file(self.folder / TARGETS) as file:
-            shape = (manifest.views, manifest.samples)
-            npy.write_array_header_1_0(file, _header(shape, manifest.targets.record))
-            for first in range(0, manifest.views, manifest.repeats):
-                rows, counts = self._filled(first)
-                if (counts != manifest.answered).any():
-                    raise _UnansweredError
-                for row in rows:
-                    crcs.append(zlib.crc32(row.tobytes()))
-                    file.write(row.tobytes())
-        return tuple(crcs)
-
-    def _finished_by_now(self) -> bool:
-        """Take up the finished table if it is there by now, by whomever, and return whether it is."""
-        if not self.complete and (manifest := read_manifest(self.folder)).crc32:
-            self.manifest, self._table = manifest, open_table(self.folder, manifest)
-        return self.complete
-
-    def _require_finished(self) -> None:
-        """Take up what another process has finished, as files are gone. Raises Failure where nobody has."""
-        if not self._finished_by_now():
-            raise damaged(self.folder / PARTS, "a folder of parts, or the finished table", "neither")
-
     def answers(self) -> int:
         """Return how many targets are there."""
-        there = 0
-        if not self.complete:
-            try:
-                firsts = {view for _, view in parts(self.folder)}
-                there = sum(int(self._filled(first)[1].sum()) for first in firsts)
-            except FileNotFoundError:  # as in `rows`
-                self._require_finished()
-        return self.manifest.views * self.manifest.answered if self._finished_by_now() else there
+
+        def counted() -> int:
+            return sum(int(self._filled(first)[1].sum()) for first in {first for _, first in parts(self.folder)})
+
+        there = self._unless_finished(counted)
+        return self.manifest.views * self.manifest.answered if there is None else there
 
     def require_whole(self) -> None:
-        """Read everything: damage is better met now than in the epoch that needs it (a second or two for .77 GB).
+        """Read everything, to meet damage now and not in the epoch that needs it (a second or two for .77 GB).
 
         Raises:
             Failure: as `rows`.
@@ -216,6 +185,47 @@ class TeacherCache:
                 problem = str(error)
             yield done, problem
 
+    def _write_table(self) -> tuple[int, ...]:
+        """Write targets.npy out of the parts and return each view's CRC32."""
+        manifest, crcs = self.manifest, list[int]()
+        with whole_file(self.folder / TARGETS) as file:
+            shape = (manifest.views, manifest.samples)
+            descr = npy.dtype_to_descr(manifest.targets.record)
+            npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+            for first in range(0, manifest.views, manifest.repeats):
+                rows, counts = self._filled(first)
+                if (counts != manifest.answered).any():
+                    raise _UnansweredError
+                for row in rows:
+                    crcs.append(zlib.crc32(row.tobytes()))
+                    file.write(row.tobytes())
+        return tuple(crcs)
+
+    def _unless_finished(self, read: Callable[[], Found]) -> Found | None:
+        """Return what `read` finds in the parts; None where the table has taken their place, before or meanwhile.
+
+        Another process deletes the parts once the cache is complete, and not before: so that is asked after reading.
+        """
+        if self.complete:
+            return None
+        try:
+            found = read()
+        except FileNotFoundError:
+            self._require_finished()
+            return None
+        return None if self._finished_by_now() else found
+
+    def _finished_by_now(self) -> bool:
+        """Open the finished table if there is one by now, whoever made it; return whether there is."""
+        if not self.complete and (manifest := read_manifest(self.folder)).crc32:
+            self.manifest, self._table = manifest, open_table(self.folder, manifest)
+        return self.complete
+
+    def _require_finished(self) -> None:
+        """Open the table that another process must have made, as parts are gone. Raises Failure if there is none."""
+        if not self._finished_by_now():
+            raise damaged(self.folder / PARTS, "a folder of parts, or the finished table", "neither")
+
     def _filled(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a pass's targets [repeats, samples] out of the parts, and how many each view has, int64 [repeats]."""
         spec = self.manifest.targets
@@ -229,12 +239,8 @@ class TeacherCache:
         return rows, present(rows).sum(1)
 
     def _every_pass_has_parts(self) -> bool:
-        return len({first for _, first in parts(self.folder)}) == -(-self.manifest.views // self.manifest.repeats)
+        return len({first for _, first in parts(self.folder)}) == self.manifest.views // self.manifest.repeats
 
 
 class _UnansweredError(Exception):
     """A view is not complete yet."""
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    return {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

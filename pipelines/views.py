@@ -15,8 +15,6 @@ from pipelines.packed import RESIZED, UNIT, PackedSpec, Tables, pack, tables_for
 from pipelines.sampler import Rows
 from pipelines.spec import AugmentSpec
 
-__all__ = ["COLUMNS", "SLICES", "ViewParams", "draw_eval", "draw_train"]
-
 COLUMNS = {
     "sample": 1,  # index in the split
     "view": 1,  # number of the view
@@ -180,7 +178,7 @@ def _first_fit(
     rows: np.ndarray,
     out: np.ndarray,
 ) -> np.ndarray:
-    """Write each row's first box that fits, of ten tries, to `out`, [n, 4], and return who found one, bool [n].
+    """Write each row's first box that fits, of ten tries, to `out`, [n, 4]; return which rows found one, bool [n].
 
     Most rows succeed at once, so the first try is made for all and the other nine together for the few that are left:
     the same boxes as trying one after the other, at a fifth of the time.

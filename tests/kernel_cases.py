@@ -13,7 +13,7 @@ from test_step import NoWaiting
 
 from oracle.pictures import pictures
 from pipelines.augment import kernels
-from pipelines.augment.chain import ModelInput, augment, run_kernels
+from pipelines.augment.chain import ModelInput, augment, kernels_run
 from pipelines.batch import Batch
 from pipelines.operations import OPERATIONS, RANDAUGMENT
 from pipelines.sampler import Rows
@@ -142,4 +142,4 @@ def test_rows_travel_in_one_copy_with_only_the_slots_in_use() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="on a GPU")
 def test_auto_is_the_kernels_on_a_gpu() -> None:
-    assert run_kernels("auto", DEVICE)
+    assert kernels_run("auto", DEVICE)

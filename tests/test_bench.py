@@ -219,7 +219,7 @@ def bench_of_crops(tiny_dataset: Path) -> Iterator[Workbench]:
     dataset.close()
 
 
-def test_peers_that_are_not_there_are_named(bench_of_crops: Workbench, monkeypatch, tiny_dataset: Path) -> None:
+def test_peers_that_are_not_there_are_named(tiny_dataset: Path, monkeypatch) -> None:
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 

@@ -1,18 +1,14 @@
 """Conversion: what is written, whatever the number of workers, and what is refused."""
 
 import logging
-import pickle
 
 import pytest
 from images import MemorySource, contents_of, entries, jpeg, mixed_source
 
 from pipelines.errors import Failure, Mistake
-from pipelines.spec import DatasetSpec
 from pipelines.storage import convert_split
-from pipelines.storage.beton import BetonReader
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset, content_fingerprint, read_spec
-from pipelines.storage.reader import RAW
 
 
 def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):
@@ -114,14 +110,3 @@ def test_two_conversions_into_one_folder_are_refused(odd, tmp_path):
             convert(mixed_source(odd), tmp_path, workers=1)
 
     convert(mixed_source(odd, copies=1), tmp_path, workers=1, progress=again)
-
-
-def test_fixtures_are_what_they_promise(tiny_dataset, tiny_small):
-    tiny, small = Dataset.open(tiny_dataset), Dataset.open(tiny_small)
-    assert isinstance(tiny.spec, DatasetSpec)
-    assert pickle.loads(pickle.dumps(tiny.spec)) == tiny.spec
-    sides = BetonReader(tiny_dataset / "train.beton").heights
-    assert sides.min() >= 20
-    assert sides.max() <= 400
-    assert set(small.split("train").modes) == {RAW}
-    assert small.split("val").sizes.tolist() == [3072] * 20

@@ -11,7 +11,7 @@ import torch
 from test_chain import drawn_batch
 
 from checks.timing import augment_times
-from pipelines.augment.chain import run_kernels
+from pipelines.augment.chain import kernels_run
 from pipelines.batch import Batch
 from pipelines.errors import Mistake
 from pipelines.spec import AugmentSpec
@@ -90,17 +90,17 @@ def compiled(kernel, constants: dict, warps: int, capability: int, folder: Path)
 
 def test_kernels_run_where_they_can_and_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert run_kernels("auto", CUDA)
-    assert run_kernels("on", CUDA)
-    assert not run_kernels("auto", CPU)
-    assert not run_kernels("off", CUDA)
+    assert kernels_run("auto", CUDA)
+    assert kernels_run("on", CUDA)
+    assert not kernels_run("auto", CPU)
+    assert not kernels_run("off", CUDA)
     with pytest.raises(Mistake, match="cannot run here") as caught:
-        run_kernels("on", CPU)
+        kernels_run("on", CPU)
     assert "device cpu, Triton" in caught.value.found
     monkeypatch.setattr("pipelines.augment.chain.find_spec", lambda name: None)
-    assert not run_kernels("auto", CUDA)
+    assert not kernels_run("auto", CUDA)
     with pytest.raises(Mistake, match="cannot run here"):
-        run_kernels("on", CUDA)
+        kernels_run("on", CUDA)
 
 
 def test_only_a_gpu_is_timed() -> None:

@@ -17,14 +17,14 @@ from pipelines.loaders.assemble import CHUNK
 from pipelines.loaders.prefetch import QUEUED, prefetched
 from pipelines.loaders.reference import PillowCodec
 from pipelines.storage.reader import Reader
-from pipelines.views import ViewParams
+from pipelines.views import COLUMNS, ViewParams
 
 CPU = torch.device("cpu")
 
 
 def one_batch() -> Batch:
     empty = torch.zeros(1)
-    return Batch(empty, empty, empty, ViewParams(np.zeros((1, 25), np.int32)))
+    return Batch(empty, empty, empty, ViewParams(np.zeros((1, sum(COLUMNS.values())), np.int32)))
 
 
 def test_prefetching_stays_within_its_bound() -> None:

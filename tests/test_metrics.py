@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,16 +13,16 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from small_runs import CPU, tiny_recipe
 from torch import nn
 
 from deitfast.evaluate import Agreement, agreement, evaluate, final_head
 from deitfast.metrics import measure
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.spec import AugmentSpec
 from pipelines.views import COLUMNS, ViewParams
 
-CPU = torch.device("cpu")
+RECIPE = tiny_recipe("model.patch=8", "augment.size=8")
 
 
 def assert_sklearns(logits, labels):
@@ -164,8 +165,8 @@ class Images:
         pass
 
 
-def run(model, loader, classes=7, **options):
-    return evaluate(model, loader, AugmentSpec(size=8), CPU, None, classes, **options)
+def run(model, loader, classes=7, runtime=CPU, progress=None):
+    return evaluate(model, loader, RECIPE, runtime, classes, progress)
 
 
 def test_evaluation_masks_its_padding_and_measures_every_head():
@@ -175,7 +176,7 @@ def test_evaluation_masks_its_padding_and_measures_every_head():
     assert seen == [(step, 6) for step in range(1, 7)]
     assert list(results) == ["class", "distillation", "joint"]
     assert final_head(results) == "joint"
-    spec = AugmentSpec()
+    spec = RECIPE.augment
     pixels = (loader.images.float() / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
     with torch.no_grad():
         first, second = model.eval()(pixels.permute(0, 3, 1, 2))
@@ -192,9 +193,8 @@ def test_one_head_has_one_result():
     assert final_head(results) == "class"
 
 
-@pytest.mark.parametrize("amp", [torch.bfloat16])
-def test_evaluation_under_autocast_measures_in_float32(amp):
-    results = evaluate(TwoHeads(), Images(), AugmentSpec(size=8), CPU, amp, 7)
+def test_evaluation_under_autocast_measures_in_float32():
+    results = run(TwoHeads(), Images(), runtime=replace(CPU, amp=torch.bfloat16))
     assert results["joint"].loss == pytest.approx(run(TwoHeads(), Images())["joint"].loss, rel=0.02)
 
 

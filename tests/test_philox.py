@@ -70,8 +70,8 @@ def test_words_are_uniform_and_independent_between_streams(words):
 
 
 def test_streams_have_numbers_of_their_own_that_never_change():
-    names = ("WINDOW", "FLIP", "OPERATION", "ERASE", "NOISE", "MIX", "ORDER", "BLOCKS", "SUBSET")
-    assert [getattr(philox, name) for name in names] == list(range(1, 10))
+    names = ("WINDOW", "FLIP", "OPERATION", "ERASE", "NOISE", "MIX", "ORDER", "BLOCKS", "SUBSET", "JITTER")
+    assert [getattr(philox, name) for name in names] == list(range(1, 11))
 
 
 def test_bounded_draws_are_even_and_stay_inside(words):

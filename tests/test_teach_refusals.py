@@ -12,7 +12,7 @@ from small_runs import CPU, run, tiny_recipe
 from teaching import Judge, distilled, judged, opened, taught, with_cache
 
 from deitfast import recipe as recipes
-from deitfast.caching import known_teacher
+from deitfast.caching import known_teacher, needed_manifest
 from pipelines.augment.chain import augment
 from pipelines.cache_files import TARGETS
 from pipelines.errors import Failure, Mistake
@@ -60,11 +60,9 @@ def test_another_loaders_pixels_are_refused_where_they_differ(tiny_dataset: Path
     taught_with = {}
     for data in (tiny_dataset, tiny_small):
         with closing(Dataset.open(data)) as dataset:
-            from deitfast.caching import describe_cache
-
             recipe = distilled()
             found = {
-                name: describe_cache(recipe, dataset, name, {}, CPU).identity["loader"]
+                name: needed_manifest(recipe, dataset, name, {}, CPU).identity["loader"]
                 for name in ("reference", "resident", "cpu", "ffcv")
             }
             taught_with[data] = found

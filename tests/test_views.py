@@ -15,7 +15,7 @@ from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
 from pipelines import draws
 from pipelines.errors import Failure, Mistake
-from pipelines.packed import pack, tables_for
+from pipelines.packed import Tables, pack, tables_for
 from pipelines.sampler import EvalSampler, Rows, TrainSampler
 from pipelines.views import COLUMNS, SLICES, ViewParams, draw_eval, draw_train
 
@@ -27,7 +27,7 @@ index = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**23 - 1))
 
 def everywhere(name, numbers, *rest) -> set[tuple[int, ...]]:
     """Return what a draw gives in numpy, torch, numba and Python: one element where they agree."""
-    on_torch = [item.on("cpu") if isinstance(item, type(tables_for(DEIT))) else item for item in rest]
+    on_torch = [Tables(*map(torch.tensor, item)) if isinstance(item, Tables) else item for item in rest]
     function = getattr(draws, name)
     results = (
         function(*(np.array([number]) for number in numbers), *rest),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from deitfast.bench.record import Measured, Peer, Record, versions
+from deitfast.bench.record import Change, Measured, Peer, Record, versions
 from deitfast.bench.tables import figure, headline, ratios, rows, sentences
 
 STYLE = """
@@ -63,12 +63,7 @@ def page(record: Record) -> str:
         parts += map(_paragraph, found)
     parts += ["<h2>Microseconds an image, each stage alone</h2>", _stages(record)]
     if changes := [*record.remedies, *record.trials]:
-        lines = [
-            _row(change.change, change.predicted or 0, _most(_changed(record)), note=f"predicted: {change.how}")
-            + (_measured_row("measured", change.measured, _most(_changed(record))) if change.measured else "")
-            for change in changes
-        ]
-        parts += ["<h2>What a change brings, images/s with loader and step together</h2>", _bars(lines)]
+        parts += ["<h2>What a change brings, images/s with loader and step together</h2>", _changes(changes)]
     for kind, title in (("loader", "Loaders side by side, images/s"), ("step", "Steps side by side, images/s")):
         if peers := [peer for peer in record.peers if peer.kind == kind]:
             parts += [f"<h2>{title}</h2>", _peers(peers)]
@@ -118,18 +113,15 @@ def _peers(peers: list[Peer]) -> str:
     return _bars(lines)
 
 
-def _changed(record: Record) -> list[float]:
-    changes = (*record.remedies, *record.trials)
-    return [
-        value
+def _changes(changes: list[Change]) -> str:
+    rates = [rate for change in changes if change.measured for rate in change.measured.rates]
+    most = max([*rates, *(change.predicted for change in changes if change.predicted)], default=1)
+    lines = [
+        _row(change.change, change.predicted or 0, most, note=f"predicted: {change.how}")
+        + (_measured_row("measured", change.measured, most) if change.measured else "")
         for change in changes
-        for value in (change.predicted, *(change.measured.rates if change.measured else ()))
-        if value
     ]
-
-
-def _most(values: list[float]) -> float:
-    return max(values, default=1)
+    return _bars(lines)
 
 
 def _measured_row(name: str, found: Measured, most: float, version: str = "") -> str:

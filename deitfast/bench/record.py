@@ -7,7 +7,7 @@ prefixes. `load` reads a file back and refuses anything else. A change that olde
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -236,7 +236,7 @@ class Record:
     remedies: tuple[Change, ...] = ()
     trials: tuple[Change, ...] = ()
     peers: tuple[Peer, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def save(record: Record, path: Path) -> None:

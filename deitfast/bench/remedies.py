@@ -15,7 +15,7 @@ from pipelines.loaders.assemble import HostLoader
 from pipelines.loaders.opening import available
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
-from pipelines.storage.entry import Entry, Source
+from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import RAW
 
 SIDES = (500, 400)
@@ -76,7 +76,7 @@ def shrinking(bench: Workbench, sides: list[int], pace: Pace) -> dict[int, dict[
     chosen = np.linspace(0, reader.num_samples - 1, min(SHRUNK_IMAGES, reader.num_samples)).astype(int)
     files = [reader.sample(index).tobytes() for index in chosen]
     entries = [Entry(f"image {index}", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]
-    source = Held("folder", f"a few images of {reader.path}", ("any",), {"train": entries})
+    source = InMemory("folder", f"a few images of {reader.path}", ("any",), {"train": entries})
     batch = [f"train.batch={len(chosen) // 2 * 2}", "train.accumulate=1", "train.fraction=1.0"]
     plain = ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.repeats=1", f"loader.name={bench.loader.name}"]
     with tempfile.TemporaryDirectory(prefix="deitfast-bench-") as folder, ExitStack() as stack:
@@ -93,11 +93,3 @@ def shrinking(bench: Workbench, sides: list[int], pace: Pace) -> dict[int, dict[
         side: {stage.name: stage.seconds / stored[stage.name] for stage in found[stages * place : stages * (place + 1)]}
         for place, side in enumerate(sides, start=1)
     }
-
-
-class Held(Source):
-    """Encoded images in memory: an entry holds its own."""
-
-    def read(self, entry: Entry) -> bytes:
-        """Return the entry's file."""
-        return entry.where

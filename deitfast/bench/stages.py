@@ -142,7 +142,7 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Targets:
-    """A way to what the teacher says of a batch."""
+    """Where the targets of a distilled step come from."""
 
     name: str
     what: str

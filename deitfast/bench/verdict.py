@@ -148,7 +148,7 @@ def _advice(limit: str, found: dict[str, float], costs: list[Cost], setup: Setup
         case "copy":
             return "batches wait for the bus: is the device on its full number of lanes?"
         case "cores":
-            return f"{setup.cores} cores have more to do than they can: more cores, or less work for them"
+            return f"{setup.cores} cores are all busy: more cores, or less work for them"
         case _:
             needed = workers_for(found[limit], costs, setup)
             enough = needed is not None and needed <= setup.workers

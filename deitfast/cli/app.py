@@ -31,16 +31,16 @@ TeacherWeights = Annotated[
     Path | None, typer.Option("--teacher-weights", help="torchvision network's weights, where they cannot be fetched.")
 ]
 PerImage = Annotated[
-    bool, typer.Option("--per-image", help="One target an image, mixed like labels, instead of one a view (not DeiT).")
+    bool, typer.Option("--per-image", help="One target per image, mixed like labels, not one per view (not DeiT).")
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; again for more.")
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Set a field of the recipe; may be given again.")
 ]
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
 ) -> None:
     """Train DeiT from a data pipeline that keeps up with the GPU."""

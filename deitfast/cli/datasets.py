@@ -15,20 +15,20 @@ KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
 def convert(
     kind: Annotated[str, typer.Argument(help=f"What SOURCE is: {', '.join(KINDS)}.")],
     source: Annotated[
-        Path | None, typer.Argument(help="Archive or folder. imagenet: Default: $IMAGENET_DIR, else ./imagenet.")
+        Path | None, typer.Argument(help="Archive or folder. Default for imagenet: $IMAGENET_DIR, else ./imagenet.")
     ] = None,
     output: Annotated[Path | None, typer.Argument(help="Folder of the data set. Default: data/KIND.")] = None,
     max_side: Annotated[
-        int, typer.Option(min=0, help="Shrink images whose longer side is longer; 0: leave JPEGs as they are.")
+        int, typer.Option(min=0, help="Shrink larger images to this longest side, in pixels; 0: shrink none.")
     ] = 0,
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Encode JPEGs again at this quality where that is smaller.")
+        int | None, typer.Option(min=1, max=100, help="Re-encode JPEGs at this quality, where that makes them smaller.")
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="beton: one file a split; wds: WebDataset tar shards with DALI's indices.")
+        str, typer.Option("--format", help="beton: one file per split; wds: WebDataset tar shards with DALI's indices.")
     ] = "beton",
     shard_size: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="MB of a shard, at most, for --format wds. Default: 1000.")
+        int | None, typer.Option(min=1, max=1_000_000, help="Most MB in a shard, for --format wds. Default: 1000.")
     ] = None,
     val_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Make a validation split of this share, where the source has none.")
@@ -36,7 +36,7 @@ def convert(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out damaged files and list them, instead of stopping.")
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
 ) -> None:
     """Convert a data set to the files that loaders read. Goes on where it was interrupted."""
     from deitfast.datasets import convert_dataset, describe_dataset

@@ -24,10 +24,10 @@ def train(
     teacher_weights: TeacherWeights = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Folder of the teacher's answers, read and added to; or none. Default: one in caches/."),
+        typer.Option(help="Folder that keeps the teacher's answers; or none. Default: one in caches/."),
     ] = None,
     views: Annotated[
-        int | None, typer.Option(help="Go round this many views of each image (DeiT no longer exactly).")
+        int | None, typer.Option(help="Use this many views of each image, again and again (not exactly DeiT).")
     ] = None,
     per_image: PerImage = False,
     recipe: Annotated[
@@ -114,7 +114,7 @@ def eval_(
     weights: Annotated[
         Path | None, typer.Option(help="Evaluate a file of weights (DeiT, timm, Hugging Face, export) instead.")
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="The file's network. Default: as its shapes tell.")] = None,
+    arch: Annotated[str | None, typer.Option(help="The file's network. Default: what its shapes say.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,

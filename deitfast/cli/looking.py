@@ -23,9 +23,9 @@ def bench(
         list[str] | None,
         typer.Option("--try", metavar="A.B=VALUE", help="Predict this change, then measure it; or data=FOLDER."),
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Also timm, FFCV and DALI, on the same files.")] = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page to look at here.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also measure timm, FFCV and DALI on the same files.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write every measurement here, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write an HTML page here.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure every stage of training in images/s, say which one holds it back, and what would lift it."""

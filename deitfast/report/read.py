@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     record = RunRecord(folder, name or folder.name, settings, known, machine, rows, evaluation, tuple(notes))
     if evaluation and record.confusion() is None:
         notes.append("evaluation.json has no confusion matrix that fits the class names.")
-    return RunRecord(**{**vars(record), "notes": tuple(notes)})
+    return replace(record, notes=tuple(notes))
 
 
 def distinct(folders: list[Path]) -> list[str]:

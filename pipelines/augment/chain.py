@@ -70,7 +70,7 @@ def augment(
     Raises:
         Mistake: kernels are on where they cannot run.
     """
-    if run_kernels(kernels, batch.images.device):
+    if kernels_run(kernels, batch.images.device):
         return _in_kernels(batch, spec, dtype, train, patch)
     if not train:
         own = torch.ones_like(batch.labels, dtype=torch.float32)
@@ -90,7 +90,7 @@ def augment(
     return _input(batch, pixels, dtype, patch, batch.labels[columns["partner"]], share)
 
 
-def run_kernels(kernels: str, device: torch.device) -> bool:
+def kernels_run(kernels: str, device: torch.device) -> bool:
     """Return whether the kernels run on a device, for `train.kernels`.
 
     Raises:
@@ -175,19 +175,16 @@ def _send(params: ViewParams, device: torch.device) -> _Drawn:
 
     It travels as float64 [B, 31 + 3 a slot that any row uses]: float64 holds every int32 exactly.
     """
-    operations = np.concatenate([params[name] for name in ops.SLOTS], axis=1)
-    magnitudes = np.concatenate([params[name] for name in ops.SLOTS.values()], axis=1)
-    used = np.flatnonzero(operations.any(0))
-    extra = np.zeros((len(params), len(used), 3))
-    groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, at]) for at, slot in enumerate(used)]
+    operations, magnitudes = ops.used_slots(params)
+    count = operations.shape[1]
+    extra = np.zeros((len(params), count, 3))
+    groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, slot]) for slot in range(count)]
     host = torch.from_numpy(np.concatenate([params.table, extra.reshape(len(params), -1)], axis=1))
     if device.type == "cuda":
         host = host.pin_memory()
     sent = host.to(device, non_blocking=True)
-    table, orders = (
-        sent[:, : params.table.shape[1]].long(),
-        sent[:, params.table.shape[1] :].unflatten(1, (len(used), 3)),
-    )
+    width = params.table.shape[1]
+    table, orders = sent[:, :width].long(), sent[:, width:].unflatten(1, (count, 3))
     slots = []
     for slot, group in enumerate(groups):
         rows, arguments = orders[:, slot, 0].long(), orders[:, slot, 1:]
@@ -207,7 +204,7 @@ def _group(operations: np.ndarray, magnitudes: np.ndarray, lines: np.ndarray) ->
     for index, name in enumerate(OPERATIONS[1:], start=1):
         some = slice(int(ends[index - 1]), int(ends[index]))
         if some.start < some.stop:
-            lines[some, 1:] = ops.arguments(name, magnitudes[order[some]] / UNIT)
+            lines[some, 1:] = ops.arguments(name, magnitudes[order[some]])
             groups.append((name, some))
     return groups
 

@@ -23,7 +23,6 @@ from pipelines.augment.kernels_colour import apply_colour, make_table
 from pipelines.augment.kernels_input import write_input
 from pipelines.augment.kernels_rows import words
 from pipelines.operations import OPERATIONS
-from pipelines.packed import UNIT
 from pipelines.views import ViewParams
 
 TABLES, COLOURS, MOVES, LAST = (4096, 16), (1024, 8), (256, 8), (512, 4)
@@ -102,10 +101,7 @@ def send(params: ViewParams, device: torch.device) -> Tensor:
 
     K is the number of slots that any row uses.
     """
-    operations = np.concatenate([params[name] for name in ops.SLOTS], axis=1)
-    magnitudes = np.concatenate([params[name] for name in ops.SLOTS.values()], axis=1)
-    used = np.flatnonzero(operations.any(0))
-    operations, magnitudes = operations[:, used], magnitudes[:, used] / UNIT
+    operations, magnitudes = ops.used_slots(params)
     arguments = np.zeros((*operations.shape, 2))
     for index in np.unique(operations[operations > 0]):
         of_it = operations == index

@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from pipelines.augment import ops_affine, ops_colour
+from pipelines.packed import UNIT
+from pipelines.views import ViewParams
 
 SLOTS = {"operation": "magnitude", "jitter": "factor"}
 """Columns of the operations that an image may get, one after the other, and those of their magnitudes."""
@@ -108,6 +110,18 @@ TABLE = {
     "JitterSaturation": Operation(_itself, ops_colour.colour),
 }
 """Every operation but 'none' by its name in `pipelines.operations.OPERATIONS`."""
+
+
+def used_slots(params: ViewParams) -> tuple[np.ndarray, np.ndarray]:
+    """Return the operations in the K slots that any row of a batch uses, and their magnitudes.
+
+    Returns:
+        Indices into OPERATIONS, int32 [B, K], 0 for none; magnitudes as `arguments` takes them, float64 [B, K].
+    """
+    operations = np.concatenate([params[name] for name in SLOTS], axis=1)
+    magnitudes = np.concatenate([params[name] for name in SLOTS.values()], axis=1)
+    used = operations.any(0)
+    return operations[:, used], magnitudes[:, used] / UNIT
 
 
 def arguments(name: str, magnitudes: np.ndarray) -> np.ndarray:

@@ -24,13 +24,13 @@ from pipelines.storage.transcode import BadImageError, stored_size
 from pipelines.views import ViewParams, draw_eval, draw_train
 
 KEPT_CANVASES = 4
-"""Free ones that are kept at most."""
+"""Most free ones that are kept."""
 CHUNK = 8
 """Images that a worker takes at once: a queue's round trip costs 20 us, decoding an image about 800."""
 
 
 class Canvases:
-    """Memory for batches on the host, taken again once nothing of a batch is held any more.
+    """Host memory for batches, reused once nothing of a batch is held any more.
 
     Fresh memory costs a page fault every 4 KB, a tenth of the cpu loader's time on images of 400 px.
     """
@@ -251,7 +251,7 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
 
 
 def undecodable(reader: Reader, sample: int, found: str = "") -> Failure:
-    """Return what to raise for a sample whose bytes are as they were converted and yet no image."""
+    """Return the error for a sample whose bytes are those that were converted, but cannot be decoded."""
     return Failure(
         f"sample {sample} of {reader.place(sample).file} cannot be decoded",
         expected=f"a JPEG of {reader.widths[sample]} x {reader.heights[sample]} pixels",

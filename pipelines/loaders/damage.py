@@ -27,10 +27,10 @@ class BadSamples:
         return sorted(self._met)
 
     def meet(self, sample: int, failure: Failure) -> None:
-        """Log the first meeting with a sample that cannot be read. May be called from several threads.
+        """Note a sample that cannot be read, and log it the first time. May be called from several threads.
 
         Raises:
-            Failure: that very one, where nothing is to be skipped.
+            Failure: `failure` itself, where nothing is to be skipped.
         """
         if not self._skip:
             raise failure

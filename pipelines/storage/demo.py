@@ -98,7 +98,7 @@ class Drawing:
 
 
 def open_demo(train: int = 4000, val: int = 1000, seed: int = 0, val_fraction: float = 0.0) -> OpenedSource:
-    """Return the demo set with `train` and `val` images, in turn of each class; nothing is drawn yet.
+    """Return the demo set with `train` and `val` images, the classes taking turns; nothing is drawn yet.
 
     An image depends on seed, split and its own index only: a larger set begins with the smaller one.
     """

@@ -30,7 +30,7 @@ class Source(ABC):
     origin: str
     """Where the images come from, for people."""
     classes: tuple[str, ...]
-    """Class names, sorted as their labels are numbered."""
+    """Class names in label order."""
     splits: dict[str, list[Entry]]
     """Split names (train, val) and their images, in the order they will have in the dataset."""
 
@@ -41,3 +41,12 @@ class Source(ABC):
         Raises:
             OSError, Failure: the image cannot be read at all. That stops a conversion, whatever is skipped.
         """
+
+
+@dataclass(frozen=True)
+class InMemory(Source):
+    """Images that are in memory already: `where` is the encoded file's bytes, or raw pixels."""
+
+    def read(self, entry: Entry) -> bytes | np.ndarray:
+        """Return what the entry holds."""
+        return entry.where

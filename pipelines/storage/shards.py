@@ -32,7 +32,7 @@ ROW = np.dtype(
 
 
 def padded(size: Any) -> Any:
-    """Return the bytes (a number, or an array of them) that a tar file spends on so many."""
+    """Return sizes in bytes (a number, or an array of them) rounded up to whole blocks, as a tar file stores them."""
     return -(-size // BLOCK) * BLOCK
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +12,15 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from checks.check import Check, absent, compare
+from deitfast.bench.peer_loaders import stored_image
 from pipelines.batch import Batch
 from pipelines.loaders.opening import available, open_loader
 from pipelines.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
-from pipelines.storage.entry import Entry, Source
-from pipelines.storage.reader import RAW, Reader
+from pipelines.storage.entry import Entry, InMemory
+from pipelines.storage.reader import Reader
 
 pillow: Any = functional  # annotated for tensors; takes images as well
 BICUBIC = functional.InterpolationMode.BICUBIC
@@ -32,24 +33,10 @@ EPOCHS = 3
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Given(Source):
-    """Encoded images in memory."""
-
-    kind: str = "folder"
-    origin: str = "images to compare"
-    classes: tuple[str, ...] = ("image",)
-    splits: dict[str, list[Entry]] = field(default_factory=dict)
-
-    def read(self, entry: Entry) -> bytes:
-        """Return the file's bytes."""
-        return entry.where
-
-
 def store(files: list[bytes], folder: Path) -> Reader:
     """Convert encoded images to a data set in `folder` and open it."""
     entries = [Entry(f"image {number}", 0, data, len(data)) for number, data in enumerate(files)]
-    convert(Given(splits={"train": entries}), folder, workers=1)
+    convert(InMemory("folder", "images to compare", ("image",), {"train": entries}), folder, workers=1)
     return Dataset.open(folder).split("train")
 
 
@@ -121,16 +108,9 @@ def batches(name: str, reader: Reader, spec: AugmentSpec, train: bool) -> list[B
 
 def _torchvisions(reader: Reader, batch: Batch, row: int, size: int) -> np.ndarray:
     """Return a row's crop as torchvision's functions make it of a PIL image: uint8 [S, S, 3]."""
-    image = _image(reader, int(batch.params.sample[row]))
+    image = stored_image(reader, int(batch.params.sample[row]))
     top, left, height, width = batch.params.window[row].tolist()
     if batch.params.resized[row].tolist() == [size, size]:
         return np.asarray(pillow.resized_crop(image, top, left, height, width, [size, size], BICUBIC))
     short = int(batch.params.resized[row].min())
     return np.asarray(pillow.center_crop(pillow.resize(image, [short], BICUBIC), [size, size]))
-
-
-def _image(reader: Reader, sample: int) -> Image.Image:
-    data = reader.sample(sample)
-    if reader.modes[sample] == RAW:
-        return Image.fromarray(data.reshape(int(reader.heights[sample]), int(reader.widths[sample]), 3))
-    return Image.open(io.BytesIO(data.tobytes())).convert("RGB")

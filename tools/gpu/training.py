@@ -108,9 +108,7 @@ def evaluation(lab: Lab) -> Iterator[Figure | Note]:
     recipe, runtime, model = bench.recipe, bench.runtime, bench.learner.model
     with closing(open_split(bench.dataset, "val", recipe, runtime)) as loader:
         images = bench.dataset.split("val").num_samples
-        call: Callable[[], object] = lambda: predict(  # noqa: E731
-            model, loader, recipe.augment, runtime.device, runtime.amp, kernels=recipe.train.kernels
-        )
+        call: Callable[[], object] = lambda: predict(model, loader, recipe, runtime)  # noqa: E731
         work = Work("evaluation", f"{images:,} images a pass, {loader.name} loader", None, images, call, on_device=True)
         (found,) = measure([work], bench.clock, lab.pace)
     yield rates(found, "evaluation")
