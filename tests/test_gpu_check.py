@@ -21,7 +21,7 @@ from gpu.lab import DRY, Given, Lab
 from gpu.record import FORMAT, Figure, Note, Record, Section, load, save
 from gpu.session import PARTS, Part, Session, Wish, left_out
 from gpu.suite import read as read_report
-from gpu.table import show
+from gpu.table import sentences, table
 from gpu.trace import Event, read, summary, union
 from pipelines.errors import Failure, Mistake
 from pipelines.storage.reader import Reader
@@ -38,7 +38,7 @@ def record(*sections: Section, dry: bool = False) -> Record:
 def shown(found: Record) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(show(found))
+        console.print(*map(table, found.sections), *sentences(found))
     return capture.get()
 
 

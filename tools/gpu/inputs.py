@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from oracle.pictures import photograph
 from pipelines.errors import Mistake
 from pipelines.storage.convert import convert
 from pipelines.storage.dataset import Dataset
-from pipelines.storage.entry import Entry, Source
+from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import Place, Reader
 
 SUFFIXES = (".jpeg", ".jpg")
@@ -25,20 +24,6 @@ QUALITY = 92
 FEW = 200
 """Images up to which converting them is not worth processes of its own."""
 CIFAR_SIDE, CIFAR_CLASSES = 32, 10
-
-
-@dataclass(frozen=True)
-class InMemory(Source):
-    """Images in memory: encoded files, or pixels."""
-
-    kind: str = "folder"
-    origin: str = ""
-    classes: tuple[str, ...] = ()
-    splits: dict[str, list[Entry]] = field(default_factory=dict)
-
-    def read(self, entry: Entry) -> bytes | np.ndarray:
-        """Return the file's bytes or the pixels."""
-        return entry.where
 
 
 class Repeated:
@@ -173,6 +158,6 @@ def _converted(images: Sequence[bytes | np.ndarray], classes: int, folder: Path)
         for at, image in enumerate(islice(cycle(images), max(len(images), classes)))
     ]
     names = tuple(f"class {number:04d}" for number in range(classes))
-    source = InMemory(classes=names, splits={"train": entries, "val": entries})
+    source = InMemory("folder", "images to measure with", names, {"train": entries, "val": entries})
     convert(source, folder, skip_bad=True, workers=1 if len(entries) <= FEW else 0)
     return Dataset.open(folder)

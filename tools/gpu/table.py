@@ -9,12 +9,6 @@ from rich.table import Table
 from gpu.record import Figure, Record, Section
 
 
-def show(record: Record) -> RenderableType:
-    """Return every section's table, what was left out, and which targets are met."""
-    tables = [table(section) for section in record.sections]
-    return Group(*tables, *sentences(record))
-
-
 def table(section: Section) -> RenderableType:
     """Return one section: a line a figure, or why there are none."""
     memory = "".join(
