@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.cache_files import TargetSpec
+from pipelines.memory import sent
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,10 @@ def to_records(answers: Sequence[Answers], spec: TargetSpec) -> np.ndarray:
 def from_records(records: np.ndarray, device: torch.device) -> Answers:
     """Return a cache's records, [B], on a device; the copy does not wait."""
 
-    def sent(values: np.ndarray, dtype: type) -> Tensor:
-        host = torch.from_numpy(values.astype(dtype))
-        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    def column(values: np.ndarray, dtype: type) -> Tensor:
+        return sent(torch.from_numpy(values.astype(dtype)), device)
 
     if records.dtype.names is None:
-        return Answers(sent(records, np.int32).long())
-    label = sent(records["label"], np.int32).long()
-    return Answers(label, *(sent(records[name], np.float32) for name in ("logit", "lse", "lse_tau")))
+        return Answers(column(records, np.int32).long())
+    label = column(records["label"], np.int32).long()
+    return Answers(label, *(column(records[name], np.float32) for name in ("logit", "lse", "lse_tau")))

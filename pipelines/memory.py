@@ -1,9 +1,10 @@
-"""Running out of GPU memory: which buffer it was for, and what to lower."""
+"""A GPU's memory: how tensors get there, and what it says when it is full."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from pipelines.errors import Failure
 
@@ -15,6 +16,13 @@ SAYS_SO = (
     "bytes on device",
 )
 """How libraries other than torch word it."""
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on its way to `device`; on CUDA through page-locked memory, as the host would wait otherwise."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager

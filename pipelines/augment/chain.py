@@ -22,6 +22,7 @@ from pipelines.augment.erase import erase
 from pipelines.augment.patches import cut_patches
 from pipelines.batch import Batch
 from pipelines.errors import Mistake
+from pipelines.memory import sent
 from pipelines.operations import OPERATIONS
 from pipelines.packed import UNIT
 from pipelines.spec import AugmentSpec, Kernels
@@ -116,13 +117,13 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
     from pipelines.augment import kernels  # Triton is only there where PyTorch has it
 
     device = batch.images.device
-    sent = kernels.send(batch.params, device) if train else None
+    drawn = kernels.send(batch.params, device) if train else None
     mean, scale = _normalisation(spec.mean, spec.std, device)
-    pixels = kernels.model_input(batch.images, sent, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
-    if sent is None:
+    pixels = kernels.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
+    if drawn is None:
         share = torch.ones_like(batch.labels, dtype=torch.float32)
         return ModelInput(pixels, batch.labels, batch.labels, share, batch.valid, batch.params)
-    partners, share = sent[:, SLICES["partner"].start].long(), sent[:, SLICES["share"].start].float() / UNIT
+    partners, share = drawn[:, SLICES["partner"].start].long(), drawn[:, SLICES["share"].start].float() / UNIT
     return ModelInput(pixels, batch.labels, batch.labels[partners], share, batch.valid, batch.params)
 
 
@@ -180,11 +181,9 @@ def _send(params: ViewParams, device: torch.device) -> _Drawn:
     extra = np.zeros((len(params), count, 3))
     groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, slot]) for slot in range(count)]
     host = torch.from_numpy(np.concatenate([params.table, extra.reshape(len(params), -1)], axis=1))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    sent = host.to(device, non_blocking=True)
+    carried = sent(host, device)
     width = params.table.shape[1]
-    table, orders = sent[:, :width].long(), sent[:, width:].unflatten(1, (count, 3))
+    table, orders = carried[:, :width].long(), carried[:, width:].unflatten(1, (count, 3))
     slots = []
     for slot, group in enumerate(groups):
         rows, arguments = orders[:, slot, 0].long(), orders[:, slot, 1:]

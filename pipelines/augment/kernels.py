@@ -22,6 +22,7 @@ from pipelines.augment.kernels_affine import apply_affine
 from pipelines.augment.kernels_colour import apply_colour, make_table
 from pipelines.augment.kernels_input import write_input
 from pipelines.augment.kernels_rows import words
+from pipelines.memory import sent
 from pipelines.operations import OPERATIONS
 from pipelines.views import ViewParams
 
@@ -47,13 +48,13 @@ CANONICAL = _canonical()
 
 
 def model_input(
-    images: Tensor, sent: Tensor | None, mean: Tensor, scale: Tensor, *, seed: int, patch: int, dtype: torch.dtype
+    images: Tensor, parameters: Tensor | None, mean: Tensor, scale: Tensor, *, seed: int, patch: int, dtype: torch.dtype
 ) -> Tensor:
     """Return what the model reads: pixels [B, 3, S, S], channels-last, or with `patch` patches [B, (S/p)^2, 3 p p].
 
     Args:
         images: uint8 [B, S, S, 3]; stay as they are.
-        sent: what `send` returned; None normalises and does nothing else.
+        parameters: what `send` returned; None normalises and does nothing else.
         mean: float32 [3], in pixel values.
         scale: float32 [3], what a pixel's distance from the mean is multiplied by.
         seed: of erasing's noise.
@@ -62,30 +63,30 @@ def model_input(
     """
     images = images.contiguous()
     rows, size = images.shape[:2]
-    slots = 0 if sent is None else (sent.shape[1] - words(0)) // (words(1) - words(0))
+    slots = 0 if parameters is None else (parameters.shape[1] - words(0)) // (words(1) - words(0))
     shape = (rows, (size // patch) ** 2, 3 * patch * patch) if patch else (rows, size, size, 3)
     out = torch.empty(shape, dtype=dtype, device=images.device)
     work = images.new_empty((min(slots, 2), *images.shape))
     with torch.cuda.device_of(images):
-        if sent is not None and slots:
-            _operate(images, work, sent, slots)
-        drawn, normal = (images, mean) if sent is None else (sent, normal_table(images.device))
+        if parameters is not None and slots:
+            _operate(images, work, parameters, slots)
+        drawn, normal = (images, mean) if parameters is None else (parameters, normal_table(images.device))
         last = _at_once(size, LAST)
-        layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": sent is not None}
+        layout = {"SIZE": size, "PATCH": patch, "SLOTS": slots, "TRAIN": parameters is not None}
         grid = (rows * triton.cdiv(size * size, last["BLOCK"]),)
         write_input[grid](images, work, drawn, out, mean, scale, normal, seed, rows, **layout, **last, **EXACT)
     return out if patch else out.permute(0, 3, 1, 2)
 
 
-def _operate(images: Tensor, work: Tensor, sent: Tensor, slots: int) -> None:
+def _operate(images: Tensor, work: Tensor, parameters: Tensor, slots: int) -> None:
     """Put every image through its operations, slot by slot, from `images` and `work` into `work`."""
     rows, size = images.shape[:2]
-    tables, arguments = images.new_empty((rows, 3, 256)), sent.view(torch.float64)
+    tables, arguments = images.new_empty((rows, 3, 256)), parameters.view(torch.float64)
     chunk = min(triton.next_power_of_2(size * size), CHUNK)
     grid = (rows * triton.cdiv(size * size, chunk),)
     shape = {"SIZE": size, "SLOTS": slots, **EXACT}
     for slot in range(slots):
-        given = images, work, sent, arguments
+        given = images, work, parameters, arguments
         make_table[3 * rows,](*given, tables, slot, rows, **shape, **_at_once(size, TABLES))
         apply_colour[grid](*given, tables, slot, rows, **shape, CHUNK=chunk, **_at_once(size, COLOURS))
         apply_affine[grid](*given, slot, rows, **shape, CHUNK=chunk, **_at_once(size, MOVES))
@@ -109,7 +110,4 @@ def send(params: ViewParams, device: torch.device) -> Tensor:
     applied = np.cumsum(operations > 0, axis=1, dtype=np.int32)
     before = np.concatenate([np.zeros((len(params), 1), np.int32), applied], axis=1)
     seen = arguments.reshape(len(params), -1).view(np.int32)
-    host = torch.from_numpy(np.concatenate([params.table, CANONICAL[operations], before, seen], axis=1))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return sent(torch.from_numpy(np.concatenate([params.table, CANONICAL[operations], before, seen], axis=1)), device)

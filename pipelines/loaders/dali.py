@@ -20,8 +20,8 @@ from pipelines.loaders.dali_graph import Graph, GraphSpec, release_memory
 from pipelines.loaders.dali_setup import graph_spec, memory
 from pipelines.loaders.dali_source import EncodedImages
 from pipelines.loaders.decode_once import Work, decode_once
-from pipelines.loaders.prefetch import prefetched, sent
-from pipelines.memory import naming_memory, out_of_memory
+from pipelines.loaders.prefetch import prefetched
+from pipelines.memory import naming_memory, out_of_memory, sent
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.memory import naming_memory
+from pipelines.memory import naming_memory, sent
 
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"
@@ -92,13 +92,6 @@ def _produce(
         arrived.put(None)
     except BaseException as error:  # handed to the consumer, which is waiting for it
         arrived.put(error)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on its way to `device`; on CUDA through page-locked memory, as the host would wait otherwise."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @cache

@@ -10,9 +10,9 @@ from torch import Tensor
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
 from pipelines.loaders.assemble import CHUNK, Codec, Geometry, Plan, decoded
-from pipelines.loaders.prefetch import prefetched, sent
+from pipelines.loaders.prefetch import prefetched
 from pipelines.loaders.resample import resample
-from pipelines.memory import naming_memory
+from pipelines.memory import naming_memory, sent
 from pipelines.sampler import Rows
 from pipelines.storage.reader import Reader
 
