@@ -12,7 +12,7 @@ from deitfast import __version__
 from deitfast import recipe as recipes
 from deitfast.recipe import LEARNS_THE_SAME, Recipe, differences
 from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.files import whole_file, writing
 from pipelines.storage.pool import usable_cores
 
 
@@ -157,18 +157,15 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all.
+    """Write a small file, whole or not at all, and the folder that it is to be in.
 
     Raises:
         Failure: the disk is full or not writable.
     """
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(text.encode())
-    except OSError as error:
-        raise Failure(
-            f"cannot write {path}", found=str(error), remedy="free some space, or check the rights"
-        ) from error
 
 
 def environment() -> dict[str, Any]:
