@@ -153,7 +153,7 @@ class Filling:
 
     def _fill_epoch(self, slot: int, answers: Cached, stop: Stop, bar: Bar) -> None:
         """Ask for the missing views of one epoch, from the first step that has any."""
-        answers.start_epoch(slot)
+        answers.read_pass(slot)
         steps = range(self.sampler.steps_per_epoch)
         first = next((step for step in steps if self._missing(slot, step, answers).any()), None)
         if first is None:
@@ -197,7 +197,7 @@ def spot_check(answers: Cached, recipe: Recipe, dataset: Dataset, runtime: Runti
     with closing(loader_of(recipe, dataset, alone, sampler)) as loader:
         for slot, step in {(0, 0), (answers.cache.manifest.views - 1, sampler.steps_per_epoch // 2)}:
             rows = sampler.rows(slot, step)
-            answers.start_epoch(slot)
+            answers.read_pass(slot)
             known = rows.valid & ~answers.missing(rows.views, rows.samples)
             if known.any():
                 with closing(loader.epoch(slot, step)) as batches:  # pyright: ignore
