@@ -60,7 +60,8 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
                 raise Mistake("nowhere to keep the answers", remedy="name the cache's folder with --out")
             teacher = Teacher(loaded, job.recipe, runtime)
             answers = Cached(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
-            spot_check(answers, job.recipe, dataset, runtime)
+            with stop.at_once():
+                spot_check(answers, job.recipe, dataset, runtime)
             filling.fill(answers, stop)
         return TeacherCache.open(cache.folder)
 
