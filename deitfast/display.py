@@ -62,7 +62,17 @@ class Bar:
 
 
 class _Lines(Progress):
-    """A bar and, on a line of its own, the text: both fit a terminal of 80 columns."""
+    """A bar and, on a line of its own, the text: both fit a terminal of 80 columns. One that is gone ends no job."""
+
+    def start(self) -> None:
+        """Appear, where there is a terminal still."""
+        with suppress(OSError):
+            super().start()
+
+    def stop(self) -> None:
+        """Go, where there is a terminal still."""
+        with suppress(OSError):
+            super().stop()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Return what is on the screen."""
@@ -90,8 +100,10 @@ class Display:
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
         )
-        with _Lines(*columns, console=self._console, transient=True) as progress:
-            yield Bar(label, total, progress)
+        progress = _Lines(*columns, console=self._console, transient=True)
+        bar = Bar(label, total, progress)
+        with progress:
+            yield bar
 
 
 def start_logging(console: Console, *, quiet: bool = False) -> None:

@@ -171,9 +171,9 @@ class Filling:
                     answers.ask(model_input(batch, self.recipe, self.runtime), wanted)
                     bar.advance(int(wanted.sum()) * self.runtime.world, f"{bar.rate():,.0f} images/s")
                 if stop.signal:
-                    raise Interrupted
-        except Interrupted:
-            log.info("stopped; the same command goes on from here")
+                    raise Interrupted(stop.signal)
+        except Interrupted as request:
+            log.info("%s: stopped; the same command goes on from here", request)
             raise
         finally:
             answers.save()
