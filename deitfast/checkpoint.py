@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
         Failure: the disk is full or not writable; the old checkpoint stays as it was.
         KeyboardInterrupt: Ctrl-C came while this wrote; the old checkpoint stays as well.
     """
+    before = sys.exception()  # a request to stop, where that is why a run saves
     try:
         with whole_file(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch's writer, interrupted, raises a complaint of its own on top
+        cause: BaseException = error  # what came first: torch's writer and the file add complaints of their own
+        while cause.__context__ not in (None, before):
+            cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise Failure(

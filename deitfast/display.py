@@ -1,15 +1,18 @@
 """What a person sees while something long runs: a live bar on a terminal, plain lines elsewhere."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from pipelines.files import writing
 
 log = logging.getLogger("deitfast")
 LOGGERS = (log, logging.getLogger("pipelines"))
@@ -59,7 +62,17 @@ class Bar:
 
 
 class _Lines(Progress):
-    """A bar and, on a line of its own, the text: both fit a terminal of 80 columns."""
+    """A bar and, on a line of its own, the text: both fit a terminal of 80 columns. One that is gone ends no job."""
+
+    def start(self) -> None:
+        """Appear, where there is a terminal still."""
+        with suppress(OSError):
+            super().start()
+
+    def stop(self) -> None:
+        """Go, where there is a terminal still."""
+        with suppress(OSError):
+            super().stop()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Return what is on the screen."""
@@ -87,8 +100,10 @@ class Display:
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
         )
-        with _Lines(*columns, console=self._console, transient=True) as progress:
-            yield Bar(label, total, progress)
+        progress = _Lines(*columns, console=self._console, transient=True)
+        bar = Bar(label, total, progress)
+        with progress:
+            yield bar
 
 
 def start_logging(console: Console, *, quiet: bool = False) -> None:
@@ -104,13 +119,32 @@ def start_logging(console: Console, *, quiet: bool = False) -> None:
         logger.propagate = False
 
 
+class _LogFile(logging.FileHandler):
+    """A file of messages that nothing depends on: a full disk ends a run at its checkpoint, not here."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on: a later message brings along what the buffer keeps of those that found no room."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, with the last messages or without."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(path: Path | None) -> Iterator[None]:
-    """Copy deitfast's messages, with the time of day, to the end of a file while the block runs."""
+    """Copy deitfast's messages, with the time of day, to the end of a file while the block runs.
+
+    Raises:
+        Failure: the file cannot be opened.
+    """
     if path is None:
         yield
         return
-    handler = logging.FileHandler(path)
+    with writing(path):
+        handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger in LOGGERS:
         logger.addHandler(handler)

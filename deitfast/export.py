@@ -12,8 +12,8 @@ from deitfast.interop import INPUT_FIELDS, METADATA
 from deitfast.model import VisionTransformer, joint
 from deitfast.runlog import write_text
 from deitfast.trained import TrainedModel
-from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.errors import Mistake
+from pipelines.files import whole_file, writing
 
 FORMATS = ("timm", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
@@ -139,11 +139,7 @@ def _own(trained: TrainedModel) -> str:
 
 
 def _write(file: Path, content: bytes) -> None:
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as opened:
             opened.write(content)
-    except OSError as error:
-        raise Failure(
-            f"cannot write {file}", found=str(error), remedy="free some space, or check the rights"
-        ) from error

@@ -12,7 +12,7 @@ from deitfast import __version__
 from deitfast import recipe as recipes
 from deitfast.recipe import LEARNS_THE_SAME, Recipe, differences
 from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.files import whole_file, writing
 from pipelines.storage.pool import usable_cores
 
 
@@ -126,8 +126,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, a dict an epoch, leaving out lines cut short by a crash."""
-        file = self.path / "metrics.jsonl"
-        return read_rows(file)[0] if file.exists() else []
+        return read_rows(self.path / "metrics.jsonl")[0]
 
     def finished(self) -> bool:
         """Whether the run's last epoch is in metrics.jsonl."""
@@ -140,10 +139,10 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
 
 
-def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of a metrics.jsonl that are whole, and how many lines are not."""
+def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any)."""
     rows, damaged = [], 0
-    for line in file.read_bytes().splitlines():
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and isinstance(row["epoch"], int)
@@ -153,22 +152,20 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], int]:
             rows.append(row)
         else:
             damaged += 1
-    return rows, damaged
+    lines, are = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
+    return rows, f"{lines} of {file.name} could not be read and {are} left out." if damaged else ""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all.
+    """Write a small file, whole or not at all, and the folder that it is to be in.
 
     Raises:
         Failure: the disk is full or not writable.
     """
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(text.encode())
-    except OSError as error:
-        raise Failure(
-            f"cannot write {path}", found=str(error), remedy="free some space, or check the rights"
-        ) from error
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ending a run when asked to: SIGINT (Ctrl-C) and SIGTERM become a request.
+"""Ending a run when asked to: SIGINT (Ctrl-C), SIGTERM and SIGHUP (its terminal is gone) become a request.
 
 It is answered between two steps, where everything that was learned can be saved; and at once where a run waits or
 does what can be done again: waiting for a batch, compiling, evaluating, writing its report.
@@ -16,7 +16,10 @@ from deitfast.runtime import Runtime
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the run to end, and it can be gone on from here."""
+    """Somebody asked the run to end, and it can be gone on from here. Its text is the signal's name."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
 
 
 class Stop:
@@ -29,12 +32,17 @@ class Stop:
         self._at_once = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal, or end an `at_once` block; a second signal ends the process at once."""
+        """Remember the signal, or end an `at_once` block; a second signal ends the process at once.
+
+        Not if that is SIGHUP: a terminal and its shell both send one, and a logout sends SIGTERM as well.
+        """
         if self.signal:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         self.signal = number
         if self._at_once:
-            raise Interrupted
+            raise Interrupted(number)
 
     def check(self, *, looking: bool) -> None:
         """Raise Interrupted where somebody asked, on every rank alike.
@@ -42,15 +50,15 @@ class Stop:
         Several ranks agree only where `looking` is true: where they wait for each other anyway.
         """
         if self._runtime.world == 1:
-            asked = bool(self.signal)
+            asked = self.signal
         elif looking:
             votes = torch.tensor([float(self.signal)], device=self._runtime.device)
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-            asked = bool(votes.item())
+            asked = int(votes.item())
         else:
             return
         if asked:
-            raise Interrupted
+            raise Interrupted(asked)
 
     @contextmanager
     def at_once(self, when: bool = True) -> Iterator[None]:
@@ -62,7 +70,7 @@ class Stop:
         self._at_once = when and self._runtime.world == 1
         try:
             if self._at_once and self.signal:
-                raise Interrupted
+                raise Interrupted(self.signal)
             yield
         finally:
             self._at_once = False
@@ -70,9 +78,12 @@ class Stop:
 
 @contextmanager
 def catching_signals(runtime: Runtime) -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request to stop while the block runs."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a request to stop while the block runs."""
     stop = Stop(runtime)
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored where a run is to outlive its terminal: nohup
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stop
     finally:

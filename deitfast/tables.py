@@ -10,7 +10,7 @@ from deitfast.ablations import ABLATIONS, BASE
 from deitfast.display import duration, volume
 from deitfast.evaluate import Agreement
 from deitfast.metrics import Metrics
-from deitfast.runlog import RunFolder
+from deitfast.runlog import RunFolder, read_rows
 from pipelines.teacher_cache import TeacherCache
 
 COLUMNS = ("top1", "top5", "precision", "recall", "f1", "auc", "loss")
@@ -73,7 +73,8 @@ def confusion_table(metrics: Metrics, classes: tuple[str, ...]) -> Table:
 
 def describe_run(folder: RunFolder) -> RenderableType:
     """Return what `deitfast info` shows of a run: what it was made of, and its last epoch's figures."""
-    recipe, info, rows = folder.recipe(), folder.info(), folder.metrics()
+    recipe, info = folder.recipe(), folder.info()
+    rows, damage = read_rows(folder.path / "metrics.jsonl")
     table = Table(title=f"{folder.path}: {recipe.model.arch}", title_justify="left", show_header=False)
     distill = recipe.distill
     asked = f"{distill.mode}, {distill.targets} targets, from {distill.teacher or 'the cache'}"
@@ -88,6 +89,8 @@ def describe_run(folder: RunFolder) -> RenderableType:
     if rows:
         facts["training time"] = duration(sum(row["seconds"] for row in rows))
         facts["loss"] = f"{rows[-1]['loss']:.4f}"
+    if damage:
+        facts["damaged"] = damage
     for key, value in facts.items():
         table.add_row(key, str(value))
     evaluated = next((row for row in reversed(rows) if "val" in row), None)

@@ -87,9 +87,13 @@ class Cached:
         self._written = time.monotonic()
 
     def start_epoch(self, epoch: int) -> None:
-        """Read the views of the epoch's pass: for ImageNet 2.5 MB a view of hard targets."""
+        """Read what the run looks at in an epoch."""
+        self.read_pass(epoch % self._recipe.views)
+
+    def read_pass(self, view: int) -> None:
+        """Read the views of the pass that `view` is of: for ImageNet 2.5 MB a view of hard targets."""
         repeats = self.cache.manifest.repeats
-        self._first = (epoch % self._recipe.views) // repeats * repeats
+        self._first = view // repeats * repeats
         self._rows = self.cache.rows(self._first)
 
     def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:

@@ -60,7 +60,8 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
                 raise Mistake("nowhere to keep the answers", remedy="name the cache's folder with --out")
             teacher = Teacher(loaded, job.recipe, runtime)
             answers = Cached(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
-            spot_check(answers, job.recipe, dataset, runtime)
+            with stop.at_once():
+                spot_check(answers, job.recipe, dataset, runtime)
             filling.fill(answers, stop)
         return TeacherCache.open(cache.folder)
 
@@ -153,7 +154,7 @@ class Filling:
 
     def _fill_epoch(self, slot: int, answers: Cached, stop: Stop, bar: Bar) -> None:
         """Ask for the missing views of one epoch, from the first step that has any."""
-        answers.start_epoch(slot)
+        answers.read_pass(slot)
         steps = range(self.sampler.steps_per_epoch)
         first = next((step for step in steps if self._missing(slot, step, answers).any()), None)
         if first is None:
@@ -170,9 +171,9 @@ class Filling:
                     answers.ask(model_input(batch, self.recipe, self.runtime), wanted)
                     bar.advance(int(wanted.sum()) * self.runtime.world, f"{bar.rate():,.0f} images/s")
                 if stop.signal:
-                    raise Interrupted
-        except Interrupted:
-            log.info("stopped; the same command goes on from here")
+                    raise Interrupted(stop.signal)
+        except Interrupted as request:
+            log.info("%s: stopped; the same command goes on from here", request)
             raise
         finally:
             answers.save()
@@ -197,7 +198,7 @@ def spot_check(answers: Cached, recipe: Recipe, dataset: Dataset, runtime: Runti
     with closing(loader_of(recipe, dataset, alone, sampler)) as loader:
         for slot, step in {(0, 0), (answers.cache.manifest.views - 1, sampler.steps_per_epoch // 2)}:
             rows = sampler.rows(slot, step)
-            answers.start_epoch(slot)
+            answers.read_pass(slot)
             known = rows.valid & ~answers.missing(rows.views, rows.samples)
             if known.any():
                 with closing(loader.epoch(slot, step)) as batches:  # pyright: ignore

@@ -120,19 +120,20 @@ class Run:
                         last = event
                         continue
                     row = self._finish_epoch(stop)
-            except Interrupted:
-                self._stop()
+            except Interrupted as request:
+                self._stop(request)
                 raise
             self._complete_cache(stop)
         if self.validation:
             self.validation.close()
         return row
 
-    def _stop(self) -> None:
+    def _stop(self, request: Interrupted) -> None:
         """Save what was learned: what a first step that did not end was doing is not."""
         if not self.untried:
             self._save()
-        log.info("stopped in epoch %d after %d steps; --resume goes on", self.position.epoch + 1, self.position.steps)
+        epoch, steps = self.position.epoch + 1, self.position.steps
+        log.info("%s: stopped in epoch %d after %d steps; --resume goes on", request, epoch, steps)
 
     def _greet(self) -> None:
         recipe, runtime = self.recipe, self.runtime

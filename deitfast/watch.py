@@ -1,6 +1,7 @@
 """What looks on while a run trains: its report, and TensorBoard where it is asked for."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class TensorBoard:
     def close(self) -> None:
         """Close the file that is open, if any."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError, RuntimeError):  # every point was flushed when it came: `write` has told what failed
+                self._writer.close()
             self._writer = None
 
 

@@ -3,8 +3,8 @@
 import json
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.files import whole_file, writing
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -129,17 +129,10 @@ def require_same(folder: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing_cache(folder: Path) -> AbstractContextManager[None]:
     """Turn a full or read-only disk into a Failure that names the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise Failure(
-            f"cannot write the teacher cache {folder}",
-            found=str(error),
-            remedy="free some space and start the same command again: what is written is kept",
-        ) from error
+    remedy = "free some space, or check the rights, and start the same command again: what is written is kept"
+    return writing(f"the teacher cache {folder}", remedy)
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import Mistake
+from pipelines.errors import Failure, Mistake
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(what: Path | str, remedy: str = "free some space, check the rights, or write elsewhere") -> Iterator[None]:
+    """Turn a full or read-only disk into a Failure that names what could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"cannot write {what}", found=str(error), remedy=remedy) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,7 +39,7 @@ from pipelines.cache_files import (
     read_manifest,
     read_part,
     write_part,
-    writing,
+    writing_cache,
 )
 from pipelines.errors import Failure, Mistake
 from pipelines.files import alone, whole_file
@@ -66,7 +66,7 @@ class TeacherCache:
         if manifest.views >= 2**16 or manifest.views % manifest.repeats:
             expected = f"a multiple of {manifest.repeats} (augment.repeats), at most {2**16 - 1}"
             raise Mistake(f"a cache of {manifest.views} views of an image", expected=expected)
-        with writing(folder):
+        with writing_cache(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with alone(folder):
                 if not is_cache(folder):
@@ -129,7 +129,7 @@ class TeacherCache:
         if self._added:
             entries = np.concatenate(self._added)
             passes = entries["view"] // self.manifest.repeats
-            with writing(self.folder):
+            with writing_cache(self.folder):
                 try:
                     for number in np.unique(passes):
                         write_part(self.folder, int(number) * self.manifest.repeats, entries[passes == number])
@@ -145,7 +145,7 @@ class TeacherCache:
         Raises:
             Failure: a part is damaged, or the disk is full.
         """
-        with writing(self.folder), alone(self.folder):
+        with writing_cache(self.folder), alone(self.folder):
             if not self._finished_by_now():
                 if not self._every_pass_has_parts():
                     return False

@@ -37,6 +37,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_disk_that_is_full_when_a_run_is_to_stop_is_told(tmp_path) -> None:
+    (tmp_path / "checkpoint.pt.partial").symlink_to("/dev/full")
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(Failure, match="No space left"):
+            checkpoint.save(tmp_path / "checkpoint.pt", {"epoch": 1, "model": {"weight": torch.zeros(100_000)}})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("met", "told", "says"),
     [

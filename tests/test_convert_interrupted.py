@@ -232,6 +232,26 @@ def test_data_spoilt_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path,
     assert convert(mixed_source(odd), tmp_path, workers=1, form=form).splits["train"].samples == 40
 
 
+@pytest.mark.parametrize("last", ["train", "dataset.json"])
+def test_a_disk_that_is_full_for_the_last_names_is_a_failure(odd, tmp_path, monkeypatch, form, last):
+    original = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if target.stem == last or target.name == last:
+            raise OSError(28, "No space left on device")
+        return original(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(Failure, match=r"cannot write .*\n.*No space left") as raised:
+            convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
+        assert type(raised.value) is Failure
+    assert not (tmp_path / "d" / "dataset.json").exists()
+    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
+
+
 def test_a_full_disk_is_a_failure_and_the_rest_is_kept(tmp_path, eager, form):
     limit = 600_000 + (2 << 20)  # a .beton's data starts on the second page
     if form.suffix == ".wds":

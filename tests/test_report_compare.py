@@ -52,6 +52,7 @@ def test_a_damaged_line_is_skipped_and_counted(capsys, tmp_path: Path, monkeypat
     assert "4 lines of metrics.jsonl could not be read and are left out." in text
     assert "1 of 2 epochs (not finished)" in text
     assert "25.00 %" in text
+    assert "4 lines of metrics.jsonl could not be read and are left out." in call(capsys, "info", folder)[1]
 
 
 def test_what_is_no_run_is_refused_by_name(capsys, tmp_path: Path, monkeypatch) -> None:

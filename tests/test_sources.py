@@ -87,6 +87,12 @@ def test_compressed_archives_are_unpacked_into_scratch_and_cleared_away(tmp_path
     assert list(scratch.iterdir()) == []
 
 
+def test_room_to_unpack_that_can_be_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Failure, match=r"cannot write .*file\n.*File exists"):
+        open_source("folder", pack("tar.gz", TREE, tmp_path), scratch=tmp_path / "file")
+
+
 def test_leftovers_of_a_killed_process_are_cleared_and_those_of_a_living_one_kept(tmp_path: Path) -> None:
     path = pack("tar.gz", TREE, tmp_path)
     scratch = tmp_path / "scratch"

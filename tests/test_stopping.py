@@ -12,8 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 from small_runs import CPU, run, tiny_recipe, weights
+from teaching import distilled, judged, taught
 
 from deitfast import step as step_module
+from deitfast import teach as teach_module
 from deitfast import train as train_module
 from deitfast.display import Display
 from deitfast.report import live
@@ -22,6 +24,7 @@ from deitfast.stopping import Interrupted, Stop, catching_signals
 from deitfast.train import TrainJob, train
 from pipelines.loaders import assemble
 
+__all__ = ["judged"]
 RECIPE = tiny_recipe("loader.name=reference", "train.epochs=1", "train.ema=0")
 LONG = 60.0
 """Seconds that what is interrupted would have taken."""
@@ -96,6 +99,15 @@ def test_while_images_come_slowly(tiny_small: Path, tmp_path: Path, whole: Path,
     goes_on(tiny_small, tmp_path / "run", whole)
 
 
+def test_while_a_complete_cache_is_checked(tiny_small: Path, tmp_path: Path, judged, monkeypatch) -> None:
+    taught(tiny_small, tmp_path / "cache", distilled())
+    monkeypatch.setattr(teach_module, "spot_check", interrupted_then_slow)
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        taught(tiny_small, tmp_path / "cache", distilled())
+    assert time.monotonic() - began < SOON
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_while_the_first_step_compiles(
     tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch, compiled: bool
@@ -139,6 +151,7 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with catching_signals(CPU) as stop:
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)  # a logout sends both
         assert stop.signal == signal.SIGTERM
         with pytest.raises(Interrupted), stop.at_once():
             pytest.fail("the block was entered")

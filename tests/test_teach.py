@@ -24,6 +24,7 @@ from teaching import (
     in_loop,
     judge,
     judged,
+    opened,
     seen,
     taught,
     with_cache,
@@ -135,6 +136,19 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "cut")[name]), name
+
+
+@pytest.mark.parametrize("fewer", [["train.epochs=1"], ["distill.targets=reused", "distill.views=2"]])
+def test_a_run_of_fewer_views_completes_the_cache_of_a_longer_one(
+    tiny_small: Path, tmp_path: Path, judged, fewer: list[str]
+) -> None:
+    longer = distilled("train.epochs=5")
+    shorter = recipes.override(longer, fewer)
+    taught(tiny_small, tmp_path / "whole", longer)
+    opened(tiny_small, tmp_path / "begun", longer)
+    run(tiny_small, tmp_path / "run", with_cache(shorter, tmp_path / "begun"))
+    assert contents(tmp_path / "begun") == contents(tmp_path / "whole")
+    assert taught(tiny_small, tmp_path / "begun", shorter).complete
 
 
 @pytest.mark.parametrize("targets", ["exact", "per_image"])

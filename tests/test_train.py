@@ -9,6 +9,7 @@ import torch
 from small_runs import run, tiny_recipe, weights
 
 from deitfast import step as step_module
+from deitfast.display import LOGGERS
 from deitfast.runlog import RunFolder
 from deitfast.trained import load_run
 from pipelines.errors import Failure, Mistake
@@ -132,6 +133,19 @@ def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, mo
     monkeypatch.setattr(RunFolder, "append", again)
     run(tiny_small, tmp_path / "run", recipe)
     assert refused
+
+
+def test_a_log_that_finds_no_room_costs_no_run(tiny_small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for logger in LOGGERS:  # a command that ran in this process may have left its own
+        monkeypatch.setattr(logger, "handlers", [])
+    recipe = tiny_recipe("train.epochs=1", "train.ema=0")
+    for name, file in (("full", "/dev/full"), ("gone", "/nowhere/log.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").symlink_to(file)
+    run(tiny_small, tmp_path / "full", recipe)
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(Failure, match=r"cannot write .*log.txt"):
+        run(tiny_small, tmp_path / "gone", recipe)
 
 
 def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Path, teacher: Path) -> None:

@@ -10,6 +10,7 @@ from small_runs import CPU, tiny_recipe
 from test_train import Crash, crash_after
 
 from deitfast import step as step_module
+from deitfast import watch
 from deitfast.display import Display
 from deitfast.recipe import Recipe
 from deitfast.train import TrainJob, train
@@ -70,14 +71,33 @@ def test_without_tensorboard_nothing_is_started(tiny_small: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_cannot_be_written_cost_a_warning(tmp_path: Path, caplog, monkeypatch) -> None:
-    from deitfast import watch
-
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(watch.log, "propagate", True)
     monkeypatch.setattr(watch.log, "handlers", [])  # a command that ran in this process may have left its own
+    return caplog
+
+
+def test_files_that_cannot_be_written_cost_a_warning(tmp_path: Path, warnings_of) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     board = TensorBoard(tmp_path / "tensorboard")
     for step in (1, 2):
         board.write(step, {"x": 1.0})
     board.close()
-    assert caplog.text.count("TensorBoard's files cannot be written") == 1
+    assert warnings_of.text.count("TensorBoard's files cannot be written") == 1
+
+
+def test_a_disk_that_fills_up_costs_a_warning(tmp_path: Path, warnings_of, monkeypatch) -> None:
+    """What TensorBoard's thread fails with, its writer raises at every call that follows, `close` among them."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    board = TensorBoard(tmp_path)
+    board.write(1, {"x": 1.0})
+    monkeypatch.setattr(board._writer, "flush", full)
+    monkeypatch.setattr(board._writer, "close", full)
+    for step in (2, 3):
+        board.write(step, {"x": 1.0})
+    board.close()
+    assert warnings_of.text.count("TensorBoard's files cannot be written") == 1

@@ -196,10 +196,9 @@ def _rows(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         notes.append("There is no metrics.jsonl: no epoch was finished, or the file is lost.")
         return
-    rows, damaged = read_rows(file)
-    if damaged:
-        lines = "1 line" if damaged == 1 else f"{damaged} lines"
-        notes.append(f"{lines} of metrics.jsonl could not be read and {'is' if damaged == 1 else 'are'} left out.")
+    rows, damage = read_rows(file)
+    if damage:
+        notes.append(damage)
     by_epoch = {row["epoch"]: row for row in rows}
     yield from (by_epoch[epoch] for epoch in sorted(by_epoch))
 

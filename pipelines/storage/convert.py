@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import Mistake
-from pipelines.files import locked, whole_file
+from pipelines.files import locked, whole_file, writing
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert_split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
@@ -32,6 +32,7 @@ from pipelines.storage.transcode import Codec
 from pipelines.storage.verify import Progress
 
 SKIPPED_FILE = "skipped.txt"
+GO_ON = "make room, or check the rights, and run the same command again; it goes on where it stopped"
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def convert(
         source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
         progress or (lambda *_: None), _listing(source), form or beton(),
     )  # fmt: skip
-    with locked(job.output, "conversion"):
+    with locked(job.output, "conversion"), writing(job.output, GO_ON):
         if (job.output / SPEC_FILE).exists():
             return _already_there(job)
         converted = {split: convert_split(job, split) for split in source.splits}

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.errors import Mistake
+from pipelines.files import writing
 from pipelines.storage.entry import Entry, Source
 
 Progress = Callable[[str, int, int], None]
@@ -65,11 +66,12 @@ class Workspace:
     def new_file(self, name: str) -> Path:
         """Return a path for a new file in this source's private folder, which appears with its first file."""
         if not self.unpacked:
-            if self.scratch is not None:
-                self.scratch.mkdir(parents=True, exist_ok=True)
-                _clear_leftovers(self.scratch)
-            self.unpacked = tempfile.mkdtemp(prefix=PREFIX, dir=self.scratch)
-            _locks[self.unpacked] = _lock(Path(self.unpacked), os.O_CREAT)
+            with writing(self.scratch or tempfile.gettempdir()):
+                if self.scratch is not None:
+                    self.scratch.mkdir(parents=True, exist_ok=True)
+                    _clear_leftovers(self.scratch)
+                self.unpacked = tempfile.mkdtemp(prefix=PREFIX, dir=self.scratch)
+                _locks[self.unpacked] = _lock(Path(self.unpacked), os.O_CREAT)
         return Path(self.unpacked) / name
 
     def close(self) -> None:

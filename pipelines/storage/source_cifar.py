@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from pipelines.errors import Failure, Mistake
+from pipelines.files import writing
 from pipelines.storage.entry import Entry
 from pipelines.storage.listing import Extent, Listing, list_files, printable
 from pipelines.storage.opened import OpenedSource, Workspace, refuse_fraction
@@ -185,7 +186,8 @@ def _read_python(layout: Layout, name: str, listing: Listing, folder: str, works
 
 def _store(data: bytes, name: str, workspace: Workspace) -> Extent:
     path = workspace.new_file(name)
-    path.write_bytes(data)
+    with writing(path):
+        path.write_bytes(data)
     return Extent(str(path), 0, len(data))
 
 
