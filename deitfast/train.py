@@ -131,7 +131,10 @@ class Run:
     def _stop(self, request: Interrupted) -> None:
         """Save what was learned: what a first step that did not end was doing is not."""
         if not self.untried:
-            self._save()
+            try:
+                self._save()
+            except Diverged as event:
+                log.warning("the loss is not finite at %s: the checkpoint stays as it was", event)
         epoch, steps = self.position.epoch + 1, self.position.steps
         log.info("%s: stopped in epoch %d after %d steps; --resume goes on", request, epoch, steps)
 

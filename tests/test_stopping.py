@@ -139,6 +139,29 @@ def test_between_steps_a_request_waits_for_the_step(tiny_small: Path, tmp_path: 
     goes_on(tiny_small, tmp_path / "run", whole)
 
 
+def test_what_diverged_unseen_is_not_saved(
+    tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original: Callable = step_module.Learner.step
+    done = []
+
+    def diverged(self, *arguments):
+        losses = original(self, *arguments)
+        if done:  # a process saves after its first step here, and gives it up at once when asked to
+            os.kill(os.getpid(), signal.SIGINT)
+            losses *= float("nan")
+        done.append(None)
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "LOOKS_AN_EPOCH", 1)
+        patch.setattr(step_module.Learner, "step", diverged)
+        stopped(tiny_small, tmp_path / "run")
+    assert "the loss is not finite at epoch 1, step 2" in caplog.text
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["steps"] == 1
+    goes_on(tiny_small, tmp_path / "run", whole)
+
+
 def test_several_ranks_leave_together_only() -> None:
     stop = Stop(replace(CPU, world=2))
     stop(signal.SIGINT, None)
