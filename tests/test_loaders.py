@@ -27,7 +27,7 @@ from PIL import Image
 from pipelines.batch import Batch
 from pipelines.errors import Mistake
 from pipelines.loaders import opening
-from pipelines.loaders.assemble import Geometry
+from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.opening import available, choose, open_loader
 from pipelines.loaders.resident import gather
 from pipelines.sampler import EvalSampler, TrainSampler

@@ -24,7 +24,8 @@ from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
 from pipelines.cache_files import present
-from pipelines.loaders.assemble import Codec, Geometry, HostLoader, Plan, by_sample, decoded
+from pipelines.loaders.assemble import Codec, HostLoader, Plan, cut, decoded
+from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.sampler import Rows
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.pool import usable_cores
@@ -209,22 +210,22 @@ class Crops:
     """One batch's way through a loader that decodes with our threads, stage by stage, on one thread."""
 
     def __init__(self, plan: Plan, codec: Codec, rows: Rows, params: ViewParams) -> None:
-        self._plan, self._codec, self._geometry = plan, codec, Geometry.of(params)
-        self.work = [(sample, views, self._geometry.union(views)) for sample, views in by_sample(rows)]
+        self._plan, self._codec, self.work = plan, codec, by_image(rows, Geometry.of(params))
 
     def read(self) -> None:
         """Look at every image's stored bytes."""
-        for sample, _, _ in self.work:
-            self._plan.stored(sample)
+        for image in self.work:
+            self._plan.stored(image.sample)
 
     def decode(self) -> list[np.ndarray]:
         """Return of each image the window that holds those of its views."""
-        return [decoded(self._plan, self._codec, sample, *window) for sample, _, window in self.work]
+        return [decoded(self._plan, self._codec, image.sample, *image.window) for image in self.work]
 
     def cut(self, pixels: list[np.ndarray], out: np.ndarray) -> None:
         """Cut every view out of what `decode` returned and resize it."""
-        for (_, views, window), image in zip(self.work, pixels, strict=True):
-            self._geometry.cut(self._codec, image, window, views, out)
+        for image, window in zip(self.work, pixels, strict=True):
+            for crop in image.crops:
+                cut(self._codec, window, crop, out)
 
 
 def whole_loader(bench: Workbench, name: str = "loader") -> Work:

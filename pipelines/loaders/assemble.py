@@ -15,6 +15,7 @@ import torch
 from pipelines.batch import Batch
 from pipelines.errors import Failure
 from pipelines.loaders.damage import BadSamples
+from pipelines.loaders.geometry import Crop, Geometry, WantedImage, by_image
 from pipelines.loaders.prefetch import broken_off, prefetched
 from pipelines.sampler import Rows, Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
@@ -155,83 +156,30 @@ class HostLoader:
         geometry = Geometry.of(params)
         covered = rows.valid.all() and geometry.fills(self.plan.augment.size)
         images = self.plan.canvas(len(rows.samples), blank=not covered)
-        out, work, stop = images.numpy(), by_sample(rows), broken_off()
+        out, work, stop = images.numpy(), by_image(rows, geometry), broken_off()
         chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-        skipped = pool.map(lambda chunk: self._render_chunk(chunk, geometry, out, stop), chunks)
+        skipped = pool.map(lambda chunk: self._render_chunk(chunk, out, stop), chunks)
         return lambda: self.plan.batch(images, rows, params, [row for part in skipped for row in part])
 
-    def _render_chunk(
-        self, chunk: list[tuple[int, np.ndarray]], geometry: "Geometry", out: np.ndarray, stop: Event
-    ) -> list[int]:
+    def _render_chunk(self, chunk: list[WantedImage], out: np.ndarray, stop: Event) -> list[int]:
         """Render images and return the rows of those that cannot be read."""
         codec, skipped = self._codecs.get(), []
         try:
-            for sample, views in chunk:
+            for sample, window, crops in chunk:
                 if stop.is_set():  # Ctrl-C, while images come slowly: this batch will not be looked at
                     break
                 try:
-                    self._render_sample(codec, sample, views, geometry, out)
+                    pixels = decoded(self.plan, codec, sample, *window)
+                    for crop in crops:
+                        cut(codec, pixels, crop, out)
                 except Failure as failure:
                     self.plan.bad.meet(sample, failure)
-                    out[views] = 0
-                    skipped += views.tolist()
+                    rows = [crop.row for crop in crops]
+                    out[rows] = 0
+                    skipped += rows
         finally:
             self._codecs.put(codec)
         return skipped
-
-    def _render_sample(
-        self, codec: Codec, sample: int, views: np.ndarray, geometry: "Geometry", out: np.ndarray
-    ) -> None:
-        window = geometry.union(views)
-        geometry.cut(codec, decoded(self.plan, codec, sample, *window), window, views, out)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The columns of `ViewParams` that a decoder needs, as int64 arrays of a row each."""
-
-    window: np.ndarray
-    """[B, 4]: top, left, height, width in the stored image."""
-    resized: np.ndarray
-    """[B, 2]: height and width that the window is resized to."""
-    offset: np.ndarray
-    """[B, 2]: top and left of the output in the resized window."""
-
-    @classmethod
-    def of(cls, params: ViewParams) -> "Geometry":
-        """Return the geometry of a batch."""
-        return cls(*(params[name].astype(np.int64) for name in ("window", "resized", "offset")))
-
-    def fills(self, side: int) -> bool:
-        """Whether every row's resized window reaches over the whole of its S x S output."""
-        return bool((self.offset >= 0).all() and (self.offset + side <= self.resized).all())
-
-    def union(self, rows: np.ndarray) -> tuple[int, int, int, int]:
-        """Return the smallest window (top, left, height, width) that holds the windows of `rows`."""
-        windows = self.window[rows]
-        top, left = windows[:, :2].min(0)
-        bottom, right = (windows[:, :2] + windows[:, 2:]).max(0)
-        return int(top), int(left), int(bottom - top), int(right - left)
-
-    def cut(
-        self, codec: Codec, pixels: np.ndarray, at: tuple[int, int, int, int], rows: np.ndarray, out: np.ndarray
-    ) -> None:
-        """Cut the windows of `rows` out of `pixels`, which are an image's at the window `at`, and resize them to `out`.
-
-        `out` is the whole batch, uint8 [B, S, S, 3].
-        """
-        for row in rows:
-            y, x, height, width = self.window[row] - (at[0], at[1], 0, 0)
-            fit(codec, pixels[y : y + height, x : x + width], self.resized[row], self.offset[row], out[row])
-
-
-def by_sample(rows: Rows) -> list[tuple[int, np.ndarray]]:
-    """Return (sample, its rows in the batch) for every sample that `rows` really ask for, in rising order."""
-    wanted = np.flatnonzero(rows.valid)
-    samples, starts = np.unique(rows.samples[wanted], return_inverse=True)
-    order = np.argsort(starts, kind="stable")
-    counts = np.bincount(starts, minlength=len(samples))
-    return list(zip(samples.tolist(), np.split(wanted[order], np.cumsum(counts))[:-1], strict=True))
 
 
 def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -271,16 +219,20 @@ def refused(reader: Reader, sample: int) -> Failure | None:
     return undecodable(reader, sample, f"one of {width} x {height}")
 
 
-def fit(codec: Codec, crop: np.ndarray, resized: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
-    """Resize `crop`, uint8 [h, w, 3], to `resized` and write the S x S at `offset` to `out`; black is there already."""
-    height, width = int(resized[0]), int(resized[1])
-    whole = (height, width) == out.shape[:2] and not offset.any()
-    if crop.shape[:2] != (height, width):
-        target = out if whole else np.empty((height, width, 3), np.uint8)
-        codec.resize(crop, target)
-        crop = target
-    if crop is not out:
-        paste(crop, int(offset[0]), int(offset[1]), out)
+def cut(codec: Codec, pixels: np.ndarray, crop: Crop, out: np.ndarray) -> None:
+    """Cut a view out of what was decoded of its image, uint8 [h, w, 3], resize it, and write it to its row of `out`.
+
+    `out` is the whole batch, uint8 [B, S, S, 3]; it is black already where the view does not reach.
+    """
+    row, top, left, height, width, resized_height, resized_width, offset_top, offset_left = crop
+    image, target = pixels[top : top + height, left : left + width], out[row]
+    if (height, width) != (resized_height, resized_width):
+        if target.shape[:2] == (resized_height, resized_width) and offset_top == offset_left == 0:
+            codec.resize(image, target)
+            return
+        window, image = image, np.empty((resized_height, resized_width, 3), np.uint8)
+        codec.resize(window, image)
+    paste(image, offset_top, offset_left, target)
 
 
 def paste(image: np.ndarray, top: int, left: int, out: np.ndarray) -> None:

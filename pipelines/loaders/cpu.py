@@ -44,6 +44,10 @@ class RegionCodec:
     def resize(self, pixels: np.ndarray, out: np.ndarray) -> None:
         """Resize straight into `out`: torch's `interpolate` would allocate, and change the layout, at half the rate."""
         source = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
-        target = torch.from_numpy(out).permute(2, 0, 1).unsqueeze(0)
-        channels_last = torch.from_numpy(source).permute(2, 0, 1).unsqueeze(0)
-        torch.ops.aten._upsample_bicubic2d_aa.out(channels_last, out.shape[:2], False, out=target)
+        torch.ops.aten._upsample_bicubic2d_aa.out(_planes(source), out.shape[:2], False, out=_planes(out))
+
+
+def _planes(pixels: np.ndarray) -> torch.Tensor:
+    """Return uint8 [H, W, 3], whose rows may lie apart, as [1, 3, H, W] of the same memory."""
+    height, width = pixels.shape[:2]
+    return torch.from_numpy(pixels).as_strided((1, 3, height, width), (3, 1, pixels.strides[0], 3))

@@ -19,7 +19,8 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import Geometry, Plan, refused
+from pipelines.loaders.assemble import Plan, refused
+from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.prefetch import prefetched
 from pipelines.sampler import Rows
 from pipelines.storage.beton import BetonReader

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import CHUNK, Codec, Geometry, Plan, decoded
+from pipelines.loaders.assemble import CHUNK, Codec, Plan, decoded
+from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.prefetch import prefetched
 from pipelines.loaders.resample import resample
 from pipelines.memory import naming_memory, sent
