@@ -1,5 +1,6 @@
 """Batches made ahead of their consumer by one background thread, and carried to the device beside its work."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -63,7 +64,8 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
     finally:
         stop.set()
         slots.release()
-        thread.join()
+        if not sys.is_finalizing():  # else the thread stands still already, and Python 3.13 would wait for it for ever
+            thread.join()
 
 
 def _produce(
