@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from deitfast.recipe import TrainSpec
+from deitfast.config.recipe import TrainSpec
 from pipelines.errors import Mistake
 
 T = TypeVar("T")

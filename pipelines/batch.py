@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipelines.views import ViewParams
+from pipelines.rng.view_params import ViewParams
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Loader(Protocol):
     """
 
     name: str
-    """The name under which `pipelines.loaders.opening` opened it."""
+    """The name under which `pipelines.loaders.factory` opened it."""
     steps_per_epoch: int
     """Batches in one epoch."""
 

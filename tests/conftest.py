@@ -7,13 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import MemorySource, drawn, encoded, entries, jpeg, mixed_source, odd_images, rotated_jpeg
-from loading import write_photos, write_small
 from PIL import Image
 
-from pipelines.storage.convert import convert
-from pipelines.storage.formats import shards
+from pipelines.storage.convert.converter import convert
+from pipelines.storage.formats.format import shards
 from pipelines.storage.reader import Reader
+from tests.helpers.loader_contract import write_photos, write_small
+from tests.helpers.sample_images import (
+    MemorySource,
+    drawn,
+    encoded,
+    entries,
+    jpeg,
+    mixed_source,
+    odd_images,
+    rotated_jpeg,
+)
 
 
 @pytest.fixture(scope="session")

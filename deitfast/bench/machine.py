@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deitfast.bench.record import Arithmetic, Disk, Measured, Sample, counted
 from deitfast.bench.timing import Clock, Pace, Work, measure, processor_seconds
-from deitfast.model import build_model
-from deitfast.recipe import Recipe
+from deitfast.config.recipe import Recipe
+from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
-from pipelines.loaders.opening import free_memory
+from pipelines.loaders.factory import free_memory
 from pipelines.storage.reader import Reader
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}

@@ -21,8 +21,8 @@ from deitfast.bench.stages import Workbench
 from deitfast.bench.timing import Work
 from pipelines.spec import AugmentSpec
 from pipelines.storage.dataset import open_reader
-from pipelines.storage.pool import usable_cores
 from pipelines.storage.reader import RAW, Reader
+from pipelines.workers import usable_cores
 
 TRIES = 5
 """Tries at one image: newer Pillow refuses a posterize to no bits, which timm's recipe draws once in 700 images."""

@@ -8,8 +8,8 @@ import torch
 from deitfast.bench.peer import LeftOut, module
 from deitfast.bench.stages import LEARNING_RATE, Targets, Workbench
 from deitfast.bench.timing import Work
-from deitfast.convnets import build_convnet
-from deitfast.optim import build_optimiser
+from deitfast.models.cnn import build_convnet
+from deitfast.train.optim import build_optimiser
 from pipelines.augment.chain import ModelInput
 
 TIMM_NAMES = {"ti": "tiny", "s": "small", "b": "base"}

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from deitfast.runlog import write_text
+from deitfast.run_folder import write_text
 from pipelines.errors import Failure
 from pipelines.spec import STRICT
 

@@ -11,9 +11,9 @@ from deitfast.bench.stages import Workbench, loader_stages, whole_loader
 from deitfast.bench.timing import Pace, measure
 from deitfast.bench.verdict import WORTH, Cost, Setup, loader_costs, more_cores, predict, scaled, with_loader
 from pipelines.errors import Mistake
-from pipelines.loaders.assemble import HostLoader
-from pipelines.loaders.opening import available
-from pipelines.storage.convert import convert
+from pipelines.loaders.factory import available
+from pipelines.loaders.host import HostLoader
+from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import RAW

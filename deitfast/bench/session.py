@@ -17,9 +17,9 @@ from deitfast.bench.remedies import loader_alone, remedies
 from deitfast.bench.stages import Workbench, all_together, copying, device_stages, loader_stages, whole_loader
 from deitfast.bench.timing import Pace, Work, measure
 from deitfast.bench.verdict import Cost, Setup, cost_of, judge, loader_costs, predict, starved, with_loader
-from deitfast.display import Bar, Display
-from deitfast.recipe import Recipe
-from deitfast.runlog import environment
+from deitfast.config.recipe import Recipe
+from deitfast.progress import Bar, Display
+from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
 from pipelines.errors import Mistake
 from pipelines.storage.dataset import Dataset

@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deitfast import recipe as recipes
-from deitfast.answers import dense, from_records, keep
 from deitfast.bench.record import Setting, counted
 from deitfast.bench.timing import Clock, Pause, Work
-from deitfast.caching import keeps_answers, target_spec
-from deitfast.data import open_training
-from deitfast.model import reads_patches
-from deitfast.recipe import Recipe
-from deitfast.runlog import environment
+from deitfast.config import recipe as recipes
+from deitfast.config.recipe import Recipe
+from deitfast.data_loaders import open_training
+from deitfast.distill.cache_files import present
+from deitfast.distill.cache_key import keeps_answers, target_spec
+from deitfast.distill.encoding import dense, from_records, keep
+from deitfast.distill.teacher import Teacher, load_teacher
+from deitfast.models.vit import reads_patches
+from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
-from deitfast.step import Learner
-from deitfast.teacher import Teacher, load_teacher
+from deitfast.train.step import Learner
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
-from pipelines.cache_files import present
-from pipelines.loaders.assemble import Codec, HostLoader, Plan, cut, decoded
 from pipelines.loaders.geometry import Geometry, by_image
-from pipelines.sampler import Rows
+from pipelines.loaders.host import Codec, HostLoader, Plan, cut, decoded
+from pipelines.rng.sampler import Rows
+from pipelines.rng.view_params import ViewParams
 from pipelines.storage.dataset import Dataset
-from pipelines.storage.pool import usable_cores
 from pipelines.storage.reader import Reader
-from pipelines.views import ViewParams
+from pipelines.workers import usable_cores
 
 LEARNING_RATE = 1e-6
 """Of the measured steps; any would do."""

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting, counted
-from deitfast.display import duration, volume
+from deitfast.progress import duration, volume
 
 
 def show(record: Record) -> RenderableType:

@@ -6,11 +6,11 @@ import sys
 
 import typer
 
-from deitfast.cli import datasets, learning, looking
+from deitfast.cli import data, inspect, train
 from deitfast.cli.app import app, err
 from pipelines.errors import Failure
 
-__all__ = ["datasets", "learning", "looking", "main"]  # importing them is what gives the app its commands
+__all__ = ["data", "inspect", "main", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
 INTERRUPTED = 130
 

@@ -51,7 +51,7 @@ def root(
 
 def display() -> Any:
     """Return where progress is shown, and send messages there as well; ranks other than 0 show nothing."""
-    from deitfast.display import Display, start_logging
+    from deitfast.progress import Display, start_logging
 
     quiet = os.environ.get("RANK", "0") != "0"
     start_logging(err, quiet=quiet)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deitfast.recipe import LEARNS_THE_SAME
+from deitfast.config.recipe import LEARNS_THE_SAME
 from deitfast.report.read import RunRecord, read_run
 from pipelines.errors import Mistake
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from deitfast.evaluate import HEADS, final_head
-from deitfast.runlog import RunFolder, read_rows
+from deitfast.eval.evaluate import HEADS, final_head
+from deitfast.run_folder import RunFolder, read_rows
 from pipelines.errors import Mistake
 
 WEIGHTS = {"val": "plain", "val_ema": "averaged"}

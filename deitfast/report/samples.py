@@ -15,23 +15,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deitfast import recipe as recipes
-from deitfast.data import training_sampler
-from deitfast.recipe import Recipe
+from deitfast.config import recipe as recipes
+from deitfast.config.recipe import Recipe
+from deitfast.data_loaders import training_sampler
+from deitfast.distill.cache import TeacherCache
+from deitfast.distill.cache_files import is_cache, present
+from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime
-from deitfast.teacher import Teacher, load_teacher
 from pipelines.augment.chain import ModelInput, augment
-from pipelines.cache_files import is_cache, present
 from pipelines.errors import Failure
-from pipelines.loaders.opening import open_loader, why_not
-from pipelines.operations import OPERATIONS
-from pipelines.packed import UNIT
-from pipelines.sampler import Rows, Sampler, group_size
+from pipelines.loaders.factory import open_loader, why_not
+from pipelines.rng.packed_spec import UNIT
+from pipelines.rng.policies import OPERATIONS
+from pipelines.rng.sampler import Rows, Sampler, group_size
+from pipelines.rng.view_params import ViewParams
 from pipelines.spec import AugmentSpec
 from pipelines.storage.dataset import Dataset
-from pipelines.teacher_cache import TeacherCache
-from pipelines.views import ViewParams
 
 SHOWN = 12
 """Images of a run that are shown."""

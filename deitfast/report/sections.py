@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deitfast.evaluate import final_head
+from deitfast.eval.evaluate import final_head
 from deitfast.report import figures, summary
 from deitfast.report.compare import efficiency, lessons
 from deitfast.report.figures import COLOURS, Curve

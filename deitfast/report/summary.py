@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deitfast.display import duration
-from deitfast.evaluate import final_head
+from deitfast.eval.evaluate import final_head
+from deitfast.progress import duration
 from deitfast.report.compare import Lesson, differences, said
 from deitfast.report.read import WEIGHTS, RunRecord
 

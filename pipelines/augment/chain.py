@@ -1,11 +1,11 @@
 """From a batch of crops and what was drawn for it to the model's input, on the batch's device.
 
 The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of colour jitter),
-normalise, erase, mix. All that is random has been drawn on the host (`pipelines.views`); one copy carries it to the
+normalise, erase, mix. All that is random has been drawn on the host (`rng.view_params`); one copy carries it to the
 device, and the host never waits for an answer.
 
 Here it is done twice, to the same bits: in batched torch, which runs anywhere and is the reference, and in Triton
-kernels (`pipelines.augment.kernels`), which a GPU does in a few passes.
+kernels (`pipelines.augment.triton_ops.launch`), which a GPU does in a few passes.
 """
 
 import os
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import ops
-from pipelines.augment.erase import erase
 from pipelines.augment.patches import cut_patches
+from pipelines.augment.torch_ops import ops
+from pipelines.augment.torch_ops.erase import erase
 from pipelines.batch import Batch
+from pipelines.device import sent
 from pipelines.errors import Mistake
-from pipelines.memory import sent
-from pipelines.operations import OPERATIONS
-from pipelines.packed import UNIT
+from pipelines.rng.packed_spec import UNIT
+from pipelines.rng.policies import OPERATIONS
+from pipelines.rng.view_params import COLUMNS, SLICES, ViewParams
 from pipelines.spec import AugmentSpec, Kernels
-from pipelines.views import COLUMNS, SLICES, ViewParams
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def kernels_run(kernels: str, device: torch.device) -> bool:
 
 
 def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool, patch: int) -> ModelInput:
-    from pipelines.augment import kernels  # Triton is only there where PyTorch has it
+    from pipelines.augment.triton_ops import launch  # Triton is only there where PyTorch has it
 
     device = batch.images.device
-    drawn = kernels.send(batch.params, device) if train else None
+    drawn = launch.send(batch.params, device) if train else None
     mean, scale = _normalisation(spec.mean, spec.std, device)
-    pixels = kernels.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
+    pixels = launch.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
     if drawn is None:
         share = torch.ones_like(batch.labels, dtype=torch.float32)
         return ModelInput(pixels, batch.labels, batch.labels, share, batch.valid, batch.params)

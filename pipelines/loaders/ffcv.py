@@ -19,13 +19,13 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import Plan, refused
 from pipelines.loaders.geometry import Geometry
+from pipelines.loaders.host import Plan, refused
 from pipelines.loaders.prefetch import prefetched
-from pipelines.sampler import Rows
-from pipelines.storage.beton import BetonReader
+from pipelines.rng.sampler import Rows
+from pipelines.rng.view_params import ViewParams
+from pipelines.storage.formats.beton import BetonReader
 from pipelines.storage.reader import RAW, Reader
-from pipelines.views import ViewParams
 
 
 @contextmanager
@@ -81,7 +81,7 @@ class FfcvLoader:
     """FFCV's Loader behind our contract.
 
     FFCV takes an order of sample numbers and has its decoders draw at random. Here every step's table (sample, window,
-    resize, offset) is drawn by `pipelines.views` in FFCV's thread just before it decodes, and takes the place of the
+    resize, offset) is drawn by `rng.view_params` in FFCV's thread just before it decodes, and takes the place of the
     sample numbers: the windows are those of the other loaders because they are the same numbers.
 
     Memory: three output buffers of batch x S x S x 3 bytes, and one decoded image a worker. (FFCV's own crops

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.sampler import Rows
-from pipelines.views import ViewParams
+from pipelines.rng.sampler import Rows
+from pipelines.rng.view_params import ViewParams
 
 
 @dataclass(frozen=True)

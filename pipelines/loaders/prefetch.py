@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.memory import naming_memory, sent
+from pipelines.device import naming_memory, sent
 
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"

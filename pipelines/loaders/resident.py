@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
+from pipelines.device import naming_memory, sent
 from pipelines.errors import Failure, Mistake
-from pipelines.loaders.assemble import CHUNK, Codec, Plan, decoded
 from pipelines.loaders.geometry import Geometry
+from pipelines.loaders.host import CHUNK, Codec, Plan, decoded
 from pipelines.loaders.prefetch import prefetched
 from pipelines.loaders.resample import resample
-from pipelines.memory import naming_memory, sent
-from pipelines.sampler import Rows
+from pipelines.rng.sampler import Rows
 from pipelines.storage.reader import Reader
 
 OUT_OF_SIGHT = 1 << 20

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.errors import Failure, Mistake
 from pipelines.files import whole_file
 from pipelines.spec import DatasetSpec
-from pipelines.storage.beton import BetonReader
+from pipelines.storage.formats.beton import BetonReader
+from pipelines.storage.formats.wds_reader import ShardReader
 from pipelines.storage.reader import Reader
-from pipelines.storage.shard_reader import ShardReader
 
 FORMAT = 1
 """Version of dataset.json that this program writes and reads."""

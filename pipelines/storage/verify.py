@@ -11,10 +11,10 @@ import numpy as np
 from pipelines.errors import Failure, Mistake
 from pipelines.spec import DatasetSpec, SplitSpec
 from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, open_reader, read_spec
-from pipelines.storage.pool import usable_cores
+from pipelines.storage.formats.wds_reader import ShardReader, shard_damages
 from pipelines.storage.reader import JPEG, Reader
-from pipelines.storage.shard_reader import ShardReader, shard_damages
 from pipelines.storage.transcode import BadImageError, stored_size
+from pipelines.workers import usable_cores
 
 Progress = Callable[[str, int, int, int], None]
 """Called with (stage, images done, images in all, bytes done); the stage is a split's name, or begins with it."""

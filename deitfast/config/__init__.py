@@ -1,0 +1,1 @@
+"""Recipes: every setting of a run, validated, loaded, overridden and written."""

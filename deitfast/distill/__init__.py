@@ -1,0 +1,1 @@
+"""Distillation: teachers, their targets, and the cache that keeps them."""

@@ -1,0 +1,144 @@
+"""Teachers: a trained run, a file of weights, or a classifier that torchvision has published."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deitfast.config.recipe import DistillSpec, Recipe
+from deitfast.models.class_names import IMAGENET, imagenet_synsets, outputs_of
+from deitfast.models.vit import joint
+from deitfast.run_folder import RunFolder
+from deitfast.runtime import Runtime
+from deitfast.weights.load import load_file, load_run
+from deitfast.weights.torchvision import is_published, load_published, publication, published_state
+from pipelines.errors import Mistake
+
+log = logging.getLogger("deitfast")
+
+
+IDENTITY = ("teacher.network", "teacher.digest", "teacher.size", "teacher.mean", "teacher.std", "teacher.outputs")
+"""What a teacher's answers depend on."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A teacher's network and how images are fed to it."""
+
+    network: str
+    """Name of its architecture."""
+    model: nn.Module
+    """In evaluation mode, on the CPU; gives a tuple of heads."""
+    size: int
+    """Side of its input in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    outputs: tuple[int, ...]
+    """Which of its outputs stands for each of the data set's classes."""
+    exactly: bool
+    """Whether those are all its outputs, in that order."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its answers depend on, for a cache's manifest: IDENTITY and its values."""
+        outputs = "as they are" if self.exactly else hashlib.blake2b(repr(self.outputs).encode()).hexdigest()[:16]
+        values = (self.network, self._digest(), self.size, self.mean, self.std, outputs)
+        return dict(zip(IDENTITY, values, strict=True))
+
+    def _digest(self) -> str:
+        """Return 16 hex digits of blake2b over names, shapes, types and bytes of all weights and statistics."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
+    """Load the teacher that a recipe names, for a data set of `classes`, on the CPU.
+
+    Raises:
+        Mistake: there is none of that name, or it does not know the classes.
+        Failure: its weights are damaged, or cannot be fetched.
+    """
+    name, path = spec.teacher, Path(spec.teacher)
+    if is_published(name) and not path.exists():
+        return _published(name, spec.teacher_weights, classes)
+    if spec.teacher_weights:
+        raise Mistake(f"--teacher-weights goes with a network of torchvision's, and --teacher is {name}")
+    cpu = torch.device("cpu")
+    if not name or (not RunFolder(path).exists() and not path.exists()):
+        expected = "a run's folder, a file of weights, or a network of torchvision's (regnet_y_16gf, resnet50, ...)"
+        problem = f"there is no run in {name}, and no teacher of that name" if name else "no teacher is named"
+        raise Mistake(problem, expected=expected)
+    trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, (), cpu)
+    own = trained.recipe.augment
+    names = trained.classes or _names(f"teacher {name}", trained.outputs)
+    chosen = outputs_of(f"teacher {name}", names, classes)
+    return Loaded(trained.recipe.model.arch, trained.model, own.size, own.mean, own.std, chosen, names == classes)
+
+
+def _published(name: str, file: str, classes: tuple[str, ...]) -> Loaded:
+    state = published_state(name, Path(file) if file else None)
+    model, outputs = load_published(name, state, file or name)
+    weights = publication(name)
+    fed = weights.transforms()
+    names = _names(f"teacher {name}", outputs)
+    words = tuple(weights.meta["categories"])
+    if not set(classes) & set(names):
+        names = words  # a data set whose folders are called tench, goldfish, ...
+    chosen = outputs_of(f"teacher {name}", names, classes)
+    model.eval().requires_grad_(False)
+    return Loaded(name, model, fed.crop_size[0], tuple(fed.mean), tuple(fed.std), chosen, names == classes)
+
+
+def _names(owner: str, outputs: int) -> tuple[str, ...]:
+    """Return the class names of weights that do not tell them: ImageNet's, where there are as many."""
+    if outputs != IMAGENET:
+        raise Mistake(
+            f"{owner} does not tell what its {outputs} classes are",
+            expected="a run, an export of one, or a network of ImageNet's 1,000",
+            remedy="classes are matched by name; take a teacher that knows its own",
+        )
+    return imagenet_synsets()
+
+
+class Teacher:
+    """A frozen model in evaluation mode, on the device.
+
+    The student's input is cropped, augmented, erased and mixed once; where the teacher was trained on another size or
+    normalisation, that same tensor is resized and normalised over for it.
+    """
+
+    def __init__(self, loaded: Loaded, recipe: Recipe, runtime: Runtime) -> None:
+        """Take the loaded network to the device, for students of `recipe`."""
+        student, device = recipe.augment, runtime.device
+        self.model = loaded.model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.runtime, self.size = runtime, loaded.size
+        # own normalisation of student pixels x: (x * std + mean - own mean) / own std
+        to = {"device": device, "dtype": torch.float32}
+        std = torch.tensor(loaded.std, **to)
+        self.scale = (torch.tensor(student.std, **to) / std).view(1, 3, 1, 1)
+        self.shift = ((torch.tensor(student.mean, **to) - torch.tensor(loaded.mean, **to)) / std).view(1, 3, 1, 1)
+        self.same = tuple(loaded.mean) == tuple(student.mean) and tuple(loaded.std) == tuple(student.std)
+        self.outputs = None if loaded.exactly else torch.tensor(loaded.outputs, device=device)
+        if runtime.compile:
+            # each batch size by itself: a spot check's, smaller than training's, must not make them all dynamic
+            self.model.compile(dynamic=False)
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Return float32 [B, C], in the order of the data set's classes, for normalised pixels [B, 3, S, S]."""
+        if not self.same:
+            pixels = (pixels.float() * self.scale + self.shift).to(pixels.dtype)
+        if pixels.shape[-1] != self.size:
+            # in half precision torch's antialiased resize does not exist on a CPU, and rounds its weights on a GPU
+            resized = F.interpolate(pixels.float(), size=self.size, mode="bicubic", antialias=True)
+            pixels = resized.to(pixels.dtype)
+        with self.runtime.autocast():
+            logits = joint(self.model(pixels)).float()
+        return logits if self.outputs is None else logits.index_select(1, self.outputs)

@@ -1,0 +1,1 @@
+"""The networks: ViT and DeiT, CNN baselines, and the names of their classes."""

@@ -1,0 +1,204 @@
+"""A run's folder: the recipe as run, where it ran, what it measured."""
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deitfast import __version__
+from deitfast.config import recipe as recipes
+from deitfast.config.recipe import LEARNS_THE_SAME, Recipe, differences
+from pipelines.errors import Failure, Mistake
+from pipelines.files import whole_file, writing
+from pipelines.workers import usable_cores
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run was made of besides its recipe (`run.json`)."""
+
+    data: str
+    """Folder of the data set, as an absolute path."""
+    dataset: str
+    """Kind of the data set."""
+    fingerprint: str
+    """Fingerprint of the data set."""
+    classes: tuple[str, ...]
+    """Class names in label order: what the heads' outputs mean."""
+    command: tuple[str, ...]
+    """The command line."""
+    start: dict[str, str] = field(default_factory=dict)
+    """Weights that the run began with, as `fit.start_model` describes them; empty where they were drawn."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that --resume continues from, and that evaluation and teachers read."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last evaluation in full: every head's figures and confusion matrix."""
+        return self.path / "evaluation.json"
+
+    @property
+    def log(self) -> Path:
+        """Every message of the run."""
+        return self.path / "log.txt"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "recipe.toml").is_file()
+
+    def create(self, recipe: Recipe, info: RunInfo) -> None:
+        """Write the recipe, what else the run was made of, and the environment."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "run.json", json.dumps(asdict(info), indent=1))
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+        write_text(self.path / "recipe.toml", recipes.dump(recipe))
+
+    def open(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
+        """Start the run's folder, or make sure that the run to be resumed is the one that is there.
+
+        Raises:
+            Mistake: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
+        """
+        if not self.exists():
+            self.create(recipe, info)
+            return
+        if not resume:
+            raise Mistake(f"{self.path} already holds a run", remedy="continue it with --resume, or give another --out")
+        changed = differences(self.recipe(), recipe)
+        if changed := {key: both for key, both in changed.items() if not key.startswith(LEARNS_THE_SAME)}:
+            raise Mistake(
+                f"--resume with another recipe than {self.path} was started with",
+                found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
+                remedy="leave the options out, or start a new run with another --out",
+            )
+        begun = self.info()
+        if begun.fingerprint != info.fingerprint:
+            raise Mistake(
+                f"--resume on another data set than {self.path} was started on",
+                expected=f"fingerprint {begun.fingerprint}",
+                found=f"{info.fingerprint} in {info.data}",
+            )
+        if info.start and info.start != begun.start:
+            raise Mistake(
+                f"{info.start['file']} is not what {self.path} was started from",
+                expected=f"blake2b {begun.start.get('blake2b')}",
+                found=info.start["blake2b"],
+                remedy="start a new run with another --out",
+            )
+
+    def recipe(self) -> Recipe:
+        """Return the recipe as run.
+
+        Raises:
+            Mistake: there is no run in this folder.
+        """
+        if not self.exists():
+            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote")
+        return recipes.load(str(self.path / "recipe.toml"))
+
+    def info(self) -> RunInfo:
+        """Return what the run was made of."""
+        try:
+            tree = json.loads((self.path / "run.json").read_text())
+            return RunInfo(**{**tree, "classes": tuple(tree["classes"]), "command": tuple(tree["command"])})
+        except FileNotFoundError:
+            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Failure(
+                f"{self.path / 'run.json'} is damaged",
+                expected="what `deitfast train` wrote",
+                found=str(error),
+                remedy="copy it again from where it is whole: without it nobody knows the run's data and classes",
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl, a dict an epoch, leaving out lines cut short by a crash."""
+        return read_rows(self.path / "metrics.jsonl")[0]
+
+    def finished(self) -> bool:
+        """Whether the run's last epoch is in metrics.jsonl."""
+        rows = self.metrics()
+        return bool(rows) and rows[-1]["epoch"] >= self.recipe().train.epochs
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
+        rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
+
+
+def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any)."""
+    rows, damaged = [], 0
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row["epoch"], int)
+        except (ValueError, KeyError):
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            damaged += 1
+    lines, are = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
+    return rows, f"{lines} of {file.name} could not be read and {are} left out." if damaged else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all, and the folder that it is to be in.
+
+    Raises:
+        Failure: the disk is full or not writable.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(text.encode())
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the versions that a run's figures depend on."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "pydantic", "ffcv")
+    libraries += ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
+    return {
+        "deitfast": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "libraries": {name: version(name) for name in libraries},
+        "executable": sys.executable,
+    }
+
+
+def version(library: str) -> str | None:
+    """Return a library's version, None where it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,145 @@
+"""The training step: forward, loss, backward, update. The whole state that learning changes lives here."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deitfast.config.recipe import Recipe
+from deitfast.models.vit import build_model
+from deitfast.runtime import Runtime
+from deitfast.train.ema import Ema
+from deitfast.train.losses import PARTS, distilled_loss
+from deitfast.train.optim import build_optimiser
+from pipelines.augment.chain import ModelInput
+
+LARGEST_GRAPHED_SIDE = 64
+"""Side of the input in pixels up to which `train.compile` auto takes CUDA graphs: larger steps keep the GPU busy."""
+
+
+class Learner:
+    """A model and everything that trains it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: int,
+        runtime: Runtime,
+        start: Callable[[nn.Module], dict[str, str]] | None = None,
+    ) -> None:
+        """Build model, optimiser, averaged weights and gradient scaler from the recipe.
+
+        The initialisation depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
+        others in their place, before anything is derived from them, and describes them.
+        """
+        self.recipe, self.runtime = recipe, runtime
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
+        self.started = start(model) if start else {}
+        """What `start` says of the weights that it put in; empty without."""
+        # built on the CPU whatever the device: the same seed gives the same weights everywhere
+        self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.optimiser = build_optimiser(self.model, recipe.optim, recipe.train.batch)
+        self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
+        self.loss = distilled_loss
+        self.graphs = runtime.compile and takes_graphs(recipe, runtime)
+        if runtime.compile:
+            self._compile()
+        self.parallel = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
+
+    def _compile(self) -> None:
+        """Compile model, averaged model and loss, each as one graph or not at all, for the shapes they are used with.
+
+        In place and before DDP wraps the model, which is what both want.
+        """
+        how: Any = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if self.graphs else None}
+        self.model.compile(**how)
+        if self.ema:
+            self.ema.model.compile(**how)
+        self.loss = torch.compile(distilled_loss, **how)
+
+    def step(self, inputs: ModelInput, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
+        """Update the model on one rank's batch.
+
+        Args:
+            inputs: the augmented batch.
+            teacher: int64 [B] labels (hard) or float [B, C] logits (soft); None without distillation.
+            lr: learning rate of this update.
+            seed: of this step's stochastic depth and dropout, so that a resumed run draws what it would have drawn.
+
+        Returns:
+            float32 [3] on the device, detached: total, base and distillation loss, averaged over the batch.
+        """
+        self.parallel.train()
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        torch.manual_seed(seed)
+        pieces = _pieces(inputs, teacher, self.recipe.train.accumulate)
+        losses = torch.zeros(len(PARTS), device=self.runtime.device)
+        for number, (piece, target) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():  # pyright: ignore
+                with self.runtime.autocast():
+                    heads = self.parallel(piece.pixels)
+                total, parts = self.loss(heads, piece, target, self.recipe.distill, self.recipe.train.smoothing)
+                self.scaler.scale(total / len(pieces)).backward()
+            losses += torch.stack([parts[name] for name in PARTS]) / len(pieces)
+        self._update(lr)
+        return losses
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        if self.recipe.optim.clip:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that learning has changed, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+
+def takes_graphs(recipe: Recipe, runtime: Runtime) -> bool:
+    """Return whether `train.compile` means CUDA graphs as well."""
+    train = recipe.train
+    small = recipe.augment.size <= LARGEST_GRAPHED_SIDE and train.accumulate == 1
+    alone = runtime.device.type == "cuda" and runtime.world == 1
+    return train.compile == "graphs" or (train.compile == "auto" and small and alone)
+
+
+def _pieces(inputs: ModelInput, teacher: Tensor | None, count: int) -> list[tuple[ModelInput, Tensor | None]]:
+    if count == 1:
+        return [(inputs, teacher)]
+    rows = len(inputs.labels) // count
+    cuts = [slice(i * rows, (i + 1) * rows) for i in range(count)]
+    tensors = ("pixels", "labels", "partner_labels", "share", "valid")
+    return [
+        (
+            replace(inputs, **{name: getattr(inputs, name)[cut] for name in tensors}),
+            None if teacher is None else teacher[cut],
+        )
+        for cut in cuts
+    ]

@@ -1,0 +1,1 @@
+"""Weights in and out: files of other programs, finished runs, checkpoints and exports."""

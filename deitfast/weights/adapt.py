@@ -1,0 +1,131 @@
+"""Weights into a network: as they are, or fitted to another size and other classes."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deitfast.config.recipe import ModelSpec
+from deitfast.weights.read import Weights, file_digest, grid_side, listed, read_weights
+from pipelines.errors import Mistake
+
+log = logging.getLogger("deitfast")
+HEADS = ("head", "head_dist", "fc")
+"""Layers whose width is the number of classes."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit_weights` did."""
+
+    new: tuple[str, ...]
+    """Heads that keep their fresh initialisation."""
+    positions: tuple[int, int]
+    """Patches along a side, in the file and in the model; 0, 0 for a CNN."""
+
+    def __str__(self) -> str:
+        resized = f"positions {self.positions[0]}^2 -> {self.positions[1]}^2, " if len(set(self.positions)) > 1 else ""
+        return resized + (f"new: {', '.join(self.new)}" if self.new else "heads kept")
+
+
+def start_model(model: nn.Module, spec: ModelSpec, classes: tuple[str, ...]) -> dict[str, str]:
+    """Give a new model the weights that its recipe starts from, if any.
+
+    Returns:
+        What `run.json` keeps of it: the file, its blake2b, whose names it has, what became of heads and positions.
+
+    Raises:
+        Mistake: the weights cannot be read, or do not fit the network.
+    """
+    source = spec.weights or spec.finetune
+    if not source:
+        return {}
+    weights = read_weights(Path(source))
+    fitted = "as they are"
+    if spec.finetune:
+        fitted = str(fit_weights(model, weights, classes))
+    elif weights.classes and weights.classes != classes:
+        raise Mistake(f"{source} was trained on other classes than this data set has", remedy="take --finetune")
+    else:
+        load_weights(model, weights)
+    log.info("starting from %s (%s weights): %s", source, weights.kind, fitted)
+    return {
+        "file": str(weights.path),
+        "blake2b": file_digest(weights.path),
+        "kind": weights.kind,
+        "fitted": fitted,
+    }
+
+
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Copy weights into a model of the same shape.
+
+    Raises:
+        Mistake: names or shapes differ; the message says which.
+    """
+    _require_same(model, weights.tensors, weights, "fit another size or other classes with --finetune")
+    model.load_state_dict(weights.tensors)
+
+
+def fit_weights(model: nn.Module, weights: Weights, classes: tuple[str, ...]) -> Fitted:
+    """Copy weights into a model of another input size or with other classes.
+
+    Position embeddings are resized to the model's. A head is copied where it is there, has the model's width, and
+    the file does not name other classes than `classes`; else it keeps the model's own initialisation.
+
+    Raises:
+        Mistake: anything else differs; the message says what.
+    """
+    own, tensors = model.state_dict(), dict(weights.tensors)
+    other_classes = bool(weights.classes) and weights.classes != classes
+    new = []
+    for head in HEADS:
+        names = [f"{head}.weight", f"{head}.bias"]
+        if names[0] not in own:
+            continue
+        if other_classes or any(name not in tensors or tensors[name].shape != own[name].shape for name in names):
+            tensors |= {name: own[name] for name in names}
+            new.append(head)
+    sides = 0, 0
+    if "pos_embed" in own and "pos_embed" in tensors and ("dist_token" in own) == weights.distilled:
+        prefix = 2 if weights.distilled else 1
+        sides = grid_side(tensors["pos_embed"], prefix), grid_side(own["pos_embed"], prefix)
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], prefix, sides[1])
+    _require_same(model, tensors, weights, "the network, its patches and its tokens must be the file's")
+    model.load_state_dict(tensors)
+    return Fitted(tuple(new), sides)
+
+
+def resize_positions(positions: Tensor, prefix: int, side: int) -> Tensor:
+    """Resize position embeddings [1, prefix + n^2, width] to [1, prefix + side^2, width], float32.
+
+    As the DeiT reference: bicubic between patch centres (align_corners False), without antialiasing; the prefix
+    tokens' rows are untouched.
+    """
+    old = grid_side(positions, prefix)
+    if old == side:
+        return positions
+    grid = positions[:, prefix:].unflatten(1, (old, old)).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat((positions[:, :prefix].float(), resized.flatten(2).transpose(1, 2)), dim=1)
+
+
+def _require_same(model: nn.Module, tensors: dict[str, Tensor], weights: Weights, remedy: str) -> None:
+    own = model.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - own.keys())
+    shaped = [
+        f"{name} {_shape(tensors[name])} instead of {_shape(value)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    groups = (("missing", missing), ("unexpected", unexpected), ("shapes", shaped))
+    if found := "; ".join(f"{what}: {listed(names)}" for what, names in groups if names):
+        raise Mistake(f"{weights.path} ({weights.kind}) does not fit the network", found=found, remedy=remedy)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,1 @@
+"""Augmentation in batched torch operations: the reference for the Triton kernels."""

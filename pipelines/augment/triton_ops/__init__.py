@@ -1,0 +1,1 @@
+"""Augmentation in Triton kernels, equal to `torch_ops` bit for bit."""

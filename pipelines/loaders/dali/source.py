@@ -1,0 +1,100 @@
+"""What the dali loader feeds its graph: stored images as they lie in the mapped file, looked at before DALI is."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipelines.errors import Failure
+from pipelines.loaders.dali.decode_once import NOTHING, Work
+from pipelines.loaders.dali.graph import PIXEL
+from pipelines.loaders.host import CHUNK, Plan, refused, undecodable
+from pipelines.storage.jpeg import read_frame
+from pipelines.storage.reader import RAW
+
+log = logging.getLogger(__name__)
+UNSEEN, BASELINE, OTHER = 0, 1, 2
+"""What is known of a sample's JPEG."""
+
+
+class EncodedImages:
+    """A split's encoded images, bytes and headers checked: an image that DALI refuses costs the whole graph."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._reader = plan, plan.reader
+        self._kinds = np.zeros(plan.reader.num_samples, np.uint8)
+        self._reported = 0
+
+    def fetch(self, pool: ThreadPoolExecutor, work: Work) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return what a graph needs for `work`, and which images, bool [n], are a black pixel as they cannot be read.
+
+        The threads of `pool` read every byte, for the CRC32: that is also what brings them in from the disk.
+
+        Returns:
+            encoded, n arrays uint8 [bytes]; geometry, int64 [R, n, 8]; lost, bool [n].
+
+        Raises:
+            Failure: a sample is damaged and nothing is to be skipped.
+        """
+        chunks = (work.samples[start : start + CHUNK].tolist() for start in range(0, len(work.samples), CHUNK))
+        parts = pool.map(lambda chunk: [self._fetch(sample) for sample in chunk], chunks)
+        found = [image for part in parts for image in part]
+        lost = np.array([image is None for image in found], np.bool_)
+        geometry = np.where(lost[:, None], NOTHING, work.geometry)
+        return [PIXEL if image is None else image for image in found], geometry, lost
+
+    def _fetch(self, sample: int) -> np.ndarray | None:
+        if sample in self._plan.bad:
+            return None
+        try:
+            data = self._plan.stored(sample)
+            if self._reader.modes[sample] == RAW:
+                header = f"P6\n{self._reader.widths[sample]} {self._reader.heights[sample]}\n255\n".encode()
+                return np.concatenate([np.frombuffer(header, np.uint8), data])  # a PPM: DALI decodes those, too
+            if self._kinds[sample] == UNSEEN:
+                self._kinds[sample] = self._look(sample, data)
+            return data
+        except Failure as failure:
+            self._plan.bad.meet(sample, failure)
+            return None
+
+    def _look(self, sample: int, data: np.ndarray) -> int:
+        """Return what kind of JPEG a sample is, once its header says what the file's index says."""
+        try:
+            frame = read_frame(data.tobytes())
+        except ValueError as error:
+            raise undecodable(self._reader, sample, str(error)) from error
+        if (frame.height, frame.width) != (self._reader.heights[sample], self._reader.widths[sample]):
+            raise undecodable(self._reader, sample, f"one of {frame.width} x {frame.height}")
+        return BASELINE if frame.baseline else OTHER
+
+    def name_refused(self, samples: np.ndarray, error: RuntimeError) -> None:
+        """Find out which of `samples` it was that DALI could not decode, as DALI itself does not say.
+
+        Raises:
+            Failure: one of them is broken and nothing is to be skipped, or none is.
+        """
+        broken = 0
+        for sample in samples[self._reader.modes[samples] != RAW].tolist():
+            if sample in self._plan.bad:  # DALI had a black pixel instead
+                continue
+            if failure := refused(self._reader, sample):
+                broken += 1
+                self._plan.bad.meet(sample, failure)
+        if not broken:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            message = next((line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0])
+            raise Failure(
+                f"DALI failed on {self._reader.path}",
+                found=message,
+                remedy="--set loader.name=cpu does without DALI; --debug shows all that DALI said",
+            ) from error
+
+    def report(self) -> None:
+        """Log how many JPEGs no hardware decoder takes, where more have been met than the last time."""
+        others = np.count_nonzero(self._kinds == OTHER)
+        if others > self._reported:
+            seen = np.count_nonzero(self._kinds)
+            text = "%s: %s of %s JPEGs are progressive or CMYK: the CPU decodes them, as no hardware decoder does"
+            log.info(text, self._reader.path, f"{others:,}", f"{seen:,}")
+        self._reported = others

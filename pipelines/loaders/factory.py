@@ -1,0 +1,146 @@
+"""Which loader: one visible match over its name, and what of them this machine can run."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from pipelines.batch import Loader
+from pipelines.errors import Failure, Mistake
+from pipelines.loaders.bad_samples import BadSamples
+from pipelines.loaders.host import Codec, HostLoader, Plan
+from pipelines.rng.sampler import Sampler
+from pipelines.spec import AugmentSpec, LoaderSpec
+from pipelines.storage.reader import Reader
+
+NAMES = ("resident", "dali", "cpu", "ffcv", "reference")
+NEEDS = {
+    "dali": ("nvidia.dali", "pipelines.loaders.dali.loader"),
+    "cpu": ("nvidia.nvimgcodec", "pipelines.loaders.codecs.nvimgcodec"),
+    "ffcv": ("ffcv", "pipelines.loaders.ffcv"),
+}
+"""The package that a loader needs, and the module of ours that imports it."""
+RESIDENT_SIDE = 64
+"""Largest side that `auto` keeps resident, in pixels."""
+RESIDENT_SHARE = 4
+"""`auto` keeps a split resident where it takes at most one part in this many of the free memory."""
+
+
+def open_loader(
+    reader: Reader,
+    augment: AugmentSpec,
+    spec: LoaderSpec,
+    sampler: Sampler,
+    *,
+    train: bool,
+    device: torch.device,
+) -> Loader:
+    """Open the loader that `spec.name` names.
+
+    Args:
+        reader: the split.
+        augment: size and draws of the crops.
+        spec: name, workers, prefetch, check.
+        sampler: which rows, in which order, for this rank.
+        train: draw windows at random; else the recipe's centre crop.
+        device: where batches go.
+
+    Raises:
+        Mistake: the loader does not work on this machine or with this split; the message says why.
+        Failure: a sample is damaged (resident only; the others meet it in `epoch`).
+    """
+    plan = Plan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
+    match choose(reader, device) if spec.name == "auto" else spec.name:
+        case "resident":
+            from pipelines.loaders.resident import ResidentLoader
+
+            return ResidentLoader(plan, _region_codec() if not why_not("cpu") else _pillow_codec())
+        case "dali":
+            _require("dali")
+            from pipelines.loaders.dali.loader import DaliLoader
+
+            return DaliLoader(plan)
+        case "cpu":
+            _require("cpu")
+            return HostLoader("cpu", plan, _region_codec())
+        case "ffcv":
+            _require("ffcv")
+            from pipelines.loaders.ffcv import FfcvLoader
+
+            return FfcvLoader(plan)
+        case "reference":
+            return HostLoader("reference", plan, _pillow_codec())
+        case name:
+            raise Mistake(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
+
+
+def choose(reader: Reader, device: torch.device) -> str:
+    """Return what `auto` stands for.
+
+    Resident for small images of one size that fit; else dali on CUDA, and cpu elsewhere; reference without either.
+    """
+    from pipelines.loaders.resident import one_size
+
+    size = one_size(reader)
+    if size is not None and max(size) <= RESIDENT_SIDE:
+        needed = reader.num_samples * size[0] * size[1] * 3
+        if needed * RESIDENT_SHARE <= min(free_memory(device), free_memory(torch.device("cpu"))):
+            return "resident"
+    if device.type == "cuda" and not why_not("dali"):
+        return "dali"
+    return "reference" if why_not("cpu") else "cpu"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device (on the host: what its kernel can hand out)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):  # what the page cache would give back counts as free
+            return int(line.split()[1]) * 1024
+    raise Failure("/proc/meminfo does not say how much memory is available")
+
+
+def available() -> dict[str, str]:
+    """Return every loader's name with the reason why it does not work on this machine, "" where it does."""
+    return {name: why_not(name) for name in NAMES}
+
+
+def why_not(name: str) -> str:
+    """Return the reason why a loader does not work on this machine, "" where it does."""
+    if name not in NEEDS:
+        return ""
+    package, module = NEEDS[name]
+    try:
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+        import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (ImportError, OSError, AttributeError) as error:
+        return f"{package} cannot be imported: {error}"
+    return ""
+
+
+def _require(name: str) -> None:
+    reason = why_not(name)
+    if reason:
+        raise Mistake(
+            f"the {name} loader does not work here",
+            found=reason,
+            remedy="--set loader.name=auto; deitfast doctor says which loaders work",
+        )
+
+
+def _region_codec() -> Callable[[], Codec]:
+    from pipelines.loaders.codecs.nvimgcodec import RegionCodec
+
+    return RegionCodec
+
+
+def _pillow_codec() -> Callable[[], Codec]:
+    from pipelines.loaders.codecs.pillow import PillowCodec
+
+    return PillowCodec

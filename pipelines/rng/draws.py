@@ -1,0 +1,258 @@
+"""What is drawn for one view, as functions of integers: one source for numpy, torch, numba and plain Python.
+
+Each function takes an `AugmentSpec` as integers and tables (`pack` and `tables_for` of `rng.packed_spec`) and gives
+the same integers wherever it runs. They branch on the spec, never on what is drawn. `rng.view_params` runs them over
+a batch on the host; inside a compiled decoder they run one view at a time:
+
+    window = compiled().window
+
+    @numba.njit
+    def decode(packed, height, width, spec, tables):
+        sample, view = packed & 0xFFFFFFFFFF, packed >> 40
+        top, left, h, w, resized_h, resized_w, y, x = window(sample, view, height, width, spec, tables)
+
+    decode(packed, height, width, pack(augment), tables_for(augment))
+
+Integers must be signed, or unsigned of at most 32 bits: numba makes floats of uint64 and then refuses to compile.
+"""
+
+from functools import cache
+from types import SimpleNamespace
+
+from pipelines.rng import distributions, philox
+from pipelines.rng.distributions import clip, exp2, isqrt, select, shift_half_even
+from pipelines.rng.packed_spec import PADDED, RESIZED, UNIT, PackedSpec, Tables
+from pipelines.rng.philox import Ints, bounded
+from pipelines.rng.policies import AUTOAUGMENT, FIRST_JITTER, RANDAUGMENT
+
+TRIES = 10
+"""Tries of a random window or box before the fallback."""
+MAX_SIDE = 65535
+"""Longest side of a stored image: areas then stay below 2^32."""
+
+
+def window(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, ...]:
+    """Return a view's geometry: window (top, left, height, width), resized (height, width), offset (top, left).
+
+    `height` and `width` are the stored image's, in 1..65535. The window is cut from the stored image and resized; the
+    S x S output is taken from that at the offset, black where it reaches over.
+    """
+    if spec.window != RESIZED:
+        return placed_window(sample, view, height, width, spec)
+    found, top, left, h, w = window_try(sample, view, 0, height, width, spec, tables)
+    for block in range(1, TRIES):
+        ok, new_top, new_left, new_h, new_w = window_try(sample, view, block, height, width, spec, tables)
+        take = ok * (found == 0)
+        top, left = select(take, new_top, top), select(take, new_left, left)
+        h, w = select(take, new_h, h), select(take, new_w, w)
+        found = found + take
+    middle_top, middle_left, middle_h, middle_w = window_fallback(height, width, spec)
+    top, left = select(found, top, middle_top), select(found, left, middle_left)
+    h, w = select(found, h, middle_h), select(found, w, middle_w)
+    zero = h * 0
+    return top, left, h, w, zero + spec.size, zero + spec.size, zero, zero
+
+
+def window_try(
+    sample: Ints, view: Ints, block: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables
+) -> tuple[Ints, ...]:
+    """Return (fits as 0 or 1, top, left, height, width) of one try at a random resized crop.
+
+    Source: torchvision's RandomResizedCrop.get_params; area U(scale), width / height log-uniform, and a uniform
+    position. Where it does not fit, the position means nothing.
+    """
+    area, aspect, y, x = philox.philox(sample, view, philox.WINDOW, block, spec.key0, spec.key1)
+    half_log = spec.aspect_low + bounded(aspect, spec.aspect_count)
+    root = isqrt(height * width * (spec.area_low + bounded(area, spec.area_count)))
+    w, h = _scaled(root, half_log, tables), _scaled(root, -half_log, tables)
+    fits = (w > 0) * (w <= width) * (h > 0) * (h <= height) * 1
+    return fits, bounded(y, height - h + 1), bounded(x, width - w + 1), h, w
+
+
+def _scaled(root: Ints, half_log: Ints, tables: Tables) -> Ints:
+    """Return round(root x 2^half_log) from Q15 and Q24: a side from the root of the area."""
+    bits = 15 + distributions.EXP2_RESULT
+    return (root * exp2(half_log, tables.exp2) + (1 << (bits - 1))) >> bits
+
+
+def window_fallback(height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return the centre window (top, left, height, width) that torchvision takes after ten tries in vain.
+
+    It is the whole image, with its long side cut where the aspect ratio is out of bounds.
+    """
+    narrow = (width << 28) < height * spec.narrowest
+    wide = (width << 28) > height * spec.widest
+    h = select(narrow, clip(shift_half_even(width * spec.narrowest_inverse, 28), 1, height), height)
+    w = select(wide, clip(shift_half_even(height * spec.widest, 28), 1, width), width)
+    return (height - h) >> 1, (width - w) >> 1, h, w
+
+
+def placed_window(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, ...]:
+    """Return the geometry (see `window`) of the whole image, resized by its short side, seen at an offset.
+
+    PADDED: the offset is uniform and reaches `padding` over each edge. CENTRED: it is torchvision's CenterCrop's.
+    """
+    landscape = height <= width
+    resized_h = select(landscape, spec.short, spec.short * height // width)
+    resized_w = select(landscape, spec.short * width // height, spec.short)
+    zero = height * 0
+    if spec.window == PADDED:
+        _, _, y, x = philox.philox(sample, view, philox.WINDOW, 0, spec.key0, spec.key1)
+        top = bounded(y, resized_h - spec.size + 2 * spec.padding + 1) - spec.padding
+        left = bounded(x, resized_w - spec.size + 2 * spec.padding + 1) - spec.padding
+    else:
+        top, left = shift_half_even(resized_h - spec.size, 1), shift_half_even(resized_w - spec.size, 1)
+    return zero, zero, height, width, resized_h, resized_w, top, left
+
+
+def flip(sample: Ints, view: Ints, spec: PackedSpec) -> Ints:
+    """Return 1 where the view is mirrored, else 0."""
+    word, _, _, _ = philox.philox(sample, view, philox.FLIP, 0, spec.key0, spec.key1)
+    return (word < spec.flip) * 1
+
+
+def operation(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints]:
+    """Return the operation in slot 0 or 1 (an index into OPERATIONS; 0: none) and its signed magnitude in Q16.
+
+    RandAugment's magnitude is N(magnitude, magnitude_std), clipped to [0, 10]; AutoAugment's stands in the sub-policy.
+    Either is then negated with probability 1/2. A magnitude of 0 has no sign and needs none: every operation that
+    heeds the sign is the identity there.
+    """
+    if spec.autoaugment:
+        return _of_sub_policy(sample, view, slot, spec, tables)
+    which, applied, size, sign = philox.philox(sample, view, philox.OPERATION, slot, spec.key0, spec.key1)
+    magnitude = spec.magnitude + ((distributions.normal(size, tables.normal) * spec.magnitude_std) >> 16)
+    magnitude = clip(magnitude, 0, 10 * UNIT) * (1 - (sign >> 31) * 2)
+    taken = applied < spec.operation
+    return taken * (1 + bounded(which, RANDAUGMENT)), taken * magnitude
+
+
+def _of_sub_policy(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints]:
+    """Return what `operation` does of AutoAugment: both slots read one sub-policy, each applies its own step or not."""
+    which, _, _, _ = philox.philox(sample, view, philox.OPERATION, 2, spec.key0, spec.key1)
+    _, applied, _, sign = philox.philox(sample, view, philox.OPERATION, slot, spec.key0, spec.key1)
+    step = (bounded(which, len(AUTOAUGMENT)) * 2 + slot) * 3
+    taken = applied < tables.policy[step + 1]
+    return taken * tables.policy[step], taken * tables.policy[step + 2] * (1 - (sign >> 31) * 2)
+
+
+def jitter(sample: Ints, view: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
+    """Return colour jitter's three operations (indices into OPERATIONS) in their order, then their factors in Q16.
+
+    All six are 0 where the spec has no jitter. Source: torchvision's ColorJitter.get_params, without hue.
+    """
+    order, brightness, contrast, saturation = philox.philox(sample, view, philox.JITTER, 0, spec.key0, spec.key1)
+    if spec.jitter_count == 0:
+        zero = order * 0
+        return zero, zero, zero, zero, zero, zero
+    brightness = spec.jitter_low + bounded(brightness, spec.jitter_count)
+    contrast = spec.jitter_low + bounded(contrast, spec.jitter_count)
+    saturation = spec.jitter_low + bounded(saturation, spec.jitter_count)
+    order = bounded(order, 6)
+    first = order >> 1
+    low, high = (first == 0) * 1, 2 - (first == 2) * 1  # the other two
+    swapped = order & 1
+    second, third = select(swapped, high, low), select(swapped, low, high)
+    return (
+        FIRST_JITTER + first,
+        FIRST_JITTER + second,
+        FIRST_JITTER + third,
+        _pick(first, brightness, contrast, saturation),
+        _pick(second, brightness, contrast, saturation),
+        _pick(third, brightness, contrast, saturation),
+    )
+
+
+def _pick(index: Ints, zeroth: Ints, first: Ints, second: Ints) -> Ints:
+    """Return the value of that index, 0 to 2."""
+    return select(index == 0, zeroth, select(index == 1, first, second))
+
+
+def erased(sample: Ints, view: Ints, spec: PackedSpec) -> Ints:
+    """Return 1 where random erasing happens, else 0."""
+    word, _, _, _ = philox.philox(sample, view, philox.ERASE, 0, spec.key0, spec.key1)
+    return (word < spec.erase) * 1
+
+
+def erase_try(sample: Ints, view: Ints, block: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, ...]:
+    """Return (fits as 0 or 1, top, left, height, width) of one try, block 1 to 10, at an erased box.
+
+    Source: timm's RandomErasing; both sides must be shorter than the output's, the position is uniform.
+    """
+    area, aspect, y, x = philox.philox(sample, view, philox.ERASE, block, spec.key0, spec.key1)
+    half_log = spec.erase_aspect_low + bounded(aspect, spec.erase_aspect_count)
+    root = isqrt(spec.size * spec.size * (spec.erase_area_low + bounded(area, spec.erase_area_count)))
+    h, w = _scaled(root, half_log, tables), _scaled(root, -half_log, tables)
+    fits = (h < spec.size) * (w < spec.size) * 1
+    return fits, bounded(y, spec.size - h + 1), bounded(x, spec.size - w + 1), h, w
+
+
+def erase_box(sample: Ints, view: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return the erased box (top, left, height, width) in the output; zeros where there is none."""
+    missing = erased(sample, view, spec)
+    top = left = h = w = missing * 0
+    for block in range(1, TRIES + 1):
+        fits, new_top, new_left, new_h, new_w = erase_try(sample, view, block, spec, tables)
+        take = fits * missing
+        top, left, h, w = top + take * new_top, left + take * new_left, h + take * new_h, w + take * new_w
+        missing = missing - take
+    kept = (h > 0) * (w > 0)
+    return top * kept, left * kept, h * kept, w * kept
+
+
+def erase_noise(sample: Ints, view: Ints, pixel: Ints, spec: PackedSpec, table: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the erased box's N(0, 1) noise at a pixel, y * S + x of the output, as red, green and blue in Q16.
+
+    `table` is `distributions.normal_table()`. The noise is a function of (seed, sample, view, pixel) alone, so any
+    device and any batch gives the same; mirroring does not come into it, for erasing follows the flip.
+    """
+    red, green, blue, _ = philox.philox(sample, view, philox.NOISE, pixel, spec.key0, spec.key1)
+    return distributions.normal(red, table), distributions.normal(green, table), distributions.normal(blue, table)
+
+
+def mix(group: Ints, number: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Return a group's own share in Q16 and its box (top, left, height, width) in pass `number`.
+
+    A box of zeros means MixUp, or nothing where the share is one. CutMix's box has a uniform centre and sides of
+    S sqrt(1 - lambda), and is clipped; the share is what it leaves. Source: timm's Mixup and rand_bbox.
+    """
+    mixed, switch, size, _ = philox.philox(group, number, philox.MIX, 0, spec.key0, spec.key1)
+    y, x, _, _ = philox.philox(group, number, philox.MIX, 1, spec.key0, spec.key1)
+    mixes = mixed < spec.mix
+    cuts = mixes * (switch < spec.cutmix)
+    lam = distributions.beta(size, tables.mixup)
+    side = isqrt(((1 << 30) - distributions.beta(size, tables.cutmix)) * (spec.size * spec.size)) >> 15
+    top, bottom = _clipped(bounded(y, spec.size), side, spec.size)
+    left, right = _clipped(bounded(x, spec.size), side, spec.size)
+    h, w = (bottom - top) * cuts, (right - left) * cuts
+    area = spec.size * spec.size
+    uncovered = ((area - h * w) * UNIT + (area >> 1)) // area
+    share = select(cuts, uncovered, select(mixes, (lam + (1 << 13)) >> 14, UNIT))
+    kept = (h * w > 0) * 1
+    return share, top * kept, left * kept, h * kept, w * kept
+
+
+def _clipped(centre: Ints, side: Ints, size: int) -> tuple[Ints, Ints]:
+    """Return both ends of a side about its centre, clipped to the output."""
+    return clip(centre - (side >> 1), 0, size), clip(centre + ((side + 1) >> 1), 0, size)
+
+
+@cache
+def compiled() -> SimpleNamespace:
+    """Return `window`, `flip`, `operation`, `jitter`, `erase_box`, `erase_noise`, `mix`, `philox`, compiled by numba.
+
+    Each takes what its namesake here takes, as int64 scalars and numpy `Tables`, and gives the same. They release the
+    GIL and can be called from other compiled code. Compilation happens at the first call, in a second or two.
+    """
+    import numba
+    from numba.extending import register_jitable
+
+    inner = (
+        *(philox.philox, bounded, select, clip, shift_half_even, isqrt, exp2),
+        *(distributions.distance_from_centre, distributions.normal, distributions.beta),
+        *(_scaled, _clipped, _of_sub_policy, _pick, window_try, window_fallback, placed_window, erased, erase_try),
+    )
+    for function in inner:
+        register_jitable(function)
+    outer = (window, flip, operation, jitter, erase_box, erase_noise, mix, philox.philox)
+    return SimpleNamespace(**{function.__name__: numba.njit(function, nogil=True) for function in outer})

@@ -1,0 +1,128 @@
+"""An `AugmentSpec` as integers and tables, the only form in which `pipelines.rng.draws` sees it."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.errors import Mistake
+from pipelines.rng import distributions, philox
+from pipelines.rng.philox import Ints
+from pipelines.rng.policies import AUTOAUGMENT, OPERATIONS
+from pipelines.spec import AugmentSpec
+
+RESIZED, PADDED, CENTRED = range(3)
+"""Kinds of window: random resized crop, random crop of the padded image, evaluation's centre."""
+UNIT = 1 << 16
+"""One, in the Q16 of magnitudes and shares."""
+
+
+class PackedSpec(NamedTuple):
+    """An `AugmentSpec` as integers, the only form in which draws see it; numba takes it as an argument."""
+
+    key0: int
+    key1: int
+    window: int  # RESIZED, PADDED or CENTRED
+    size: int  # of the output, px
+    short: int  # PADDED, CENTRED: short side of the resized image, px
+    padding: int  # px
+    area_low: int  # share of the image, Q30
+    area_count: int  # Q30 steps, both ends included
+    aspect_low: int  # half the binary logarithm of width / height, Q24
+    aspect_count: int
+    narrowest: int  # the fallback's bounds of width / height, Q28
+    widest: int
+    narrowest_inverse: int
+    flip: int  # probabilities are thresholds on a word
+    operation: int
+    magnitude: int  # Q16
+    magnitude_std: int  # Q16
+    erase: int
+    erase_area_low: int
+    erase_area_count: int
+    erase_aspect_low: int  # of height / width
+    erase_aspect_count: int
+    mix: int
+    cutmix: int
+    autoaugment: int  # 1: operations come from AutoAugment's sub-policies
+    jitter_low: int  # factor of colour jitter, Q16
+    jitter_count: int  # Q16 steps, both ends included; 0: no jitter
+
+
+class Tables(NamedTuple):
+    """The tables that draws look up, int64: numpy arrays; torch tensors do as well, where a draw runs on those."""
+
+    exp2: Ints  # [257]
+    normal: Ints  # [4097]
+    mixup: Ints  # [4097]
+    cutmix: Ints  # [4097]
+    policy: Ints  # [25 * 2 * 3]: AutoAugment's operation, threshold of its probability and magnitude in Q16
+
+
+@lru_cache(maxsize=8)
+def tables_for(spec: AugmentSpec) -> Tables:
+    """Return a spec's tables. A method that is off has Beta(1, 1)'s, which nothing looks up."""
+    mixup, cutmix = (distributions.beta_table(parameter or 1.0) for parameter in (spec.mixup, spec.cutmix))
+    return Tables(distributions.exp2_table(), distributions.normal_table(), mixup, cutmix, _policy_table())
+
+
+@lru_cache(maxsize=1)
+def _policy_table() -> np.ndarray:
+    """Return AutoAugment's sub-policies as integers, one after the other."""
+    steps = (step for sub_policy in AUTOAUGMENT for step in sub_policy)
+    rows = [(OPERATIONS.index(name), philox.threshold(chance), level * UNIT) for name, chance, level in steps]
+    table = np.array(rows, np.int64).ravel()
+    table.flags.writeable = False
+    return table
+
+
+@lru_cache(maxsize=8)
+def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
+    """Return a spec as integers, for training's random windows or for evaluation's centres.
+
+    Raises:
+        Mistake: an aspect ratio is not in [1/64, 64], or the magnitude's deviation is above 100.
+    """
+    if spec.magnitude_std > 100:
+        raise Mistake("augment.magnitude_std is too large", expected="at most 100", found=f"{spec.magnitude_std}")
+    key0, key1 = philox.key_words(spec.seed)
+    resized = spec.crop == "resized"
+    area_low, area_count = _steps(*spec.scale, unit=30)
+    aspect_low, aspect_count = _log_steps("ratio", spec.ratio)
+    erase_area_low, erase_area_count = _steps(*spec.erasing_area, unit=30)
+    erase_aspect_low, erase_aspect_count = _log_steps("erasing_ratio", spec.erasing_ratio)
+    jitter = spec.colour_jitter if spec.policy == "none" else 0.0  # timm's rule
+    jitter_low, jitter_count = _steps(1 - jitter, 1 + jitter, unit=16)
+    return PackedSpec(
+        key0, key1,
+        window=CENTRED if not train else RESIZED if resized else PADDED,
+        size=spec.size,
+        short=int(spec.size / spec.eval_crop) if resized else spec.size,
+        padding=spec.padding,
+        area_low=area_low, area_count=area_count, aspect_low=aspect_low, aspect_count=aspect_count,
+        narrowest=round(spec.ratio[0] * 2**28), widest=round(spec.ratio[1] * 2**28),
+        narrowest_inverse=round(2**28 / spec.ratio[0]),
+        flip=philox.threshold(spec.flip),
+        operation=philox.threshold(spec.operation_probability if spec.policy == "randaugment" else 0),
+        magnitude=round(spec.magnitude * UNIT), magnitude_std=round(spec.magnitude_std * UNIT),
+        erase=philox.threshold(spec.erasing),
+        erase_area_low=erase_area_low, erase_area_count=erase_area_count,
+        erase_aspect_low=erase_aspect_low, erase_aspect_count=erase_aspect_count,
+        mix=philox.threshold(spec.mix_probability if spec.mixup or spec.cutmix else 0),
+        cutmix=philox.threshold(spec.mix_switch if spec.mixup and spec.cutmix else spec.cutmix > 0),
+        autoaugment=int(spec.policy == "autoaugment"),
+        jitter_low=jitter_low, jitter_count=jitter_count if jitter else 0,
+    )  # fmt: skip
+
+
+def _steps(low: float, high: float, unit: int) -> tuple[int, int]:
+    """Return a range as its lower end in fixed point and the number of integers up to its upper end."""
+    start, end = round(low * 2**unit), round(high * 2**unit)
+    return start, end - start + 1
+
+
+def _log_steps(name: str, ratio: tuple[float, float]) -> tuple[int, int]:
+    if not 2.0 ** (-2 * distributions.EXP2_RANGE) <= ratio[0] <= ratio[1] <= 2.0 ** (2 * distributions.EXP2_RANGE):
+        raise Mistake(f"augment.{name} is out of range", expected="aspect ratios between 1/64 and 64", found=f"{ratio}")
+    return _steps(math.log2(ratio[0]) / 2, math.log2(ratio[1]) / 2, unit=distributions.EXP2_UNIT)

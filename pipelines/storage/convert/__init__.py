@@ -1,0 +1,1 @@
+"""Conversion: from a source of images to a data set's folder."""

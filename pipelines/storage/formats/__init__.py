@@ -1,0 +1,1 @@
+"""File formats of a converted split: FFCV's .beton and WebDataset's tar shards."""

@@ -1,0 +1,245 @@
+"""Reads a split from its tar shards through our index, in any order; no JPEG is copied."""
+
+import errno
+import io
+import mmap
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.errors import Failure
+from pipelines.storage.formats.wds import (
+    BLOCK,
+    EXTENSIONS,
+    FRAME,
+    INDEX,
+    MAGIC,
+    ROW,
+    TRAILER,
+    dali_file,
+    dali_index,
+    ends,
+    first_samples,
+    frame,
+    padded,
+    shard_file,
+)
+from pipelines.storage.reader import JPEG, REMEDY, Place, compare_crc, damaged
+
+
+class ShardReader:
+    """A `reader.Reader` of a folder of shards, through read-only memory maps.
+
+    Opening checks the index, and that each shard has its size and begins with its first sample: a shard that is
+    missing, cut, or of another place is named. Raw pixels are decoded from their PNG at each access.
+
+    Args:
+        path: the split's folder.
+
+    Raises:
+        Failure: the index or a shard is missing, damaged, or not what the index describes.
+    """
+
+    labels: np.ndarray
+    """int64 [N]."""
+    heights: np.ndarray
+    """int32 [N], pixels."""
+    widths: np.ndarray
+    """int32 [N], pixels."""
+    modes: np.ndarray
+    """uint8 [N]: JPEG or RAW."""
+    sizes: np.ndarray
+    """int64 [N]: bytes of the JPEG, or of the raw pixels that a PNG becomes."""
+    crcs: np.ndarray
+    """uint32 [N]: CRC32 of these bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._closed = False
+        index = _read(self.path / INDEX)
+        self.index_crc32 = zlib.crc32(index)
+        self.rows = self._parse(index)
+        """ROW [N]."""
+        self._check_rows()
+        self._take()
+        self.firsts = first_samples(self.rows)
+        """int64 [number of shards]: each one's first sample."""
+        lasts = np.append(self.firsts[1:], self.num_samples) - 1
+        self.shard_sizes = ends(self.rows)[lasts] + len(TRAILER)
+        """int64 [number of shards]: bytes of each."""
+        self.file_size = int(self.shard_sizes.sum())
+        self._shards = self._open_shards()
+
+    def sample(self, index: int) -> np.ndarray:
+        """Return a JPEG as a view of its shard, or raw pixels decoded from their PNG: read-only uint8 [size].
+
+        Raises:
+            Failure: the PNG is damaged.
+        """
+        start = self._offsets[index]
+        stored = self._shard(index)[start : start + self._stored[index]]
+        return stored if self.modes[index] == JPEG else self._pixels(index, stored)
+
+    def checked_sample(self, index: int) -> np.ndarray:
+        """Return `sample(index)` once its CRC32 is right. Raises Failure."""
+        return compare_crc(self, index, self.sample(index))
+
+    def place(self, index: int) -> Place:
+        """Return where a sample is stored."""
+        shard = shard_file(self.path, int(self._numbers[index]))
+        return Place(shard, int(self._offsets[index]), int(self._stored[index]))
+
+    def check_frame(self, index: int) -> None:
+        """Check the bytes around a sample's image, which this reader does not need but every other one does.
+
+        Raises:
+            Failure: its headers or its label are not those that were written.
+        """
+        _, start, size = self.place(index)
+        shard = self._shard(index)
+        expected = frame(index, int(self.labels[index]), int(self.modes[index]), size)
+        if shard[start - FRAME : start].tobytes() != expected or shard[start + size : start + padded(size)].any():
+            text = f"the headers and the label ({self.labels[index]}) that were written"
+            raise damaged(self, index, text, f"others in the {FRAME:,} bytes before or the padding after its image")
+
+    def close(self) -> None:
+        """Let go of the shards. Views already handed out stay valid; may be called twice."""
+        self._closed, self._shards = True, []  # each map goes with the last view of it
+
+    def _shard(self, index: int) -> np.ndarray:
+        if self._closed:
+            raise ValueError(f"{self.path}: this reader is closed")
+        return self._shards[self._numbers[index]]
+
+    def _pixels(self, index: int, png: np.ndarray) -> np.ndarray:
+        height, width = int(self.heights[index]), int(self.widths[index])
+        expected = f"a PNG of {width} x {height} pixels"
+        try:
+            with Image.open(io.BytesIO(png.data), formats=("PNG",)) as image:
+                pixels = np.asarray(image)
+        except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
+            raise damaged(self, index, expected, str(error) or type(error).__name__) from None
+        if pixels.shape != (height, width, 3):
+            raise damaged(self, index, expected, f"an array of shape {pixels.shape}")
+        return pixels.reshape(-1)
+
+    def _parse(self, index: bytes) -> np.ndarray:
+        size = len(index) - len(MAGIC)
+        if not index.startswith(MAGIC) or size <= 0 or size % ROW.itemsize:
+            raise self._spoilt(f"{MAGIC!r} and rows of {ROW.itemsize} bytes", f"{index[:16]!r} and {size:,} bytes")
+        return np.frombuffer(index, ROW, offset=len(MAGIC))
+
+    def _check_rows(self) -> None:
+        """Check that the samples lie one after the other as the writer lays them, and are what it stores."""
+        rows = self.rows
+        shards = rows["shard"].astype(np.int64)
+        steps = np.diff(shards, prepend=-1)
+        before = np.where(steps == 1, 0, np.roll(ends(rows), 1))
+        laid = ((steps == 0) | (steps == 1)) & (shards >= 0) & (rows["offset"] == before + FRAME) & (rows["size"] > 0)
+        laid[0] &= steps[0] == 1
+        known = np.isin(rows["mode"], list(EXTENSIONS)) & (rows["height"] > 0) & (rows["width"] > 0)
+        if not (laid & known).all():
+            raise self._spoilt("samples one after the other", f"another place for sample {np.argmin(laid & known)}")
+
+    def _take(self) -> None:
+        """Keep the index as contiguous columns."""
+        rows, self.num_samples = self.rows, len(self.rows)
+        self.labels, self.modes = rows["label"].astype(np.int64), np.ascontiguousarray(rows["mode"])
+        self.heights, self.widths = rows["height"].astype(np.int32), rows["width"].astype(np.int32)
+        self.crcs = rows["crc32"].astype(np.uint32)
+        self._numbers = rows["shard"].astype(np.int64)
+        self._offsets, self._stored = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        self.sizes = np.where(self.modes == JPEG, self._stored, self.heights.astype(np.int64) * self.widths * 3)
+
+    def _spoilt(self, expected: str, found: str) -> Failure:
+        return Failure(f"{self.path / INDEX}: not a whole index", expected=expected, found=found, remedy=REMEDY)
+
+    def _open_shards(self) -> list[np.ndarray]:
+        """Return each shard as uint8 [bytes].
+
+        Raises:
+            Failure: at least one is not what the index describes; the first is described, the others are named.
+        """
+        shards, failures = [], []
+        for number in range(len(self.firsts)):
+            try:
+                shards.append(self._open_shard(number))
+            except Failure as failure:
+                failures.append((shard_file(self.path, number).name, failure))
+        if not failures:
+            return shards
+        first, others = failures[0][1], [name for name, _ in failures[1:]]
+        also = f"{len(others)} more wrong: {', '.join(others[:5])}" + (", ..." if len(others) > 5 else "")
+        found = "; ".join([first.found] * bool(first.found) + [also] * bool(others))
+        raise Failure(first.problem, expected=first.expected, found=found, remedy=first.remedy)
+
+    def _open_shard(self, number: int) -> np.ndarray:
+        path, size, sample = shard_file(self.path, number), int(self.shard_sizes[number]), int(self.firsts[number])
+        row, content = self.rows[sample], _map(path)
+        begins = frame(sample, int(row["label"]), int(row["mode"]), int(row["size"]))
+        found = content[:FRAME].tobytes()
+        if len(content) != size or found != begins:
+            raise Failure(
+                f"{path}: not the shard that {INDEX} describes",
+                expected=f"{size:,} bytes, {_told(begins)}",
+                found=f"{len(content):,} bytes, {_told(found)}",
+                remedy=REMEDY,
+            )
+        return content
+
+
+def shard_damages(reader: ShardReader) -> list[str]:
+    """Return what is wrong with the files beside the samples: the ends of shards, DALI's indices, files too many."""
+    damages = []
+    parts = np.split(reader.rows, reader.firsts[1:])
+    for number, (first, rows) in enumerate(zip(reader.firsts.tolist(), parts, strict=True)):
+        shard = shard_file(reader.path, number)
+        if _map(shard)[-len(TRAILER) :].any():
+            damages.append(f"{shard.name}: does not end as a tar file does")
+        try:
+            same = _read(dali_file(shard)) == dali_index(rows, first)
+        except Failure as failure:
+            damages.append(failure.problem)
+        else:
+            damages += [] if same else [f"{dali_file(shard).name}: not DALI's index of {shard.name}"]
+    known = {shard_file(reader.path, number) for number in range(len(reader.firsts))}
+    extra = sorted(path.name for path in reader.path.glob("*.tar") if path not in known)
+    return damages + [f"{name}: a shard that {INDEX} does not know" for name in extra]
+
+
+def _told(start: bytes) -> str:
+    """Return what the first FRAME bytes of a shard say, for people."""
+    try:
+        digits, image = (tarfile.TarInfo.frombuf(start[at : at + BLOCK], "ascii", "replace") for at in (0, 2 * BLOCK))
+    except tarfile.HeaderError:
+        return f"beginning with {start[:16]!r}"
+    label = start[BLOCK : 2 * BLOCK].rstrip(b"\0")[:20]
+    return f"beginning with {digits.name} ({label!r}) and {image.name} ({image.size:,} bytes)"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Failure(f"{path}: no such file", remedy=REMEDY) from None
+    except OSError as error:
+        raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _map(path: Path) -> np.ndarray:
+    """Return a file's bytes, mapped, uint8 [size]."""
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    except FileNotFoundError:
+        raise Failure(f"{path}: no such file", remedy=REMEDY) from None
+    except ValueError:  # mmap's word for a file of no bytes
+        raise Failure(f"{path}: empty", remedy=REMEDY) from None
+    except OSError as error:
+        remedy = ""
+        if error.errno == errno.EMFILE:
+            remedy = "let a process open more files (`ulimit -n`), or convert to larger shards (--shard-size)"
+        raise Failure(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error

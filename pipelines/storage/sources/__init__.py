@@ -1,0 +1,1 @@
+"""Sources of images: what people have, as classes, splits and readable images."""

@@ -1,0 +1,149 @@
+"""ImageNet-1k: the official tars, an extracted tree, or some of each. Classes are the sorted wnids."""
+
+import posixpath
+import re
+from pathlib import Path
+
+from pipelines.errors import Mistake
+from pipelines.storage.sources.image_folder import TRAIN_NAMES, Part, Tree, assemble, read_tree, some
+from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
+from pipelines.storage.sources.listing import Extent, Listing, list_files, list_tar, printable
+from pipelines.storage.sources.opened_source import OpenedSource, Workspace
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+CLASS_TAR = re.compile(r"n\d{8}\.tar")
+TRAIN_FOLDERS = (*TRAIN_NAMES, "ilsvrc2012_img_train")
+VAL_FOLDERS = ("val", "ilsvrc2012_img_val", "validation", "valid")
+UNUSED = frozenset({"test", "ILSVRC2012_img_test", "Annotations", "ImageSets"})
+"""Folders of Kaggle's download that hold half a million files of no use here."""
+
+
+def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> OpenedSource:
+    """Open a folder with the official tars or the extracted tree, or one tar of either.
+
+    The same images give the same order from tars and from a tree: training images by class and name, validation
+    images by name.
+
+    Raises:
+        Mistake: no training images, or validation images whose classes nothing tells.
+        Failure: an archive or a label file is damaged.
+    """
+    if path.name == TRAIN_TAR and path.is_file():
+        path = path.parent  # the validation tar and the labels lie beside it
+    packed = path.is_dir() and (path / TRAIN_TAR).exists()
+    skip = UNUSED | {"train", "ILSVRC2012_img_train"} if packed else UNUSED
+    listing = list_files(path, workspace, skip)
+    tree = read_tree(listing)
+    train = _train(tree, listing, workspace)
+    if not any(train.classes.values()):
+        outside = f", with {len(tree.images):,} images in none of these" if tree.images else ""
+        raise Mistake(
+            f"{printable(path)} holds no ImageNet training images",
+            expected=f"{TRAIN_TAR}, or folders train/<wnid>/ such as train/n01440764/",
+            found=_some_names(listing) + outside,
+            remedy="give the folder they lie in as the source, or set IMAGENET_DIR",
+        )
+    val = _packed_val(listing, workspace) or _tree_val(tree)
+    if val is not None and val.loose:
+        val = _label(val, train, listing, workspace)
+    if val is not None:
+        val = _known_classes(val, train, workspace)
+    if train.loose:
+        workspace.notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
+    if len(train.classes) != 1000:
+        workspace.notes.append(f"{len(train.classes):,} of ImageNet's 1,000 classes are here")
+    source = assemble("imagenet", listing.origin, train, val, workspace, val_fraction)
+    if val is not None:
+        source.splits["val"].sort(key=lambda entry: posixpath.basename(entry.name))
+    return source
+
+
+def _train(tree: Tree, listing: Listing, workspace: Workspace) -> Part:
+    """Return the training images: of class tars, and of the folders of classes that were extracted already."""
+    packed, extracted = _packed_train(listing, workspace), _tree_train(tree)
+    if packed.classes and extracted is not None:
+        return Part("train", extracted.classes | packed.classes, extracted.loose)
+    return extracted or packed
+
+
+def _packed_train(listing: Listing, workspace: Workspace) -> Part:
+    """Return the images inside class tars, which lie in the training tar or by themselves; there may be none."""
+    names = listing.named(TRAIN_TAR)
+    outer = listing.files[names[0]] if names else None
+    inner = list_tar(outer, Path(names[0]), workspace).files if isinstance(outer, Extent) else listing.files
+    part = Part("train")
+    for name, tar in inner.items():
+        base = posixpath.basename(name)
+        if CLASS_TAR.fullmatch(base) and isinstance(tar, Extent):
+            images = read_tree(list_tar(tar, Path(base), workspace)).images
+            wnid = base.removesuffix(".tar")
+            part.classes[wnid] = {f"train/{wnid}/{printable(image)}": where for image, where in images.items()}
+    return part
+
+
+def _tree_train(tree: Tree) -> Part | None:
+    """Return the train folder's class folders, or those at the top where they are wnids."""
+    for part in tree.parts(TRAIN_FOLDERS):
+        if any(part.classes.values()):
+            return part
+    classes = {name: images for name, images in tree.part("").classes.items() if WNID.fullmatch(name)}
+    return Part("", classes) if classes else None
+
+
+def _packed_val(listing: Listing, workspace: Workspace) -> Part | None:
+    """Return the images of the validation tar, not yet labelled."""
+    for name in listing.named(VAL_TAR):
+        tar = listing.files[name]
+        if isinstance(tar, Extent):
+            images = read_tree(list_tar(tar, Path(name), workspace)).images
+            return Part("val", loose={f"val/{posixpath.basename(image)}": where for image, where in images.items()})
+    return None
+
+
+def _tree_val(tree: Tree) -> Part | None:
+    """Return the val folder: class folders, or images side by side that are not yet labelled."""
+    return next((part for part in tree.parts(VAL_FOLDERS) if part.loose or any(part.classes.values())), None)
+
+
+def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Part:
+    """Return the validation images, those that lie side by side in the classes that a label file gives them."""
+    labels = validation_labels(listing, sorted(train.classes))
+    classes = {wnid: dict(images) for wnid, images in val.classes.items()}
+    for name, where in val.loose.items():
+        number = NUMBER.search(posixpath.basename(name))
+        wnid = labels.get(int(number[1])) if number else None
+        if wnid is None:
+            raise Mistake(
+                f"validation image {name} has no label",
+                expected=f"names such as ILSVRC2012_val_00000001.JPEG, numbered 1 to {max(labels):,} as the labels are",
+                remedy=f"check that the label file is complete ({ACCEPTED})",
+            )
+        classes.setdefault(wnid, {})[name] = where
+    return Part(val.folder, classes)
+
+
+def _known_classes(val: Part, train: Part, workspace: Workspace) -> Part:
+    """Leave out validation images of classes that a partial training set lacks, with a note.
+
+    Raises:
+        Mistake: that would be all of them.
+    """
+    known = {wnid: images for wnid, images in val.classes.items() if wnid in train.classes}
+    if not any(known.values()):
+        raise Mistake(
+            f"{val.folder}/ has images of no class that the training images have",
+            expected="folders of wnids, or images side by side and a file of their labels",
+            found=some(sorted(val.classes)),
+            remedy="sort them so, or take them away to go on without",
+        )
+    if left_out := sum(map(len, val.classes.values())) - sum(map(len, known.values())):
+        workspace.notes.append(
+            f"{left_out:,} validation images of classes that are not in the training set are left out"
+        )
+    return Part(val.folder, known)
+
+
+def _some_names(listing: Listing) -> str:
+    tops = sorted({name.split("/", 1)[0] for name in listing.files} | {n for n in listing.folders if "/" not in n})
+    return ", ".join(map(printable, tops[:6])) + (", ..." if len(tops) > 6 else "") if tops else "an empty folder"

@@ -1,0 +1,152 @@
+"""The optimiser's groups and rates, and the averaged weights."""
+
+import pytest
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from deitfast.config.recipe import ModelSpec, OptimSpec
+from deitfast.models.vit import build_model
+from deitfast.train.ema import Ema
+from deitfast.train.optim import build_optimiser, peak_lr
+
+
+def deit():
+    return build_model(ModelSpec(patch=16), size=32, classes=10, distilled=True)
+
+
+def names(model, parameters):
+    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {by_identity[id(parameter)] for parameter in parameters}
+
+
+@pytest.mark.parametrize("decay_dist_token", [False, True])
+def test_groups_are_timms(decay_dist_token):
+    """The reference exempts positions and the class token by name; today's timm the distillation token as well."""
+    model = deit()
+    exempt = ["pos_embed", "cls_token", *([] if decay_dist_token else ["dist_token"])]
+    others, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=exempt)
+    groups = build_optimiser(model, OptimSpec(decay_dist_token=decay_dist_token), 1024).param_groups
+    assert names(model, groups[0]["params"]) == names(model, decayed["params"])
+    assert names(model, groups[1]["params"]) == names(model, others["params"])
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+
+
+def test_wrapped_models_have_the_same_groups():
+    model = deit()
+    wrapped = nn.ModuleDict({"module": model})
+    expected = [names(model, group["params"]) for group in build_optimiser(model, OptimSpec(), 8).param_groups]
+    assert [
+        names(model, group["params"]) for group in build_optimiser(wrapped, OptimSpec(), 8).param_groups
+    ] == expected
+
+
+def test_frozen_parameters_are_left_alone():
+    model = deit()
+    model.patch_embed.requires_grad_(False)
+    groups = build_optimiser(model, OptimSpec(), 8).param_groups
+    found = set().union(*(names(model, group["params"]) for group in groups))
+    assert found == {name for name, _ in model.named_parameters() if not name.startswith("patch_embed")}
+
+
+def test_the_peak_rate_is_linear_in_the_batch():
+    assert peak_lr(OptimSpec(), 1024) == 1e-3
+    assert peak_lr(OptimSpec(), 64) == pytest.approx(6.25e-5)
+    assert peak_lr(OptimSpec(lr_batch=0), 1024) == 5e-4
+
+
+def test_adamw_updates_as_its_paper_says():
+    """Loshchilov and Hutter, 2019, algorithm 2, by hand in float64 over three steps."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    spec = OptimSpec(lr=0.01, lr_batch=0, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3)
+    optimiser = build_optimiser(layer, spec, 64)
+    assert optimiser.defaults["fused"]
+    weights = {name: value.detach().double().clone() for name, value in layer.named_parameters()}
+    first = second = dict.fromkeys(weights, 0.0)
+    for step in range(1, 4):
+        gradients = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
+        for name, parameter in layer.named_parameters():
+            parameter.grad = gradients[name]
+        optimiser.step()
+        for name, g in gradients.items():
+            g = g.double()
+            first = first | {name: 0.8 * first[name] + 0.2 * g}
+            second = second | {name: 0.9 * second[name] + 0.1 * g * g}
+            scaled = (first[name] / (1 - 0.8**step)) / ((second[name] / (1 - 0.9**step)).sqrt() + 1e-3)
+            decay = 0.1 if name == "weight" else 0.0
+            weights[name] = weights[name] - 0.01 * (scaled + decay * weights[name])
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+def test_sgd_is_nesterovs():
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimiser = build_optimiser(layer, OptimSpec(name="sgd", lr=0.1, lr_batch=0, weight_decay=0, momentum=0.5), 64)
+    for _ in range(2):
+        layer.weight.grad = torch.ones(1, 1)
+        optimiser.step()
+    # velocities 1 and 1.5; Nesterov steps by gradient + momentum x velocity: 1.5, then 1.75
+    assert layer.weight.item() == pytest.approx(1 - 0.1 * (1.5 + 1.75))
+
+
+def test_sgd_without_momentum_is_plain():
+    layer = nn.Linear(1, 1, bias=False)
+    optimiser = build_optimiser(layer, OptimSpec(name="sgd", momentum=0), 64)
+    assert not optimiser.param_groups[0]["nesterov"]
+
+
+def fill(model, value):
+    """Set every floating-point tensor to `value` and count one batch more."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        nn.init.constant_(tensor, value) if tensor.is_floating_point() else tensor.add_(1)
+
+
+def test_the_average_follows_its_formula():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with torch.no_grad():
+        fill(model, 0.0)
+        ema, expected = Ema(model, decay=0.5), 0.0
+        for update in range(20):
+            fill(model, float(update))
+            ema.update(model)
+            decay = min(0.5, (1 + update) / (10 + update))  # 0.1, 2 / 11, ..., 0.5 from update 8 on
+            expected = decay * expected + (1 - decay) * update
+            for tensor in [*ema.model.parameters(), ema.model[1].running_var]:
+                torch.testing.assert_close(tensor, torch.full_like(tensor, expected))
+    assert ema.model[1].num_batches_tracked == model[1].num_batches_tracked == 21
+
+
+def test_a_long_average_keeps_the_published_decay():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = Ema(model, decay=0.99996)
+    ema.updates = 300_000
+    nn.init.ones_(model.weight)
+    ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(4e-5, rel=1e-3)
+
+
+def test_the_average_is_apart_from_the_model_and_never_trains():
+    model = deit().train()
+    ema = Ema(model, 0.9)
+    assert not ema.model.training
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+    before = ema.model.head.weight.clone()
+    nn.init.zeros_(model.head.weight)
+    assert torch.equal(ema.model.head.weight, before)
+
+
+def test_the_average_continues_from_its_state():
+    model = nn.Linear(3, 3)
+    straight, resumed = Ema(model, 0.9), Ema(nn.Linear(3, 3), 0.9)
+    for update in range(6):
+        nn.init.constant_(model.weight, update)
+        if update == 3:
+            resumed.load_state_dict(straight.state_dict())
+        straight.update(model)
+        if update >= 3:
+            resumed.update(model)
+    assert resumed.updates == straight.updates == 6
+    assert torch.equal(resumed.model.weight, straight.model.weight)

@@ -1,0 +1,162 @@
+"""Training: what a run leaves behind, and that an interrupted one ends where an undisturbed one does."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitfast.progress import LOGGERS
+from deitfast.run_folder import RunFolder
+from deitfast.train import step as step_module
+from deitfast.weights.load import load_run
+from pipelines.errors import Failure, Mistake
+from tests.helpers.small_runs import Crash, crash_after, run, tiny_recipe, weights
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    run(tiny_small, out, tiny_recipe("model.arch=vit_ti", "train.epochs=1", "train.ema=0"))
+    return out
+
+
+def test_a_run_leaves_what_is_needed_to_read_and_repeat_it(tiny_small: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    row = run(tiny_small, tmp_path / "run", recipe)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.recipe() == recipe
+    assert folder.info().classes == tuple("abcdefghij")
+    assert json.loads((folder.path / "environment.json").read_text())["libraries"]["torch"]
+    assert "epoch 2/2" in folder.log.read_text()
+    rows = folder.metrics()
+    assert [each["epoch"] for each in rows] == [1, 2]
+    assert rows[-1] == row
+    assert row["images"] == 80
+    assert row["val"]["class"]["samples"] == 20
+    assert row["val_ema"]["class"]["samples"] == 20
+    assert math.isfinite(row["loss"])
+    assert 0 < row["waited_seconds"] < row["seconds"]
+    assert folder.finished()
+    evaluation = json.loads(folder.evaluation.read_text())
+    assert evaluation["epoch"] == 2
+    assert sum(map(sum, evaluation["val"]["class"]["confusion"])) == 20
+    assert load_run(folder.path, torch.device("cpu")).epoch == 2
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("none", 2), ("soft", 5), ("hard", 7)])
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
+    tiny_small: Path, tmp_path: Path, teacher: Path, monkeypatch, mode: str, steps: int
+) -> None:
+    distill = [f"distill.mode={mode}", f"distill.teacher={teacher}"] if mode != "none" else []
+    recipe = tiny_recipe(*distill)
+    undisturbed = run(tiny_small, tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        crash_after(patch, steps)
+        with pytest.raises(Crash):
+            run(tiny_small, tmp_path / "cut", recipe)
+    resumed = run(tiny_small, tmp_path / "cut", recipe, resume=True)
+    timing = {"seconds", "images_per_second", "waited_seconds"}
+    assert {k: v for k, v in resumed.items() if k not in timing} == {
+        k: v for k, v in undisturbed.items() if k not in timing
+    }
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert [row["epoch"] for row in RunFolder(tmp_path / "cut").metrics()] == [1, 2]
+
+
+def test_distillation_learns_from_the_teacher(tiny_small: Path, tmp_path: Path, teacher: Path) -> None:
+    row = run(tiny_small, tmp_path / "run", tiny_recipe("distill.mode=hard", f"distill.teacher={teacher}"))
+    assert set(row["val"]) == {"class", "distillation", "joint"}
+    assert row["distill"] > 0
+    assert row["loss"] == pytest.approx(0.5 * row["base"] + 0.5 * row["distill"], rel=1e-4)
+
+
+def test_accumulation_changes_memory_not_what_is_learned(tiny_small: Path, tmp_path: Path) -> None:
+    plain = ("train.epochs=1", "model.drop_path=0.0", "optim.name=sgd", "optim.lr=0.1")
+    run(tiny_small, tmp_path / "one", tiny_recipe(*plain))
+    run(tiny_small, tmp_path / "four", tiny_recipe(*plain, "train.accumulate=4"))
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for name in one:
+        assert torch.allclose(one[name].float(), four[name].float(), atol=2e-5), name
+
+
+def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.epochs=1")
+    run(tiny_small, tmp_path / "run", recipe)
+    with pytest.raises(Mistake, match="already holds a run"):
+        run(tiny_small, tmp_path / "run", recipe)
+    with pytest.raises(Mistake, match=r"optim\.lr 0\.001 -> 0\.002"):
+        run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "optim.lr=0.002"), resume=True)
+    with pytest.raises(Mistake, match="another data set"):
+        run(tiny_dataset, tmp_path / "run", recipe, resume=True)
+    run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "loader.prefetch=1"), resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"data": "somewhere"}', b"\xff", None])
+def test_a_run_that_does_not_say_what_it_is_of_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "run.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(Failure, match=r"run\.json is damaged") as raised:
+        RunFolder(tmp_path).info()
+    assert raised.value.remedy
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe, refused = tiny_recipe("train.epochs=1"), []
+
+    def again(folder: RunFolder, row: dict) -> None:
+        monkeypatch.undo()
+        with pytest.raises(Mistake, match="another run is writing here"):
+            run(tiny_small, tmp_path / "run", recipe, resume=True)
+        refused.append(row)
+
+    monkeypatch.setattr(RunFolder, "append", again)
+    run(tiny_small, tmp_path / "run", recipe)
+    assert refused
+
+
+def test_a_log_that_finds_no_room_costs_no_run(tiny_small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for logger in LOGGERS:  # a command that ran in this process may have left its own
+        monkeypatch.setattr(logger, "handlers", [])
+    recipe = tiny_recipe("train.epochs=1", "train.ema=0")
+    for name, file in (("full", "/dev/full"), ("gone", "/nowhere/log.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").symlink_to(file)
+    run(tiny_small, tmp_path / "full", recipe)
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(Failure, match=r"cannot write .*log.txt"):
+        run(tiny_small, tmp_path / "gone", recipe)
+
+
+def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Path, teacher: Path) -> None:
+    recipe = tiny_recipe("distill.mode=hard", f"distill.teacher={teacher}")
+    with pytest.raises(Mistake, match="does not know class ant") as caught:
+        run(tiny_dataset, tmp_path / "run", recipe)
+    assert "10 classes: a, b, c" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run(tiny_small: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("optim.name=sgd", "optim.lr=1e30", "schedule.warmup_epochs=0")
+    with pytest.raises(Failure, match="the loss is not finite"):
+        run(tiny_small, tmp_path / "run", recipe)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_loss_that_was_not_finite_once_costs_no_run(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
+    original, calls = step_module.Learner.step, []
+
+    def sometimes_bad(self, *arguments):
+        calls.append(None)
+        losses = original(self, *arguments)
+        return losses * math.nan if len(calls) == 7 else losses
+
+    undisturbed = run(tiny_small, tmp_path / "good", tiny_recipe())
+    monkeypatch.setattr(step_module.Learner, "step", sometimes_bad)
+    recovered = run(tiny_small, tmp_path / "bad", tiny_recipe())
+    assert recovered["loss"] == undisturbed["loss"]
+    good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
+    assert all(torch.equal(good[name], bad[name]) for name in good)

@@ -1,0 +1,62 @@
+"""Small runs for tests of training: a recipe that takes seconds, and one way to run it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from deitfast.config import recipe as recipes
+from deitfast.config.recipe import Recipe
+from deitfast.progress import Display
+from deitfast.runtime import Runtime
+from deitfast.train import step as step_module
+from deitfast.train.trainer import TrainJob, train
+
+CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
+SOON = 30.0
+"""Seconds in which a run must have ended; its own work here takes one or two, on a loaded machine ten."""
+
+
+def tiny_recipe(*settings: str, base: str = "deit_ti_cifar10") -> Recipe:
+    """Two epochs of five steps on 80 images of 32 px, all augmentation on."""
+    patch = ["model.patch=16"] if base.startswith("deit") else []
+    small = [
+        "distill.cache=none",
+        "train.epochs=2",
+        "train.batch=16",
+        "augment.mix_group=8",
+        "train.checkpoint_minutes=0",
+    ]
+    return recipes.override(recipes.load(base), [*patch, *small, *settings])
+
+
+def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Train on the CPU, in this process."""
+    job = TrainJob(recipe, data, out, resume, command=("test",))
+    return train(job, CPU, Display(Console(), quiet=True))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's checkpoint, plain and averaged."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    averaged = state["ema"]["model"] if state["ema"] else {}
+    return {**state["model"], **{f"average of {name}": value for name, value in averaged.items()}}
+
+
+class Crash(Exception):
+    """The machine goes away."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make the learner's step `steps` + 1 the last thing that happens."""
+    original, done = step_module.Learner.step, []
+
+    def crashing(self, *arguments):
+        if len(done) == steps:
+            raise Crash
+        done.append(None)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(step_module.Learner, "step", crashing)

@@ -1,0 +1,133 @@
+"""A small deterministic teacher, and a training's targets without the training."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from deitfast.config import recipe as recipes
+from deitfast.config.recipe import Recipe
+from deitfast.data_loaders import open_training
+from deitfast.distill.build_cache import TeachJob, teach
+from deitfast.distill.cache import TeacherCache
+from deitfast.distill.cache_key import open_cache
+from deitfast.distill.targets import Cached, InLoop
+from deitfast.distill.teacher import Loaded, Teacher
+from deitfast.progress import Display
+from pipelines.augment.chain import augment
+from pipelines.storage.dataset import Dataset
+from tests.helpers.small_runs import CPU, tiny_recipe
+
+
+class Judge(nn.Module):
+    """Decides by sums over a 4 x 4 grid, in float64, so that an answer does not depend on its batch."""
+
+    def __init__(self, classes: int, seed: int = 0, pause: float = 0.0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.matrix = nn.Parameter(torch.randn(48, classes, generator=draw, dtype=torch.float64), requires_grad=False)
+        self.pause = pause
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        time.sleep(self.pause)
+        grid = torch.nn.functional.adaptive_avg_pool2d(pixels.double(), 4).flatten(1)
+        return ((grid[:, :, None] * self.matrix).sum(1).float() * 4,)
+
+
+def judge(classes: int, **options) -> Loaded:
+    """Return that teacher as `load_teacher` would."""
+    model = Judge(classes, **options).eval()
+    recipe = tiny_recipe().augment
+    return Loaded("judge", model, recipe.size, recipe.mean, recipe.std, tuple(range(classes)), True)
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run's teacher is the judge, whatever its recipe names."""
+    for module in ("deitfast.distill.build_cache", "deitfast.distill.cache_key"):
+        monkeypatch.setattr(f"{module}.load_teacher", lambda spec, classes: judge(len(classes)))
+
+
+def distilled(*settings: str, mode: str = "hard") -> Recipe:
+    """A tiny recipe that distils from the judge."""
+    lean = ["train.ema=0", "train.checkpoint_minutes=10", "augment.mix_group=4"]
+    return tiny_recipe(f"distill.mode={mode}", "distill.teacher=judge", *lean, *settings)
+
+
+def with_cache(recipe: Recipe, folder: Path, *settings: str) -> Recipe:
+    """The same recipe with its targets in a cache."""
+    return recipes.override(recipe, [f"distill.cache={folder}", *settings])
+
+
+def taught(data: Path, out: Path, recipe: Recipe) -> TeacherCache:
+    """Fill a cache in this process."""
+    return teach(TeachJob(with_cache(recipe, out), data), CPU, Display(Console(), quiet=True))
+
+
+def opened(data: Path, folder: Path, recipe: Recipe, teacher: Loaded | None = None) -> TeacherCache:
+    """Open or start the cache of a run with the judge as its teacher."""
+    with closing(Dataset.open(data)) as dataset:
+        known = (teacher or judge(len(dataset.spec.classes))).identity()
+        cache = open_cache(with_cache(recipe, folder), dataset, "reference", known, CPU)
+    assert cache
+    return cache
+
+
+def nobody() -> Teacher:
+    """The teacher of a run whose cache is complete."""
+    raise AssertionError("the teacher was asked")
+
+
+Make = Callable[[Recipe, int], InLoop | Cached]
+
+
+def in_loop(recipe: Recipe, classes: int) -> InLoop:
+    """Targets straight from the judge."""
+    return InLoop(Teacher(judge(classes), recipe, CPU), recipe)
+
+
+def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0) -> dict[tuple[int, int], Tensor]:
+    """Return the target of every (view, sample) that a run's ranks see, from step `start` of the first epoch on."""
+    found: dict[tuple[int, int], Tensor] = {}
+    with closing(Dataset.open(data)) as dataset:
+        for rank in range(world):
+            runtime = replace(CPU, rank=rank, world=world)
+            targets = make(recipe, len(dataset.spec.classes))
+            with closing(open_training(dataset, recipe, runtime)) as loader:
+                for epoch in range(recipe.train.epochs):
+                    targets.start_epoch(epoch)
+                    for batch in loader.epoch(epoch, 0 if epoch else start):
+                        inputs = augment(batch, recipe.augment, dtype=torch.float32, train=True)
+                        views = zip(inputs.params.view.tolist(), inputs.params.sample.tolist(), strict=True)
+                        found |= dict(zip(views, targets.of(inputs), strict=True))
+                    targets.save()
+    return found
+
+
+def fill_slowly(data: Path, out: Path) -> None:
+    """Fill a cache slowly, every answer on the disk at once: the life of a process that is going to be killed."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deitfast.distill.targets.FLUSH_SECONDS", 0.0)
+        patch.setattr(
+            "deitfast.distill.build_cache.load_teacher", lambda spec, classes: judge(len(classes), pause=0.002)
+        )
+        taught(data, out, distilled("train.epochs=6", "train.batch=8"))
+
+
+def cached(folder: Path, mode: str = "hard"):
+    """Targets from a complete cache."""
+    cache = TeacherCache.open(folder)
+    assert cache.complete
+    return lambda recipe, classes: Cached(cache, recipe, classes, nobody, CPU)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)

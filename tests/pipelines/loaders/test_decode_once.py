@@ -1,0 +1,77 @@
+"""Which run of a decoder cuts which crop: all of them, each once, of as few images as can be."""
+
+import numpy as np
+import pytest
+
+from pipelines.loaders.dali.decode_once import GEOMETRY, NOTHING, Work, decode_once
+from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.view_params import draw_eval, draw_train
+from pipelines.spec import AugmentSpec
+
+SPEC = AugmentSpec(size=32, repeats=3, mix_group=4, seed=3)
+SAMPLES = 101
+
+
+def works(sampler: TrainSampler | EvalSampler, views: int, start: int = 0, epoch: int = 1) -> list[Work]:
+    draw_views = draw_train if isinstance(sampler, TrainSampler) else draw_eval
+    sides = np.full(len(sampler.rows(0, 0).samples), 90)
+    asked = []
+
+    def draw(step: int):
+        asked.append(step)
+        rows = sampler.rows(epoch, step)
+        return rows, draw_views(SPEC, rows, sides, sides + 7)
+
+    found = list(decode_once(draw, range(start, sampler.steps_per_epoch), views))
+    assert asked == list(range(start, sampler.steps_per_epoch))
+    return found
+
+
+def check(found: list[Work]) -> None:
+    """Every valid row of every step gets its own crop once, from its own image, before its step is due."""
+    size, given = len(found[0].rows.samples), np.zeros((len(found), len(found[0].rows.samples)), int)
+    for number, work in enumerate(found):
+        for view, line in zip(*np.nonzero(work.place >= 0), strict=True):
+            ahead, row = divmod(int(work.place[view, line]), size)
+            target = found[number + ahead]
+            given[number + ahead, row] += 1
+            assert target.rows.samples[row] == work.samples[line]
+            expected = np.concatenate([target.params[name][row] for name in GEOMETRY])
+            np.testing.assert_array_equal(work.geometry[view, line], expected)
+        assert (work.geometry[work.place < 0] == NOTHING).all()
+    np.testing.assert_array_equal(given, [work.rows.valid for work in found])
+
+
+@pytest.mark.parametrize(("batch", "world"), [(12, 1), (16, 1), (4, 1), (20, 1), (24, 2), (16, 4)])
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_every_row_gets_its_crop_once(batch: int, world: int, start: int) -> None:
+    for rank in range(world):
+        sampler = TrainSampler(SAMPLES, batch, SPEC.seed, SPEC.repeats, SPEC.mix_group, rank, world)
+        check(works(sampler, SPEC.repeats, start))
+
+
+@pytest.mark.parametrize("batch", [4, 8, 12, 16, 20])
+def test_an_image_is_decoded_once_an_epoch_wherever_its_block_falls(batch: int) -> None:
+    sampler = TrainSampler(SAMPLES, batch, SPEC.seed, SPEC.repeats, SPEC.mix_group)
+    found = works(sampler, SPEC.repeats)
+    decoded = np.concatenate([work.samples for work in found])
+    assert len(np.unique(decoded)) == len(decoded)
+
+
+def test_more_views_than_a_run_cuts_take_another_line() -> None:
+    sampler = TrainSampler(SAMPLES, 24, SPEC.seed, SPEC.repeats, SPEC.mix_group)
+    found = works(sampler, 2)
+    check(found)
+    decoded = found[0].samples
+    assert len(decoded) > len(np.unique(decoded))
+
+
+def test_later_crops_take_only_what_room_is_left() -> None:
+    """Steps of 8 rows hold two views of each of 4 images: a run that cuts two has no room for the third."""
+    check(works(TrainSampler(SAMPLES, 8, SPEC.seed, SPEC.repeats, SPEC.mix_group), 2))
+
+
+def test_evaluation_leaves_rows_that_only_fill_up_out() -> None:
+    found = works(EvalSampler(SAMPLES, 12, rank=1, world=2), 1)
+    check(found)
+    assert len(found[-1].samples) < 12

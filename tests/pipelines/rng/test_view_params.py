@@ -1,0 +1,269 @@
+"""Drawn views: equal bits in numpy, torch, numba and Python; the table; and the geometry of windows."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+
+from pipelines.errors import Failure, Mistake
+from pipelines.rng import draws
+from pipelines.rng.packed_spec import Tables, pack, tables_for
+from pipelines.rng.sampler import EvalSampler, Rows, TrainSampler
+from pipelines.rng.view_params import COLUMNS, SLICES, ViewParams, draw_eval, draw_train
+from tests.helpers.view_specs import AUTO, DEIT, HARD, JITTER, SMALL, draw, frequencies, rows_of
+
+# --- the same integers everywhere ------------------------------------------------------------------------------------
+
+side = st.integers(1, 65535) | st.sampled_from([1, 2, 3, 32, 223, 224, 225, 65534, 65535])
+index = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**23 - 1))
+
+
+def everywhere(name, numbers, *rest) -> set[tuple[int, ...]]:
+    """Return what a draw gives in numpy, torch, numba and Python: one element where they agree."""
+    on_torch = [Tables(*map(torch.tensor, item)) if isinstance(item, Tables) else item for item in rest]
+    function = getattr(draws, name)
+    results = (
+        function(*(np.array([number]) for number in numbers), *rest),
+        function(*(torch.tensor([number]) for number in numbers), *on_torch),
+        getattr(draws.compiled(), name)(*numbers, *rest),
+        function(*numbers, *rest),
+    )
+    flat = (result if isinstance(result, tuple) else (result,) for result in results)
+    return {tuple(int(np.asarray(value).item()) for value in result) for result in flat}
+
+
+@given(index, side, side, st.sampled_from([DEIT, HARD, SMALL]), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_windows_agree_everywhere_and_with_the_table(index, height, width, spec, train):
+    sample, view = index
+    packed, tables = pack(spec, train), tables_for(spec)
+    drawn = everywhere("window", (sample, view, height, width), packed, tables)
+    function = draw_train if train else draw_eval
+    table = function(spec, rows_of([sample], view), np.array([height]), np.array([width])).table
+    start = SLICES["window"].start
+    assert drawn == {tuple(table[0, start : start + 8].tolist())}
+
+
+@given(index, st.sampled_from([DEIT, HARD, SMALL, AUTO, JITTER]))
+@settings(deadline=None, max_examples=150)
+def test_everything_else_agrees_everywhere_and_with_the_table(index, spec):
+    sample, view = index
+    packed, tables = pack(spec), tables_for(spec)
+    params = draw_train(spec, rows_of([sample], view), np.array([300]), np.array([300]))
+    assert everywhere("flip", index, packed) == {(params.flip[0],)}
+    for slot in (0, 1):
+        drawn = everywhere("operation", index, slot, packed, tables)
+        assert drawn == {(params.operation[0, slot], params.magnitude[0, slot])}
+    assert everywhere("jitter", index, packed) == {(*params.jitter[0].tolist(), *params.factor[0].tolist())}
+    assert everywhere("erase_box", index, packed, tables) == {tuple(params.erase[0].tolist())}
+    group = Rows(**{**vars(rows_of([0])), "groups": np.array([sample]), "passes": np.array([view])})
+    mixed = draw_train(spec, group, np.array([300]), np.array([300]))
+    assert everywhere("mix", index, packed, tables) == {(mixed.share[0], *mixed.box[0].tolist())}
+
+
+def test_trying_one_after_the_other_gives_the_same_boxes():
+    """The table's short cut against all ten tries in a row, where many are needed and some are in vain."""
+    rows, packed, tables = rows_of(np.arange(3000)), pack(HARD), tables_for(HARD)
+    sides = np.full(3000, 300), np.full(3000, 500)
+    params = draw_train(HARD, rows, *sides)
+    window = draws.window(rows.samples, rows.views, *sides, packed, tables)[:4]
+    assert (np.stack(window, 1) == params.window).all()
+    assert (np.stack(draws.erase_box(rows.samples, rows.views, packed, tables), 1) == params.erase).all()
+    assert 0 < (params.erase[:, 2] == 0).mean() < 0.9
+
+
+@given(index, st.integers(0, 2**24))
+@settings(deadline=None, max_examples=50)
+def test_noise_agrees_everywhere(index, pixel):
+    packed, table = pack(DEIT), tables_for(DEIT).normal
+    numbers = (*index, pixel)
+    results = [
+        draws.erase_noise(*(np.array([number]) for number in numbers), packed, table),
+        draws.erase_noise(*(torch.tensor([number]) for number in numbers), packed, torch.tensor(table)),
+        draws.compiled().erase_noise(*numbers, packed, table),
+    ]
+    assert len({tuple(int(np.asarray(value).item()) for value in result) for result in results}) == 1
+
+
+@given(st.integers(0, 2**62), st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=30)
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(seed, count, data):
+    spec = replace(HARD, seed=seed)
+    heights, widths = (np.array(data.draw(st.lists(side, min_size=count, max_size=count))) for _ in range(2))
+    rows = rows_of(np.arange(count) * 7, views=3, group=1)
+    whole = draw_train(spec, rows, heights, widths).table
+    pick = data.draw(st.integers(0, count - 1))
+    one = Rows(**{name: values[pick : pick + 1] for name, values in vars(rows).items()})
+    assert (draw_train(spec, one, heights[pick : pick + 1], widths[pick : pick + 1]).table == whole[pick]).all()
+
+
+def test_every_part_of_the_key_matters():
+    base = draw(DEIT, 64)
+    for other in (
+        draw(replace(DEIT, seed=1), 64),
+        draw(replace(DEIT, seed=DEIT.seed - 2**61), 64),
+        draw(DEIT, 64, views=1),
+    ):
+        assert (other.window == base.window).all(1).mean() < 0.1
+        assert (other.operation == base.operation).all(1).mean() < 0.6
+    assert (draw(DEIT, 64, views=1).share == base.share).all()  # mixing is the group's own ...
+    assert (draw(DEIT, 64, number=1).share != base.share).any()
+    assert (draw(DEIT, 64, number=1).window == base.window).all()  # ... and nothing else is
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "expected"),
+    [
+        (DEIT, 25, "34499194a5a784ed"),  # as before colour jitter came with six columns
+        (DEIT, 31, "4b3872ebfba91e12"),
+        (AUTO, 31, "2fa88b09285c7328"),
+        (JITTER, 31, "acca9b10b459c33c"),
+    ],
+)
+def test_the_draws_of_a_seed_never_change(spec, columns, expected):
+    """Changed draws change what every seed means: old teacher caches would no longer fit their views."""
+    rows = TrainSampler(100, 8, DEIT.seed, repeats=2, group=4).rows(3, 1)
+    drawn = draw_train(spec, rows, np.full(8, 375), np.full(8, 500)).table[:, :columns]
+    assert hashlib.blake2b(drawn.astype("<i4").tobytes(), digest_size=8).hexdigest() == expected
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_views_of_the_table():
+    params = ViewParams(np.arange(62, dtype=np.int32).reshape(2, 31))
+    assert len(params) == 2
+    assert sum(COLUMNS.values()) == 31
+    for name, width in COLUMNS.items():
+        column = getattr(params, name)
+        assert column.shape == ((2,) if width == 1 else (2, width))
+        assert np.shares_memory(column, params.table)
+        assert (params[name] == column).all()
+    joined = np.concatenate([params[name].reshape(2, -1) for name in COLUMNS], 1)
+    assert (joined == params.table).all()
+
+
+def test_the_table_is_int32_and_names_its_rows():
+    rows = rows_of([5, 9, 2, 7], views=11)
+    params = draw_train(DEIT, rows, np.full(4, 50), np.full(4, 60))
+    assert params.table.dtype == np.int32
+    assert params.sample.tolist() == [5, 9, 2, 7]
+    assert params.view.tolist() == [11] * 4
+    assert params.partner.tolist() == [1, 0, 3, 2]
+
+
+def test_an_empty_batch_is_an_empty_table():
+    none = np.zeros(0, np.int64)
+    assert len(draw_train(DEIT, rows_of(none), none, none)) == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 65536)])
+def test_sizes_out_of_range_are_refused(height, width):
+    with pytest.raises(Failure, match="1 to 65535"):
+        draw(DEIT, 2, height, width)
+
+
+@pytest.mark.parametrize("change", [{"ratio": (0.001, 2.0)}, {"erasing_ratio": (0.5, 65.0)}, {"magnitude_std": 1e9}])
+def test_specs_that_do_not_fit_the_integers_are_refused(change):
+    with pytest.raises(Mistake, match=f"augment.{next(iter(change))}"):
+        pack(replace(DEIT, **change))
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**62), side, side, st.sampled_from([DEIT, HARD]))
+@settings(deadline=None, max_examples=100)
+def test_random_windows_lie_inside_the_image(seed, height, width, spec):
+    params = draw(replace(spec, seed=seed), 20, height, width)
+    top, left, h, w = params.window.astype(np.int64).T
+    assert min(top.min(), left.min()) >= 0
+    assert min(h.min(), w.min()) >= 1
+    assert ((top + h <= height) & (left + w <= width)).all()
+    assert (params.resized == spec.size).all()
+    assert not params.offset.any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (60, 47)])
+def test_random_windows_are_distributed_as_those_of_torchvision(height, width):
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    ours = draw(DEIT, 20_000, height, width).window
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    ratios = [windows[:, 3] / windows[:, 2] for windows in (ours, theirs)]
+    areas = [windows[:, 3] * windows[:, 2] for windows in (ours, theirs)]
+    assert stats.ks_2samp(*ratios).pvalue > 1e-3
+    assert stats.ks_2samp(*areas).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 4.0)])
+def test_windows_of_tiny_images_are_as_frequent_as_those_of_torchvision(ratio):
+    """On a few pixels every inclusive bound, and which side is which, shows."""
+    torch.manual_seed(2)
+    image = torch.empty(3, 4, 5)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], list(ratio)) for _ in range(8000)])
+    assert frequencies(draw(replace(DEIT, ratio=ratio), 40_000, 4, 5).window, theirs) > 1e-3
+
+
+@given(side, side, st.sampled_from([(3 / 4, 4 / 3), (0.5, 1.5), (2 / 3, 2.0), (1.0, 1.0)]))
+@settings(deadline=None)
+def test_the_fallback_is_that_of_torchvision(height, width, ratio):
+    image = torch.empty(1).expand(1, height, width)  # of a size, without its pixels
+    theirs = RandomResizedCrop.get_params(image, [50.0, 51.0], list(ratio))  # an area that never fits
+    spec = replace(DEIT, ratio=ratio)
+    ours = draws.window_fallback(height, width, pack(spec))
+    expected = (theirs[0], theirs[1], max(theirs[2], 1), max(theirs[3], 1))
+    assert ours == expected
+
+
+def test_long_images_fall_back_to_their_centre():
+    assert (draw(DEIT, 100, 10, 4000).window == [0, 1993, 10, 13]).all()  # 8 % of the area is 57 pixels high
+
+
+def test_padded_crops_reach_over_the_edge_evenly():
+    params = draw(SMALL, 20_000, 32, 32)
+    assert (params.window == [0, 0, 32, 32]).all()
+    assert (params.resized == 32).all()
+    for axis in (0, 1):
+        values, counts = np.unique(params.offset[:, axis], return_counts=True)
+        assert values.tolist() == list(range(-4, 5))
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_padded_crops_scale_the_short_side():
+    params = draw(SMALL, 4000, 97, 150)
+    assert (params.window == [0, 0, 97, 150]).all()
+    assert (params.resized == [32, int(32 * 150 / 97)]).all()
+    assert np.unique(params.offset[:, 1]).tolist() == list(range(-4, 49 - 32 + 4 + 1))
+
+
+@pytest.mark.parametrize("spec", [DEIT, replace(DEIT, size=384), replace(DEIT, eval_crop=0.9), SMALL])
+@pytest.mark.parametrize(("height", "width"), [(500, 375), (333, 500), (1, 7), (224, 224), (32, 32), (257, 256)])
+def test_evaluation_takes_the_centre_as_torchvision_does(spec, height, width):
+    rows = EvalSampler(1, 1).rows(0, 0)
+    params = draw_eval(spec, rows, np.array([height]), np.array([width]))
+    image = Image.fromarray((np.arange(height * width) % 251).astype(np.uint8).reshape(height, width))
+    short = int(spec.size / spec.eval_crop) if spec.crop == "resized" else spec.size
+    resized = Resize(short)(image)
+    (resized_h, resized_w), (top, left) = params.resized[0].tolist(), params.offset[0].tolist()
+    assert (resized_h, resized_w) == (resized.height, resized.width)
+    ours = np.asarray(resized)[top : top + spec.size, left : left + spec.size]
+    assert (ours == np.asarray(CenterCrop(spec.size)(resized))).all()
+    assert params.window[0].tolist() == [0, 0, height, width]
+
+
+def test_evaluation_draws_nothing_else():
+    params = draw_eval(DEIT, EvalSampler(3, 4).rows(0, 0), np.full(4, 300), np.full(4, 200))
+    for name in ("flip", "operation", "magnitude", "erase", "box", "jitter", "factor"):
+        assert not params[name].any()
+    assert (params.share == 65536).all()
+    assert params.partner.tolist() == [0, 1, 2, 3]

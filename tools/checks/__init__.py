@@ -1,1 +1,0 @@
-"""What tools/parity compares, group by group."""

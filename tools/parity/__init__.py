@@ -1,0 +1,1 @@
+"""Compares deitfast with timm, Pillow and torchvision, line by line: `python -m tools.parity`."""
