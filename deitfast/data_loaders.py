@@ -6,7 +6,7 @@ import torch
 from deitfast.config.recipe import Recipe
 from deitfast.runtime import Runtime
 from pipelines.batch import Loader
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.loaders.factory import open_loader
 from pipelines.rng.sampler import EvalSampler, TrainSampler, group_size, stratified_subset
 from pipelines.storage.dataset import Dataset
@@ -19,7 +19,7 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
     """Return this rank's loader of the training split.
 
     Raises:
-        Mistake: the batch does not divide among the ranks, or the split is too small for it.
+        UserError: the batch does not divide among the ranks, or the split is too small for it.
     """
     sampler = training_sampler(dataset, recipe, runtime, recipe.train.batch)
     reader = dataset.split("train")
@@ -40,7 +40,7 @@ def training_sampler(
     """
     reader, augment = dataset.split("train"), recipe.augment
     if batch % (runtime.world * recipe.train.accumulate):
-        raise Mistake(
+        raise UserError(
             f"train.batch {batch} does not divide among {runtime.world} processes x "
             f"train.accumulate {recipe.train.accumulate}"
         )

@@ -29,10 +29,10 @@ class Stop:
         self.signal = 0
         """Number of the signal that asked; 0: nobody did."""
         self._runtime = runtime
-        self._at_once = False
+        self._raise_now = False
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal, or end an `at_once` block; a second signal ends the process at once.
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal, or end an `interruptible` block; a second signal ends the process at once.
 
         Not if that is SIGHUP: a terminal and its shell both send one, and a logout sends SIGTERM as well.
         """
@@ -41,17 +41,17 @@ class Stop:
                 return
             raise KeyboardInterrupt
         self.signal = number
-        if self._at_once:
+        if self._raise_now:
             raise Interrupted(number)
 
-    def check(self, *, looking: bool) -> None:
+    def check(self, *, sync: bool) -> None:
         """Raise Interrupted where somebody asked, on every rank alike.
 
-        Several ranks agree only where `looking` is true: where they wait for each other anyway.
+        Several ranks agree only where `sync` is true: where they wait for each other anyway.
         """
         if self._runtime.world == 1:
             asked = self.signal
-        elif looking:
+        elif sync:
             votes = torch.tensor([float(self.signal)], device=self._runtime.device)
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             asked = int(votes.item())
@@ -61,19 +61,19 @@ class Stop:
             raise Interrupted(asked)
 
     @contextmanager
-    def at_once(self, when: bool = True) -> Iterator[None]:
+    def interruptible(self, when: bool = True) -> Iterator[None]:
         """Let a request end the block in its middle, if `when`; of several ranks none may leave alone, so none does.
 
         Raises:
             Interrupted: asked to end, before or inside the block.
         """
-        self._at_once = when and self._runtime.world == 1
+        self._raise_now = when and self._runtime.world == 1
         try:
-            if self._at_once and self.signal:
+            if self._raise_now and self.signal:
                 raise Interrupted(self.signal)
             yield
         finally:
-            self._at_once = False
+            self._raise_now = False
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def catching_signals(runtime: Runtime) -> Iterator[Stop]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored where a run is to outlive its terminal: nohup
         numbers.append(signal.SIGHUP)
-    old = {number: signal.signal(number, stop) for number in numbers}
+    old = {number: signal.signal(number, stop.handle_signal) for number in numbers}
     try:
         yield stop
     finally:

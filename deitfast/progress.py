@@ -138,7 +138,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
     """Copy deitfast's messages, with the time of day, to the end of a file while the block runs.
 
     Raises:
-        Failure: the file cannot be opened.
+        DeitfastError: the file cannot be opened.
     """
     if path is None:
         yield

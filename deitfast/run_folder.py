@@ -10,9 +10,9 @@ from typing import Any
 
 from deitfast import __version__
 from deitfast.config import recipe as recipes
-from deitfast.config.recipe import LEARNS_THE_SAME, Recipe, differences
-from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file, writing
+from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe, differences
+from pipelines.errors import DeitfastError, UserError
+from pipelines.files import atomic_write, writing
 from pipelines.workers import usable_cores
 
 
@@ -31,7 +31,7 @@ class RunInfo:
     command: tuple[str, ...]
     """The command line."""
     start: dict[str, str] = field(default_factory=dict)
-    """Weights that the run began with, as `fit.start_model` describes them; empty where they were drawn."""
+    """Weights that the run began with, as `fit.init_from_pretrained` describes them; empty where they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +70,31 @@ class RunFolder:
         """Start the run's folder, or make sure that the run to be resumed is the one that is there.
 
         Raises:
-            Mistake: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
+            UserError: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
         """
         if not self.exists():
             self.create(recipe, info)
             return
         if not resume:
-            raise Mistake(f"{self.path} already holds a run", remedy="continue it with --resume, or give another --out")
+            raise UserError(
+                f"{self.path} already holds a run", remedy="continue it with --resume, or give another --out"
+            )
         changed = differences(self.recipe(), recipe)
-        if changed := {key: both for key, both in changed.items() if not key.startswith(LEARNS_THE_SAME)}:
-            raise Mistake(
+        if changed := {key: both for key, both in changed.items() if not key.startswith(RESUME_SAFE_FIELDS)}:
+            raise UserError(
                 f"--resume with another recipe than {self.path} was started with",
                 found=", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()),
                 remedy="leave the options out, or start a new run with another --out",
             )
         begun = self.info()
         if begun.fingerprint != info.fingerprint:
-            raise Mistake(
+            raise UserError(
                 f"--resume on another data set than {self.path} was started on",
                 expected=f"fingerprint {begun.fingerprint}",
                 found=f"{info.fingerprint} in {info.data}",
             )
         if info.start and info.start != begun.start:
-            raise Mistake(
+            raise UserError(
                 f"{info.start['file']} is not what {self.path} was started from",
                 expected=f"blake2b {begun.start.get('blake2b')}",
                 found=info.start["blake2b"],
@@ -103,10 +105,10 @@ class RunFolder:
         """Return the recipe as run.
 
         Raises:
-            Mistake: there is no run in this folder.
+            UserError: there is no run in this folder.
         """
         if not self.exists():
-            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote")
+            raise UserError(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote")
         return recipes.load(str(self.path / "recipe.toml"))
 
     def info(self) -> RunInfo:
@@ -115,9 +117,11 @@ class RunFolder:
             tree = json.loads((self.path / "run.json").read_text())
             return RunInfo(**{**tree, "classes": tuple(tree["classes"]), "command": tuple(tree["command"])})
         except FileNotFoundError:
-            raise Mistake(f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote") from None
+            raise UserError(
+                f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Failure(
+            raise DeitfastError(
                 f"{self.path / 'run.json'} is damaged",
                 expected="what `deitfast train` wrote",
                 found=str(error),
@@ -160,11 +164,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all, and the folder that it is to be in.
 
     Raises:
-        Failure: the disk is full or not writable.
+        DeitfastError: the disk is full or not writable.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode())
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deitfast.config.recipe import TrainSpec
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 T = TypeVar("T")
 
@@ -32,15 +32,20 @@ class Runtime:
     """Whether the model goes through torch.compile."""
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this rank writes files and draws progress."""
         return self.rank == 0
 
-    def under(self, train: TrainSpec) -> "Runtime":
+    def with_precision(self, train: TrainSpec) -> "Runtime":
         """Return the same place with the precision and compilation of another recipe."""
         return replace(self, amp=choose_amp(train.amp, self.device), compile=choose_compile(train.compile, self.device))
 
-    def agree(self, value: T) -> T:
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast_from_rank0(self, value: T) -> T:
         """Return rank 0's value on every rank; every rank must ask, and waits until rank 0 does."""
         if self.world == 1:
             return value
@@ -53,14 +58,14 @@ class Runtime:
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
 
     @property
-    def pixels(self) -> torch.dtype:
+    def input_dtype(self) -> torch.dtype:
         """Dtype of the model's input."""
         return self.amp or torch.float32
 
     @property
     def precision(self) -> str:
         """Name of that dtype: bfloat16, float16 or float32."""
-        return str(self.pixels).removeprefix("torch.")
+        return str(self.input_dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -72,7 +77,7 @@ def start(train: TrainSpec, device: str = "auto") -> Iterator[Runtime]:
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        Mistake: the device is not there.
+        UserError: the device is not there.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -95,13 +100,13 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise Mistake(f"--device {device} is no device", expected="auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {device} is no device", expected="auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise Mistake(f"--device {device}: PyTorch sees no CUDA device", remedy="run `deitfast doctor`, or use cpu")
+        raise UserError(f"--device {device}: PyTorch sees no CUDA device", remedy="run `deitfast doctor`, or use cpu")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", local_rank)
     if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        raise Mistake(f"there is no {chosen}", found=f"{torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"there is no {chosen}", found=f"{torch.cuda.device_count()} CUDA devices")
     return chosen
 
 

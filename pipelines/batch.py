@@ -42,8 +42,8 @@ class Loader(Protocol):
         """Yield the batches of `epoch` from `start_step` on. A yielded batch stays valid while its caller holds it.
 
         Raises:
-            Failure: a sample's bytes are damaged; the message names it. With `skip_bad` its rows are black and not
-                valid instead.
+            DeitfastError: a sample's bytes are damaged; the message names it. With `skip_bad` its rows are black
+                and not valid instead.
         """
         ...
 

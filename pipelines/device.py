@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
-SAYS_SO = (
+OOM_MESSAGES = (
     "out of memory",
     "cudaErrorMemoryAllocation",
     "std::bad_alloc",
@@ -18,7 +18,7 @@ SAYS_SO = (
 """How libraries other than torch word it."""
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on its way to `device`; on CUDA through page-locked memory, as the host would wait otherwise."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -26,15 +26,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
-    """Turn running out of GPU memory inside the block into a Failure that says what for.
+def explain_oom(buffer: str, remedy: str) -> Iterator[None]:
+    """Turn running out of GPU memory inside the block into a DeitfastError that says what for.
 
     Args:
         buffer: what the block keeps on the GPU; ends the sentence "out of GPU memory for ...".
         remedy: what to lower.
 
     Raises:
-        Failure: the device has no memory left. Everything else passes.
+        DeitfastError: the device has no memory left. Everything else passes.
     """
     try:
         yield
@@ -42,10 +42,12 @@ def naming_memory(buffer: str, remedy: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
-        found = next((line for line in lines if any(words in line for words in SAYS_SO)), lines[0] if lines else "")
-        raise Failure(f"out of GPU memory for {buffer}", found=found, remedy=remedy) from error
+        found = next(
+            (line for line in lines if any(words in line for words in OOM_MESSAGES)), lines[0] if lines else ""
+        )
+        raise DeitfastError(f"out of GPU memory for {buffer}", found=found, remedy=remedy) from error
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an exception of torch, DALI or CUDA says that the device has no memory left."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in SAYS_SO)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in OOM_MESSAGES)

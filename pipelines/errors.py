@@ -1,7 +1,7 @@
 """The errors deitfast raises on purpose: what was expected, what was found, what to do."""
 
 
-class Failure(Exception):
+class DeitfastError(Exception):
     """Something outside the user's command went wrong (damaged file, full disk). The CLI exits with `exit_code`.
 
     Args:
@@ -19,7 +19,7 @@ class Failure(Exception):
         super().__init__("\n".join([problem, *(f"  {name}: {text}" for name, text in details if text)]))
 
 
-class Mistake(Failure):
+class UserError(DeitfastError):
     """The user asked for something impossible (a missing folder, an unknown key, the wrong teacher)."""
 
     exit_code = 2

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that takes the place of `path`, on the disk, when the block ends; not if it ends in an error.
 
     Raises:
@@ -35,11 +35,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(what: Path | str, remedy: str = "free some space, check the rights, or write elsewhere") -> Iterator[None]:
-    """Turn a full or read-only disk into a Failure that names what could not be written, and why."""
+    """Turn a full or read-only disk into a DeitfastError that names what could not be written, and why."""
     try:
         yield
     except OSError as error:
-        raise Failure(f"cannot write {what}", found=str(error), remedy=remedy) from error
+        raise DeitfastError(f"cannot write {what}", found=str(error), remedy=remedy) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,16 +60,16 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         what: what it is, for whoever comes second ("conversion").
 
     Raises:
-        Mistake: another one is writing there, or it can be no folder.
+        UserError: another one is writing there, or it can be no folder.
     """
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(folder, wait=False))
         except BlockingIOError:
-            raise Mistake(f"{folder}: another {what} is writing here", remedy="wait for it, or stop it") from None
+            raise UserError(f"{folder}: another {what} is writing here", remedy="wait for it, or stop it") from None
         except OSError as error:
-            raise Mistake(f"{folder}: cannot be the output folder: {error.strerror}") from None
+            raise UserError(f"{folder}: cannot be the output folder: {error.strerror}") from None
         yield
 
 

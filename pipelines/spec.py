@@ -39,7 +39,7 @@ class SplitSpec:
     fingerprint: str
     """blake2b over (label, height, width, mode, crc32) of every sample in order: names the content."""
     converted: dict[str, int] = Field(default_factory=dict)
-    """What was done to how many images: passed through, stored raw, grey, CMYK, ... and skipped."""
+    """What was done to how many images: passed through, stored raw, gray, CMYK, ... and skipped."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,7 +86,7 @@ class AugmentSpec:
     """Standard deviation of the magnitude."""
     operation_probability: Probability = Field(default=0.5, ge=0, le=1)
     """Probability that each of RandAugment's two drawn operations is applied."""
-    colour_jitter: float = Field(default=0.3, ge=0, le=1)
+    color_jitter: float = Field(default=0.3, ge=0, le=1)
     """Brightness, contrast, saturation in random order, each blended by U(1 - j, 1 + j); with policy = none only."""
     erasing: Probability = Field(default=0.25, ge=0, le=1)
     """Probability of random erasing."""
@@ -107,13 +107,13 @@ class AugmentSpec:
     repeats: int = Field(default=3, ge=1, le=16)
     """Views of an image in one epoch (repeated augmentation); an epoch then visits 1/repeats of the images."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of the normalisation, in [0, 1]."""
+    """Mean of the normalization, in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    """Standard deviation of the normalisation, in [0, 1]."""
+    """Standard deviation of the normalization, in [0, 1]."""
     eval_crop: float = Field(default=0.875, gt=0, le=1)
-    """Evaluation resizes the short side to int(size / eval_crop) and takes the centre; unused with crop = padded."""
+    """Evaluation resizes the short side to int(size / eval_crop) and takes the center; unused with crop = padded."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Key of every augmentation draw; apart from the seed of the initialisation."""
+    """Key of every augmentation draw; apart from the seed of the initialization."""
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> "AugmentSpec":

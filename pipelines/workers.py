@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
         workers: number of processes, at least 1.
 
     Raises:
-        Failure: a worker died. What `work` raises is raised here.
+        DeitfastError: a worker died. What `work` raises is raised here.
     """
     if workers == 1:
         yield from map(work, tasks)
@@ -99,7 +99,7 @@ def _receive(connection: Connection, process: SpawnProcess) -> Any:
         succeeded, result = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join(timeout=5)
-        raise Failure(
+        raise DeitfastError(
             "a worker process died",
             found=f"exit code {process.exitcode}" + (" (killed: out of memory?)" if process.exitcode == -9 else ""),
             remedy="run the same command again, with fewer workers if memory is short; it goes on where it stopped",
@@ -126,7 +126,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
             try:
                 answer = True, work(task)
             except Exception as error:
-                if not isinstance(error, Failure):
+                if not isinstance(error, DeitfastError):
                     error.add_note("in a worker process:\n" + traceback.format_exc())
                 answer = False, error
             connection.send(answer)

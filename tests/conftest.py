@@ -32,7 +32,7 @@ def odd() -> dict[str, bytes]:
 
 
 def _jpegs(count: int, seed: int) -> list[bytes]:
-    """JPEGs with sides of 20 to 400 px; some grey, progressive, rotated by EXIF, at full chroma resolution."""
+    """JPEGs with sides of 20 to 400 px; some gray, progressive, rotated by EXIF, at full chroma resolution."""
     rng = np.random.default_rng(seed)
     files = []
     for number in range(count):

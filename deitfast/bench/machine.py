@@ -46,7 +46,7 @@ def flops_per_image(recipe: Recipe, classes: int) -> float:
 def matrix_product(runtime: Runtime, clock: Clock, pace: Pace) -> tuple[float, int]:
     """Return the FLOP/s of a square matrix product in the step's dtype, and the side of its matrices."""
     side = PRODUCT_SIDE.get(runtime.device.type, PRODUCT_SIDE["cpu"])
-    one, other = (torch.randn(side, side, device=runtime.device).to(runtime.pixels) for _ in range(2))
+    one, other = (torch.randn(side, side, device=runtime.device).to(runtime.input_dtype) for _ in range(2))
     out = torch.empty_like(one)
     work = Work("matrix product", "", "device", 1, lambda: torch.mm(one, other, out=out), on_device=True)
     (found,) = measure([work], clock, pace)

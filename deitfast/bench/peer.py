@@ -9,12 +9,12 @@ from deitfast.bench.stages import Workbench
 from deitfast.bench.timing import Work
 
 
-class LeftOut(Exception):
+class SkipError(Exception):
     """Why a peer was not measured."""
 
 
 Opener = Callable[[Workbench, ExitStack], Work]
-"""Opens a peer under a stack that closes it, or raises `LeftOut` with the reason."""
+"""Opens a peer under a stack that closes it, or raises `SkipError` with the reason."""
 
 
 def module(name: str) -> Any:

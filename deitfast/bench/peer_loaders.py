@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from deitfast.bench.peer import LeftOut, module
+from deitfast.bench.peer import SkipError, module
 from deitfast.bench.record import counted
 from deitfast.bench.stages import Workbench
 from deitfast.bench.timing import Work
@@ -124,7 +124,7 @@ def timm_batches(bench: Workbench, stack: ExitStack) -> Loaded:
     started = [child for child in multiprocessing.active_children() if child not in before]
     stack.callback(_end_workers, batches)
     pids = [child.pid for child in started if child.pid]
-    what = f"decode, crop, flip, RandAugment, normalise, erase; {counted(workers, 'process')}"
+    what = f"decode, crop, flip, RandAugment, normalize, erase; {counted(workers, 'process')}"
     return Loaded(batches, batch, (loader.prefetch_factor or 1) * workers, workers, pids, what)
 
 
@@ -152,7 +152,7 @@ def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
     """Open FFCV's Loader with its own random resized crop, over the very file."""
     _require_crops(bench)
     if bench.reader.path.is_dir():
-        raise LeftOut("FFCV reads one .beton file, and this split is in shards")
+        raise SkipError("FFCV reads one .beton file, and this split is in shards")
     ours = module("pipelines.loaders.ffcv")  # keeps FFCV's hands off torch's threads
     with ours.quiet():
         fields, loaders, to_tensor = (
@@ -195,7 +195,7 @@ def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
     """Open DALI's pipeline for ImageNet: random-crop decode and resize, on the GPU where there is one."""
     _require_crops(bench)
     if (bench.reader.modes == RAW).any():
-        raise LeftOut("it decodes files, and these images are stored raw")
+        raise SkipError("it decodes files, and these images are stored raw")
     dali = module("nvidia.dali")
     fn, types = module("nvidia.dali.fn"), module("nvidia.dali.types")
     spec, batch, reader = bench.recipe.augment, bench.recipe.train.batch, bench.reader
@@ -229,4 +229,4 @@ def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
 
 def _require_crops(bench: Workbench) -> None:
     if bench.recipe.augment.crop != "resized":
-        raise LeftOut(CROPS_ONLY)
+        raise SkipError(CROPS_ONLY)

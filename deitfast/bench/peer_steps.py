@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from deitfast.bench.peer import LeftOut, module
+from deitfast.bench.peer import SkipError, module
 from deitfast.bench.stages import LEARNING_RATE, Targets, Workbench
 from deitfast.bench.timing import Work
 from deitfast.models.cnn import build_convnet
-from deitfast.train.optim import build_optimiser
+from deitfast.train.optim import build_optimizer
 from pipelines.augment.chain import ModelInput
 
 TIMM_NAMES = {"ti": "tiny", "s": "small", "b": "base"}
@@ -23,7 +23,7 @@ def timm_step(bench: Workbench, stack: ExitStack) -> Work:
     recipe, runtime = bench.recipe, bench.runtime
     family, _, size = recipe.model.arch.partition("_")
     if family not in ("deit", "vit"):
-        raise LeftOut(f"timm's {recipe.model.arch} is torchvision's network again")
+        raise SkipError(f"timm's {recipe.model.arch} is torchvision's network again")
     timm = module("timm")
     distilled = "_distilled" if recipe.distilled else ""
     name = f"deit_{TIMM_NAMES[size]}{distilled}_patch16_224"
@@ -37,7 +37,7 @@ def timm_step(bench: Workbench, stack: ExitStack) -> Work:
     ).to(runtime.device, memory_format=torch.channels_last)
     if distilled:
         model.set_distilled_training(True)
-    optimiser = build_optimiser(model, recipe.optim, recipe.train.batch)
+    optimizer = build_optimizer(model, recipe.optim, recipe.train.batch)
     loss = module("timm.loss").SoftTargetCrossEntropy()
     if runtime.compile:
         model.compile()
@@ -49,8 +49,8 @@ def timm_step(bench: Workbench, stack: ExitStack) -> Work:
             heads = model(inputs.pixels)
             losses = [loss(head.float(), targets) for head in (heads if distilled else (heads,))]
         torch.stack(losses).sum().backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     how = "compiled" if runtime.compile else "not compiled"
     return Work("", f"{name}, {how}", None, len(inputs.labels), step, on_device=True)

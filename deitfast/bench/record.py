@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from deitfast.run_folder import write_text
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.spec import STRICT
 
 
@@ -181,7 +181,7 @@ class Arithmetic:
     """Rows and columns of its matrices."""
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Share of the matrix product's rate that the step reaches."""
         return self.step_flops / self.product_flops
 
@@ -240,7 +240,7 @@ class Record:
 
 
 def save(record: Record, path: Path) -> None:
-    """Write a record as JSON. Raises Failure where the disk is full or not writable."""
+    """Write a record as JSON. Raises DeitfastError where the disk is full or not writable."""
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")
 
 
@@ -248,7 +248,7 @@ def load(path: Path) -> Record:
     """Read what `save` wrote.
 
     Raises:
-        Failure: the file is missing, damaged, or of another version.
+        DeitfastError: the file is missing, damaged, or of another version.
     """
     return read_record(Record, path, "a bench", FORMAT)
 
@@ -263,14 +263,14 @@ def read_record(kind: type[T], path: Path, of: str, version: int) -> T:
         version: the format that this program reads.
 
     Raises:
-        Failure: the file is missing, damaged, or of another version.
+        DeitfastError: the file is missing, damaged, or of another version.
     """
     try:
         record = TypeAdapter(kind).validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise Failure(f"{path} holds no record of {of}", found=str(error)) from error
+        raise DeitfastError(f"{path} holds no record of {of}", found=str(error)) from error
     if record.format != version:
-        raise Failure(f"{path} is of another version", expected=f"format {version}", found=str(record.format))
+        raise DeitfastError(f"{path} is of another version", expected=f"format {version}", found=str(record.format))
     return record
 
 

@@ -10,7 +10,7 @@ from deitfast.bench.record import Change
 from deitfast.bench.stages import Workbench, loader_stages, whole_loader
 from deitfast.bench.timing import Pace, measure
 from deitfast.bench.verdict import WORTH, Cost, Setup, loader_costs, more_cores, predict, scaled, with_loader
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.loaders.factory import available
 from pipelines.loaders.host import HostLoader
 from pipelines.storage.convert.converter import convert
@@ -50,7 +50,7 @@ def _other_loader(bench: Workbench, name: str, costs: list[Cost], setup: Setup, 
     try:
         with closing(bench.changed([f"loader.name={name}"])) as other:
             theirs = loader_alone(other, setup, pace)
-    except Mistake:  # it does not take this data set
+    except UserError:  # it does not take this data set
         return None
     change = f"--set loader.name={name}"
     return Change(change, predict(with_loader(costs, theirs), setup), "measured alone, on the same files")

@@ -10,7 +10,7 @@ import torch
 
 from deitfast import __version__
 from deitfast.bench.machine import arithmetic, measure_disk
-from deitfast.bench.peer import LeftOut
+from deitfast.bench.peer import SkipError
 from deitfast.bench.peers import LOADERS, STEPS, Rival
 from deitfast.bench.record import FORMAT, OURS, Arithmetic, Change, Disk, Kind, Measured, Outlook, Peer, Record
 from deitfast.bench.remedies import loader_alone, remedies
@@ -21,7 +21,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.progress import Bar, Display
 from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 
 ROUNDS = 5
@@ -49,12 +49,12 @@ class Wish:
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
         if self.part not in PARTS:
-            raise Mistake(f"bench has no part called {self.part}", expected=", ".join(PARTS))
+            raise UserError(f"bench has no part called {self.part}", expected=", ".join(PARTS))
         if self.tries and self.part != "all":
-            raise Mistake(f"--try with bench {self.part}", expected="--try with plain bench")
+            raise UserError(f"--try with bench {self.part}", expected="--try with plain bench")
         for setting in self.tries:
             if "=" not in setting:
-                raise Mistake(f"--try {setting} has no value", expected="section.field=value or data=FOLDER")
+                raise UserError(f"--try {setting} has no value", expected="section.field=value or data=FOLDER")
 
 
 class Session:
@@ -173,7 +173,7 @@ class Session:
                 try:
                     works.append(replace(rival.open(bench, stack), name=name))
                     opened.append((name, rival.version()))
-                except LeftOut as reason:
+                except SkipError as reason:
                     absent.append(Peer(name, kind, None, str(reason)))
                 except ModuleNotFoundError as missing:
                     absent.append(Peer(name, kind, None, f"{missing.name} is not installed"))
@@ -193,11 +193,11 @@ def run_session(dataset: Dataset, recipe: Recipe, runtime: Runtime, wish: Wish, 
     """Measure as `wish` says and return what was found.
 
     Raises:
-        Mistake: more than one process; a loader, a device or a setting that is not to be had.
-        Failure: damaged data.
+        UserError: more than one process; a loader, a device or a setting that is not to be had.
+        DeitfastError: damaged data.
     """
     if runtime.world > 1:
-        raise Mistake("bench measures one process", found=f"{runtime.world}", remedy="run it without torchrun")
+        raise UserError("bench measures one process", found=f"{runtime.world}", remedy="run it without torchrun")
     threads = torch.get_num_threads()
     with display.bar("measuring", 0) as bar, closing(Workbench(dataset, recipe, runtime)) as bench:
         heard = Heard(bar)

@@ -15,13 +15,13 @@ from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
 from deitfast.distill.cache_files import present
-from deitfast.distill.cache_key import keeps_answers, target_spec
+from deitfast.distill.cache_key import target_spec, uses_cache
 from deitfast.distill.encoding import dense, from_records, keep
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.models.vit import reads_patches
 from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
-from deitfast.train.step import Learner
+from deitfast.train.step import TrainStep
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
 from pipelines.loaders.geometry import Geometry, by_image
@@ -65,9 +65,9 @@ class Workbench:
         return open_training(self.dataset, self.recipe, self.runtime)
 
     @cached_property
-    def learner(self) -> Learner:
-        """The recipe's network and optimiser."""
-        return Learner(self.recipe, len(self.dataset.spec.classes), self.runtime)
+    def learner(self) -> TrainStep:
+        """The recipe's network and optimizer."""
+        return TrainStep(self.recipe, len(self.dataset.spec.classes), self.runtime)
 
     @cached_property
     def targets(self) -> "Targets | None":
@@ -97,7 +97,7 @@ class Workbench:
 
     def prepared(self, batch: Batch, patch: int = 0) -> ModelInput:
         """Return a batch augmented, as pixels or in patches."""
-        spec, dtype, kernels = self.recipe.augment, self.runtime.pixels, self.recipe.train.kernels
+        spec, dtype, kernels = self.recipe.augment, self.runtime.input_dtype, self.recipe.train.kernels
         return augment(batch, spec, dtype=dtype, train=True, patch=patch, kernels=kernels)
 
     def step(self, inputs: ModelInput) -> None:
@@ -157,7 +157,7 @@ def distillation_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> 
     distill, classes = recipe.distill, len(dataset.spec.classes)
     if distill.mode == "none":
         return None
-    if not keeps_answers(recipe):
+    if not uses_cache(recipe):
         teacher = Teacher(load_teacher(distill, dataset.spec.classes), recipe, runtime)
         spec = target_spec(recipe, dataset)
         find = lambda inputs: dense(keep(teacher.logits(inputs.pixels), spec), spec, classes, distill.tau)  # noqa: E731
@@ -257,7 +257,7 @@ def device_stages(bench: Workbench) -> list[Work]:
     def stage(name: str, what: str, call: Callable[[], object]) -> Work:
         return Work(name, what, "device", len(held.labels), call, on_device=True)
 
-    works = [stage("augmentation", "flip, operations, normalise, erase, mix", lambda: bench.augmented(held))]
+    works = [stage("augmentation", "flip, operations, normalize, erase, mix", lambda: bench.augmented(held))]
     found = None
     if targets := bench.targets:
         found = targets.find(inputs)

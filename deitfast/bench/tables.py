@@ -65,7 +65,7 @@ def sentences(record: Record) -> Iterator[str]:
         side = found.product_size
         yield (
             f"the step: {found.flops_per_image / 1e9:.2f} GFLOP an image, {found.step_flops / 1e12:.3g} TFLOP/s, "
-            f"{found.utilisation:.0%} of a {side} x {side} matrix product's {found.product_flops / 1e12:.3g}"
+            f"{found.utilization:.0%} of a {side} x {side} matrix product's {found.product_flops / 1e12:.3g}"
         )
     if record.disk and record.disk.note:
         yield record.disk.note

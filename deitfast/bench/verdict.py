@@ -52,9 +52,9 @@ def loader_costs(stages: list[Cost], whole: Measured, setup: Setup) -> list[Cost
     """
     if not stages:
         return [Cost(whole.name, "loader", whole.seconds * setup.workers, whole.cpu_seconds, threaded=True)]
-    modelled = sum(_share(cost, setup) for cost in stages)
+    modeled = sum(_share(cost, setup) for cost in stages)
     cpu = sum(cost.cpu for cost in stages)
-    stretch, extra = whole.seconds / modelled, whole.cpu_seconds / cpu if cpu else 1.0
+    stretch, extra = whole.seconds / modeled, whole.cpu_seconds / cpu if cpu else 1.0
     return [replace(cost, seconds=cost.seconds * stretch, cpu=cost.cpu * extra) for cost in stages]
 
 

@@ -8,7 +8,7 @@ import typer
 
 from deitfast.cli import data, inspect, train
 from deitfast.cli.app import app, err
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
 __all__ = ["data", "inspect", "main", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
@@ -37,7 +37,7 @@ def _run_quietly(arguments: list[str]) -> int:
         if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
             err.print("interrupted")
         return code
-    except Failure as error:
+    except DeitfastError as error:
         err.print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):

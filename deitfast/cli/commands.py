@@ -48,7 +48,7 @@ from deitfast.runtime import Runtime, start
 from deitfast.train.trainer import train
 from deitfast.weights.export import export, format_of
 from deitfast.weights.load import TrainedModel, load_file, load_run
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 log = logging.getLogger("deitfast")
@@ -62,10 +62,10 @@ def run_training(options: TrainOptions, device: str, display: Display, out: Cons
     _make_demo_set(data, display)
     job = plan_training(options, data)
     with start(job.recipe.train, device) as runtime:  # once: a process group that was left cannot be joined again
-        if uses_demo_teacher(job.recipe) and (lesson := runtime.agree(demo_teacher(data))):
-            train(lesson, runtime.under(lesson.recipe.train), display)
+        if uses_demo_teacher(job.recipe) and (lesson := runtime.broadcast_from_rank0(demo_teacher(data))):
+            train(lesson, runtime.with_precision(lesson.recipe.train), display)
         train(job, runtime, display)
-        if runtime.main:
+        if runtime.is_main_process:
             out.print(describe_run(RunFolder(job.out)))
 
 
@@ -75,10 +75,10 @@ def run_teaching(options: TrainOptions, views: int | None, device: str, display:
     _make_demo_set(data, display)
     job = plan_teaching(options, views, data)
     with start(job.recipe.train, device) as runtime:
-        if uses_demo_teacher(job.recipe) and (lesson := runtime.agree(demo_teacher(data))):
-            train(lesson, runtime.under(lesson.recipe.train), display)
+        if uses_demo_teacher(job.recipe) and (lesson := runtime.broadcast_from_rank0(demo_teacher(data))):
+            train(lesson, runtime.with_precision(lesson.recipe.train), display)
         cache = teach(job, runtime, display)
-        if runtime.main:
+        if runtime.is_main_process:
             out.print(describe_cache(cache))
 
 
@@ -100,11 +100,11 @@ class EvalOptions:
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
         if (self.run is None) == (self.weights is None):
-            raise Mistake("eval needs one network", expected="a run's folder, or --weights FILE")
+            raise UserError("eval needs one network", expected="a run's folder, or --weights FILE")
         if self.run and (self.arch or self.settings):
-            raise Mistake("--arch and --set go with --weights", expected="a run is evaluated as its recipe says")
+            raise UserError("--arch and --set go with --weights", expected="a run is evaluated as its recipe says")
         if self.weights and self.data is None:
-            raise Mistake("--weights without --data", expected="--data FOLDER, a converted data set")
+            raise UserError("--weights without --data", expected="--data FOLDER, a converted data set")
 
     def precision(self) -> TrainSpec:
         """Return the recipe's section that says in which precision the network computes."""
@@ -115,7 +115,7 @@ class EvalOptions:
     def load(self, device: torch.device) -> TrainedModel:
         """Return the network to evaluate."""
         if self.weights:
-            arch = recipes.known_arch(self.arch) if self.arch else None
+            arch = recipes.check_arch(self.arch) if self.arch else None
             return load_file(self.weights, arch, self.settings, device, ema=self.ema)
         return load_run(self.run or Path(), device, ema=self.ema)
 
@@ -134,14 +134,14 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
             classes = dataset.spec.classes
             require_classes(owner, trained.classes or classes, classes)
             if trained.outputs != len(classes):
-                raise Mistake(f"{owner} tells {trained.outputs} classes apart, the data set has {len(classes)}")
+                raise UserError(f"{owner} tells {trained.outputs} classes apart, the data set has {len(classes)}")
             name, heads, labels = _predict(trained, dataset, options.split, recipe, runtime, display)
             checked = None
             if options.check:
                 slow = recipes.override(recipe, ["loader.name=reference"])
                 _, others, _ = _predict(trained, dataset, options.split, slow, runtime, display)
                 checked = agreement(heads, others, labels)
-    if not runtime.main:
+    if not runtime.is_main_process:
         return
     weights = "averaged weights" if options.ema else "weights"
     of = f"{weights} of epoch {trained.epoch}" if trained.epoch else weights
@@ -188,7 +188,7 @@ def run_report(runs: list[Path], page: Path | None, table: Path | None, out: Con
     page = page or (runs[0] / PAGE if len(runs) == 1 else Path(PAGE))
     table = table or page.with_suffix(".md")
     if page == table:
-        raise Mistake(f"{page} cannot be both page and table", remedy="name two files with --out and --markdown")
+        raise UserError(f"{page} cannot be both page and table", remedy="name two files with --out and --markdown")
     for remark in write_report(runs, page, table):
         log.warning("%s", remark)
     for file in (page, table):
@@ -208,7 +208,7 @@ class BenchOptions:
 
     def recipe(self, dataset: Dataset) -> Recipe:
         """Return the recipe whose stages are measured."""
-        recipe = recipes.choose(recipes.known_arch(self.arch), dataset.spec.name, typical_side(dataset))
+        recipe = recipes.choose(recipes.check_arch(self.arch), dataset.spec.name, typical_side(dataset))
         given = [f"train.batch={self.batch}"] if self.batch else []
         return recipes.override(recipe, [*given, *self.settings])
 

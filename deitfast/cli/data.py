@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deitfast.cli.app import app, display, out
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
 
@@ -42,7 +42,7 @@ def convert(
     from deitfast.cli.datasets_impl import convert_dataset, describe_dataset
 
     if kind not in KINDS:
-        raise Mistake(f"there is no kind of data set called {kind}", expected=", ".join(KINDS))
+        raise UserError(f"there is no kind of data set called {kind}", expected=", ".join(KINDS))
     if kind == "demo" and output is None:
         source, output = None, source
     spec, folder = convert_dataset(

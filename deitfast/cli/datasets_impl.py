@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deitfast.distill.cache import TeacherCache
 from deitfast.progress import Bar, Display
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.formats.format import Format, beton, shards
@@ -40,14 +40,14 @@ def convert_dataset(
     """Convert and return what was written, and where; `form` is beton or wds, `shard_size` in MB.
 
     Raises:
-        Mistake: there is no such format; the source is missing or not what `kind` says; damaged files without
+        UserError: there is no such format; the source is missing or not what `kind` says; damaged files without
             `skip_bad`; another data set is in `output`.
-        Failure: the disk is full, or the source cannot be read.
+        DeitfastError: the disk is full, or the source cannot be read.
     """
     written_as = _format(form, shard_size)
     source = source or _default_source(kind)
     if kind == "dataset" and output is None:
-        raise Mistake("convert dataset needs an output", expected=f"deitfast convert dataset {source} OUTPUT")
+        raise UserError("convert dataset needs an output", expected=f"deitfast convert dataset {source} OUTPUT")
     output = output or Path("data") / kind
     bars = _Bars(display)
     with (
@@ -75,27 +75,29 @@ def _format(name: str, shard_size: int | None) -> Format:
         case "beton" if shard_size is None:
             return beton()
         case "beton":
-            raise Mistake("--shard-size without shards", remedy="--format wds, or leave --shard-size out")
+            raise UserError("--shard-size without shards", remedy="--format wds, or leave --shard-size out")
         case "wds":
             return shards(shard_size * MB) if shard_size else shards()
         case _:
-            raise Mistake(f"there is no format {name}", expected="beton, wds")
+            raise UserError(f"there is no format {name}", expected="beton, wds")
 
 
 def _default_source(kind: str) -> Path | None:
     """Return where a source is looked for when none is named.
 
     Raises:
-        Mistake: there is nothing, or no such rule for this kind.
+        UserError: there is nothing, or no such rule for this kind.
     """
     if kind == "demo":
         return None
     if kind != "imagenet":
-        raise Mistake(f"convert {kind} needs a source", expected=f"deitfast convert {kind} ARCHIVE_OR_FOLDER [OUTPUT]")
+        raise UserError(
+            f"convert {kind} needs a source", expected=f"deitfast convert {kind} ARCHIVE_OR_FOLDER [OUTPUT]"
+        )
     named = os.environ.get("IMAGENET_DIR")
     path = Path(named or "imagenet")
     if not path.exists():
-        raise Mistake(
+        raise UserError(
             "there is no ImageNet to convert",
             expected="a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or with train/ and val/",
             found=f"no {path}" + (" ($IMAGENET_DIR)" if named else ", and $IMAGENET_DIR is not set"),

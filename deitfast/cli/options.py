@@ -15,7 +15,7 @@ from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
 from deitfast.weights.load import recipe_of
 from deitfast.weights.read import read_weights
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
@@ -53,11 +53,11 @@ class TrainOptions:
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
         if self.weights and self.finetune:
-            raise Mistake("--weights and --finetune are two ways to start", remedy="give one of them")
+            raise UserError("--weights and --finetune are two ways to start", remedy="give one of them")
         if self.resume and self.out is None:
-            raise Mistake("--resume does not know which run to continue", remedy="name its folder with --out")
+            raise UserError("--resume does not know which run to continue", remedy="name its folder with --out")
         if self.per_image and self.views:
-            raise Mistake("--per-image and --views are two kinds of targets", remedy="give one of them")
+            raise UserError("--per-image and --views are two kinds of targets", remedy="give one of them")
 
 
 def data_folder(data: Path | None) -> Path:
@@ -82,7 +82,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
     """Return the job that `options` ask for on the data set in `data`.
 
     Raises:
-        Mistake: options that do not fit each other, the data set, or the run that is to be resumed.
+        UserError: options that do not fit each other, the data set, or the run that is to be resumed.
     """
     with closing(Dataset.open(data)) as dataset:
         name, side = dataset.spec.name, typical_side(dataset)
@@ -106,19 +106,19 @@ def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> Teach
         data: the data set.
 
     Raises:
-        Mistake: options that do not fit each other or the data set.
+        UserError: options that do not fit each other or the data set.
     """
     if options.distill == "none":
-        raise Mistake("--distill none has no targets", expected="hard or soft")
+        raise UserError("--distill none has no targets", expected="hard or soft")
     recipe = plan_training(options, data).recipe
     if not recipe.distill.teacher:
-        raise Mistake("teach needs a teacher", expected="--teacher RUN, a file of weights, or a torchvision network")
+        raise UserError("teach needs a teacher", expected="--teacher RUN, a file of weights, or a torchvision network")
     if views and options.per_image:
-        raise Mistake("--per-image and --views are two kinds of targets", remedy="give one of them")
+        raise UserError("--per-image and --views are two kinds of targets", remedy="give one of them")
     if views:
         if views % recipe.augment.repeats:
             found = f"augment.repeats {recipe.augment.repeats}: that many views of an image in an epoch"
-            raise Mistake(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
+            raise UserError(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
         recipe = recipes.override(recipe, ["distill.targets=exact", "distill.views=0", f"train.epochs={views}"])
     return TeachJob(recipe, data)
 
@@ -153,7 +153,7 @@ def _begun(options: TrainOptions) -> RunFolder | None:
 
 def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int) -> Recipe:
     """Return the recipe: the named one, the resumed run's, or what suits network, weights and data; then overrides."""
-    arch = recipes.known_arch(options.arch) if options.arch else None
+    arch = recipes.check_arch(options.arch) if options.arch else None
     source = options.weights or options.finetune
     start = read_weights(source) if source and not begun else None  # a run that has begun does not need them again
     if options.recipe:
@@ -185,7 +185,7 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
     recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])
     recipe = _with_targets(recipe, options)
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
-        raise Mistake(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
+        raise UserError(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
     return recipe
 
 
@@ -216,7 +216,7 @@ def _check_teacher(recipe: Recipe, options: TrainOptions, dataset: str, side: in
     kept = distill.cache not in ("none", "auto")
     if distill.mode != "none" and not distill.teacher and not kept:
         suggestion = recipes.choose("resnet18", dataset, side).name
-        raise Mistake(
+        raise UserError(
             f"--distill {distill.mode} needs a teacher",
             expected="--teacher RUN, the folder of a finished run on the same classes",
             remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
@@ -229,7 +229,7 @@ def _check_teacher(recipe: Recipe, options: TrainOptions, dataset: str, side: in
         "--per-image": options.per_image,
     }
     if distill.mode == "none" and (named := [name for name, given in idle.items() if given]):
-        raise Mistake(f"{named[0]} without --distill", expected="--distill hard or --distill soft beside it")
+        raise UserError(f"{named[0]} without --distill", expected="--distill hard or --distill soft beside it")
 
 
 def _free_folder(recipe: Recipe, dataset: str) -> Path:

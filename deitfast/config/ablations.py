@@ -5,7 +5,7 @@ Touvron et al., 2021, table 8: DeiT-B on ImageNet-1k, top-1 at 224 px, and at 38
 
 from dataclasses import dataclass
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 BASE = (81.8, 83.1)
 """The recipe itself, per cent at 224 and 384 px."""
@@ -30,7 +30,7 @@ ABLATIONS = (
         (74.5, 77.3),
         "rate and decay are ours; the paper prints none",
     ),
-    Ablation("no-randaugment", ("augment.policy=none",), (79.6, 80.4), "colour jitter comes on, as in the reference"),
+    Ablation("no-randaugment", ("augment.policy=none",), (79.6, 80.4), "color jitter comes on, as in the reference"),
     Ablation("autoaugment", ("augment.policy=autoaugment",), (81.2, 81.9)),
     Ablation("no-mixup", ("augment.mixup=0",), (78.7, 79.8)),
     Ablation("no-cutmix", ("augment.cutmix=0",), (80.0, 80.6)),
@@ -52,9 +52,9 @@ def overrides(chosen: tuple[str, ...]) -> list[str]:
     """Return the settings of the rows of these names, one after another.
 
     Raises:
-        Mistake: there is no row of that name.
+        UserError: there is no row of that name.
     """
     rows = {row.name: row for row in ABLATIONS}
     if unknown := [name for name in chosen if name not in rows]:
-        raise Mistake(f"there is no ablation {unknown[0]}", expected=f"one of: {', '.join(rows)}")
+        raise UserError(f"there is no ablation {unknown[0]}", expected=f"one of: {', '.join(rows)}")
     return [setting for name in chosen for setting in rows[name].settings]

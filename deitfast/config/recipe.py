@@ -12,10 +12,10 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from deitfast.config.sections import Arch, DistillSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.spec import STRICT, AugmentSpec, LoaderSpec, digest
 
-LEARNS_THE_SAME = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
+RESUME_SAFE_FIELDS = ("loader.", "distill.cache", "train.kernels", "train.checkpoint_minutes", "train.evaluate_every")
 """Fields that decide how fast, not what, a run learns: a resumed run may change them."""
 
 
@@ -107,13 +107,13 @@ def load(name: str) -> Recipe:
     extended extends nothing itself.
 
     Raises:
-        Mistake: no such recipe or file, unreadable TOML, an unknown key or a bad value (all of them named).
+        UserError: no such recipe or file, unreadable TOML, an unknown key or a bad value (all of them named).
     """
     tree, origin = _tree(name)
     if base := tree.pop("extends", None):
         if base not in names() or "extends" in (below := _tree(base)[0]):
             plain = [each for each in names() if "extends" not in _tree(each)[0]]
-            raise Mistake(f"{origin} cannot extend {base}", expected=f"extends to be one of: {', '.join(plain)}")
+            raise UserError(f"{origin} cannot extend {base}", expected=f"extends to be one of: {', '.join(plain)}")
         merged = {
             key: {**below[key], **value} if isinstance(value, dict) and isinstance(below.get(key), dict) else value
             for key, value in tree.items()
@@ -129,23 +129,23 @@ def _tree(name: str) -> tuple[dict[str, Any], str]:
     elif (path := Path(name)).is_file():
         file, origin = path, f"recipe {path}"
     else:
-        raise Mistake(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
+        raise UserError(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), origin
     except ValueError as error:  # TOML's and UTF-8's errors
-        raise Mistake(f"{origin} is not TOML", found=str(error)) from None
+        raise UserError(f"{origin} is not TOML", found=str(error)) from None
 
 
 def build(tree: dict[str, Any], origin: str) -> Recipe:
     """Return the recipe of a tree of plain values; `origin` names it in errors.
 
     Raises:
-        Mistake: an unknown key or a bad value, each with its full name.
+        UserError: an unknown key or a bad value, each with its full name.
     """
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise Mistake(f"{origin} does not hold together:\n" + "\n".join(map(_explain, error.errors()))) from None
+        raise UserError(f"{origin} does not hold together:\n" + "\n".join(map(_explain, error.errors()))) from None
 
 
 def _explain(error: Any) -> str:
@@ -165,21 +165,21 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
     """Return the recipe with `settings` of the form `a.b=value` in place; values are TOML, or else plain text.
 
     Raises:
-        Mistake: no `=` in a setting, an unknown key, a bad value, or fields that do not fit each other.
+        UserError: no `=` in a setting, an unknown key, a bad value, or fields that do not fit each other.
     """
     tree = asdict(recipe)
     for setting in settings:
         key, equals, value = setting.partition("=")
         path = key.strip().split(".")
         if not equals:
-            raise Mistake(f"--set {setting} has no value", expected="--set section.field=value")
+            raise UserError(f"--set {setting} has no value", expected="--set section.field=value")
         branch = tree
         for part in path[:-1]:
             branch = branch.get(part)
             if not isinstance(branch, dict):
-                raise Mistake(f"--set {setting}: unknown key {key}{_did_you_mean(key)}")
+                raise UserError(f"--set {setting}: unknown key {key}{_did_you_mean(key)}")
         if isinstance(branch.get(path[-1]), dict):
-            raise Mistake(f"--set {setting}: {key} is a section", expected=f"one of its fields, as {key}.field=value")
+            raise UserError(f"--set {setting}: {key} is a section", expected=f"one of its fields, as {key}.field=value")
         branch[path[-1]] = _value(value.strip())
     return build(tree, f"--set {' --set '.join(settings)}")
 
@@ -214,14 +214,14 @@ def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
-def known_arch(name: str) -> Arch:
+def check_arch(name: str) -> Arch:
     """Return `name` if a network is called so.
 
     Raises:
-        Mistake: none is.
+        UserError: none is.
     """
     if name not in get_args(Arch):
-        raise Mistake(f"there is no network called {name}", expected=f"one of: {', '.join(get_args(Arch))}")
+        raise UserError(f"there is no network called {name}", expected=f"one of: {', '.join(get_args(Arch))}")
     return cast(Arch, name)
 
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe: every setting of network, distillation, optimiser, schedule and training."""
+"""The sections of a recipe: every setting of network, distillation, optimizer, schedule and training."""
 
 from typing import Literal
 
@@ -61,7 +61,7 @@ class DistillSpec:
     """Temperature of soft distillation."""
     head: Literal["distillation", "class"] = "distillation"
     """Head that the distillation term is applied to; class: the class token learns from label and teacher alike."""
-    normalisation: Literal["batch", "batch_classes"] = "batch"
+    normalization: Literal["batch", "batch_classes"] = "batch"
     """Divisor of the soft term: batch (the paper's formula) or batch x classes (the reference code)."""
 
 
@@ -118,7 +118,7 @@ class TrainSpec:
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the base loss."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initialisation, stochastic depth and dropout."""
+    """Seed of initialization, stochastic depth and dropout."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast dtype; auto: bf16 where the device computes in it, else fp16 on CUDA, else off."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"

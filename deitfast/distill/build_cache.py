@@ -13,16 +13,16 @@ import torch.distributed as dist
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler, training_subset
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_key import known_teacher, open_cache, software_changes
+from deitfast.distill.cache_key import open_cache, software_changes, teacher_fingerprint
 from deitfast.distill.encoding import keep
-from deitfast.distill.targets import Cached, InLoop, PerImage
+from deitfast.distill.targets import CachedTargets, OnlineTeacher, PerImage
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.progress import Bar, Display, duration, volume
 from deitfast.runtime import Runtime
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch, Loader
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.factory import open_loader
 from pipelines.rng.sampler import EvalSampler, Sampler
 from pipelines.storage.dataset import Dataset
@@ -47,20 +47,20 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
     """Fill a cache; go on where it was left; of one that is complete, ask for some views again.
 
     Raises:
-        Mistake: data set, teacher, recipe and the cache that is there do not fit each other.
-        Failure: damaged data or cache, a full disk, or a teacher who says something else than the cache.
+        UserError: data set, teacher, recipe and the cache that is there do not fit each other.
+        DeitfastError: damaged data or cache, a full disk, or a teacher who says something else than the cache.
         KeyboardInterrupt: asked to stop; the answers so far are kept.
     """
     with closing(Dataset.open(job.data)) as dataset:
         loaded = load_teacher(job.recipe.distill, dataset.spec.classes)
-        filling = Filling(job.recipe, dataset, runtime, display)
+        filling = CacheBuilder(job.recipe, dataset, runtime, display)
         with closing(filling), catching_signals(runtime) as stop:
             cache = open_cache(job.recipe, dataset, filling.loader.name, loaded.identity(), runtime)
             if cache is None:
-                raise Mistake("nowhere to keep the answers", remedy="name the cache's folder with --out")
+                raise UserError("nowhere to keep the answers", remedy="name the cache's folder with --out")
             teacher = Teacher(loaded, job.recipe, runtime)
-            answers = Cached(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
-            with stop.at_once():
+            answers = CachedTargets(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
+            with stop.interruptible():
                 spot_check(answers, job.recipe, dataset, runtime)
             filling.fill(answers, stop)
         return TeacherCache.open(cache.folder)
@@ -68,7 +68,7 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
 
 def open_targets(
     recipe: Recipe, dataset: Dataset, loader: str, runtime: Runtime, display: Display
-) -> InLoop | Cached | PerImage | None:
+) -> OnlineTeacher | CachedTargets | PerImage | None:
     """Return where a training's targets come from: nowhere, its teacher, its cache, or both.
 
     Args:
@@ -79,13 +79,13 @@ def open_targets(
         display: for filling a cache of per-image targets, which has to be complete before training begins.
 
     Raises:
-        Mistake: teacher, cache, data set and recipe do not fit each other.
-        Failure: the cache is damaged, or does not say what the teacher says.
+        UserError: teacher, cache, data set and recipe do not fit each other.
+        DeitfastError: the cache is damaged, or does not say what the teacher says.
     """
     distill, classes = recipe.distill, dataset.spec.classes
     if distill.mode == "none":
         return None
-    known, loaded = known_teacher(recipe, classes)
+    known, loaded = teacher_fingerprint(recipe, classes)
     cache = open_cache(recipe, dataset, loader, known, runtime)
 
     def teacher() -> Teacher:
@@ -93,10 +93,10 @@ def open_targets(
         return Teacher(loaded, recipe, runtime)
 
     if cache is None:
-        return InLoop(teacher(), recipe)
-    if cache.complete and runtime.main:
+        return OnlineTeacher(teacher(), recipe)
+    if cache.complete and runtime.is_main_process:
         cache.require_whole()
-    answers = Cached(cache, recipe, len(classes), teacher, runtime)
+    answers = CachedTargets(cache, recipe, len(classes), teacher, runtime)
     if changes := software_changes(cache, runtime):
         log.warning("%s was begun with other software: %s", cache.folder, ", ".join(changes))
     if loaded and (changes or not cache.complete):
@@ -104,12 +104,12 @@ def open_targets(
     if distill.targets != "per_image":
         return answers
     if not cache.complete:
-        with closing(Filling(recipe, dataset, runtime, display)) as filling, catching_signals(runtime) as stop:
+        with closing(CacheBuilder(recipe, dataset, runtime, display)) as filling, catching_signals(runtime) as stop:
             filling.fill(answers, stop)
     return PerImage(TeacherCache.open(cache.folder), recipe, len(classes), runtime.device)
 
 
-class Filling:
+class CacheBuilder:
     """Goes through every view of a cache, including those that a training's batches leave out."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, runtime: Runtime, display: Display) -> None:
@@ -121,12 +121,12 @@ class Filling:
         """Release the loader."""
         self.loader.close()
 
-    def fill(self, answers: Cached, stop: Stop) -> None:
+    def fill(self, answers: CachedTargets, stop: Stop) -> None:
         """Ask for what is missing, every rank its share, and complete the cache.
 
         Raises:
             KeyboardInterrupt: asked to stop.
-            Failure: a part is damaged, or the disk is full.
+            DeitfastError: a part is damaged, or the disk is full.
         """
         cache, runtime = answers.cache, self.runtime
         manifest, there = cache.manifest, cache.answers()
@@ -142,19 +142,19 @@ class Filling:
                     self._fill_epoch(slot, answers, stop, bar)
         if runtime.world > 1:
             dist.barrier()  # every rank's answers are on the disk
-        if runtime.main and not cache.finish():
+        if runtime.is_main_process and not cache.finish():
             if not self.recipe.loader.skip_bad:
-                raise Failure(f"{cache.folder} is still not complete", remedy="run the same command again")
+                raise DeitfastError(f"{cache.folder} is still not complete", remedy="run the same command again")
             log.warning("%s lacks the views of images that cannot be read, and so is not complete", cache.folder)
         elif there < total:
             seconds = time.monotonic() - began
             log.info("%s is complete: %s images in %s, %s images/s", cache.folder, f"{total - there:,}",
                      duration(seconds), f"{(total - there) / seconds:,.0f}")  # fmt: skip
-        runtime.agree(None)
+        runtime.barrier()
 
-    def _fill_epoch(self, slot: int, answers: Cached, stop: Stop, bar: Bar) -> None:
+    def _fill_epoch(self, slot: int, answers: CachedTargets, stop: Stop, bar: Bar) -> None:
         """Ask for the missing views of one epoch, from the first step that has any."""
-        answers.read_pass(slot)
+        answers.load_epoch(slot)
         steps = range(self.sampler.steps_per_epoch)
         first = next((step for step in steps if self._missing(slot, step, answers).any()), None)
         if first is None:
@@ -162,7 +162,7 @@ class Filling:
         batches = self.loader.epoch(slot, first)
         try:
             for step in range(first, self.sampler.steps_per_epoch):
-                with stop.at_once():
+                with stop.interruptible():
                     batch = next(batches)
                 wanted = self._missing(slot, step, answers)
                 if batch.skipped:
@@ -178,18 +178,18 @@ class Filling:
         finally:
             answers.save()
 
-    def _missing(self, slot: int, step: int, answers: Cached) -> np.ndarray:
+    def _missing(self, slot: int, step: int, answers: CachedTargets) -> np.ndarray:
         rows = self.sampler.rows(slot, step)
         return rows.valid & answers.missing(rows.views, rows.samples)
 
 
-def spot_check(answers: Cached, recipe: Recipe, dataset: Dataset, runtime: Runtime) -> None:
+def spot_check(answers: CachedTargets, recipe: Recipe, dataset: Dataset, runtime: Runtime) -> None:
     """Make some views anew, ask the teacher again, and compare with what the cache has of them; on rank 0, for all.
 
     Raises:
-        Failure: the teacher says something else, and not for a near-tie.
+        DeitfastError: the teacher says something else, and not for a near-tie.
     """
-    if not runtime.main:
+    if not runtime.is_main_process:
         return
     alone = replace(runtime, world=1)
     group = recipe.augment.mix_group
@@ -198,7 +198,7 @@ def spot_check(answers: Cached, recipe: Recipe, dataset: Dataset, runtime: Runti
     with closing(loader_of(recipe, dataset, alone, sampler)) as loader:
         for slot, step in {(0, 0), (answers.cache.manifest.views - 1, sampler.steps_per_epoch // 2)}:
             rows = sampler.rows(slot, step)
-            answers.read_pass(slot)
+            answers.load_epoch(slot)
             known = rows.valid & ~answers.missing(rows.views, rows.samples)
             if known.any():
                 with closing(loader.epoch(slot, step)) as batches:  # pyright: ignore
@@ -209,7 +209,7 @@ def spot_check(answers: Cached, recipe: Recipe, dataset: Dataset, runtime: Runti
         log.info("%s: %d views made anew and asked for again: all as before", answers.cache.folder, checked)
 
 
-def _compare(answers: Cached, inputs: ModelInput, known: np.ndarray, runtime: Runtime) -> None:
+def _compare(answers: CachedTargets, inputs: ModelInput, known: np.ndarray, runtime: Runtime) -> None:
     """Hold the known rows of one batch against the teacher's answers now."""
     logits = answers.teacher().logits(inputs.pixels)[torch.from_numpy(known).to(runtime.device)]
     then, now = answers.kept(inputs, known), keep(logits, answers.spec)
@@ -221,7 +221,7 @@ def _compare(answers: Cached, inputs: ModelInput, known: np.ndarray, runtime: Ru
     worst = int(off.argmax())
     if off[worst] > near:
         sample, view = (int(values[known][worst]) for values in (inputs.params.sample, inputs.params.view))
-        raise Failure(
+        raise DeitfastError(
             f"the teacher cache {answers.cache.folder} does not say what the teacher says now",
             expected=f"class {int(logits[worst].argmax())} for view {view} of image {sample}, or a near-tie with it",
             found=f"class {int(label[worst])} in the cache, {float(off[worst]):.4f} apart in logits",
@@ -246,4 +246,4 @@ def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: Sampl
 def model_input(batch: Batch, recipe: Recipe, runtime: Runtime) -> ModelInput:
     """Return what the teacher sees of a batch: mixed views, or images as in evaluation."""
     train = recipe.distill.targets != "per_image"
-    return augment(batch, recipe.augment, dtype=runtime.pixels, train=train, kernels=recipe.train.kernels)
+    return augment(batch, recipe.augment, dtype=runtime.input_dtype, train=train, kernels=recipe.train.kernels)

@@ -41,8 +41,8 @@ from deitfast.distill.cache_files import (
     write_part,
     writing_cache,
 )
-from pipelines.errors import Failure, Mistake
-from pipelines.files import alone, whole_file
+from pipelines.errors import DeitfastError, UserError
+from pipelines.files import alone, atomic_write
 
 Found = TypeVar("Found")
 
@@ -60,19 +60,19 @@ class TeacherCache:
         """Start an empty cache, or open the one that another process has just started.
 
         Raises:
-            Mistake: there is something else in the folder, or the numbers do not fit the format.
-            Failure: the disk is full or not writable.
+            UserError: there is something else in the folder, or the numbers do not fit the format.
+            DeitfastError: the disk is full or not writable.
         """
         if manifest.views >= 2**16 or manifest.views % manifest.repeats:
             expected = f"a multiple of {manifest.repeats} (augment.repeats), at most {2**16 - 1}"
-            raise Mistake(f"a cache of {manifest.views} views of an image", expected=expected)
+            raise UserError(f"a cache of {manifest.views} views of an image", expected=expected)
         with writing_cache(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with alone(folder):
                 if not is_cache(folder):
                     if {file.name for file in folder.iterdir()} - {PARTS, f"{MANIFEST}.partial"}:
                         remedy = "give the name of a new folder"
-                        raise Mistake(f"{folder} is not empty and no teacher cache", remedy=remedy)
+                        raise UserError(f"{folder} is not empty and no teacher cache", remedy=remedy)
                     (folder / PARTS).mkdir(exist_ok=True)
                     publish(folder, manifest)
         return cls.open(folder)
@@ -82,8 +82,8 @@ class TeacherCache:
         """Open a cache, complete or not.
 
         Raises:
-            Mistake: there is none, or one of another version.
-            Failure: its manifest or the shape of its targets is damaged.
+            UserError: there is none, or one of another version.
+            DeitfastError: its manifest or the shape of its targets is damaged.
         """
         return cls(folder, read_manifest(folder))
 
@@ -96,7 +96,7 @@ class TeacherCache:
         """Return the targets of the pass that begins with view `first`, [repeats, samples] of `record`, in memory.
 
         Raises:
-            Failure: what is read is not what was written; the message names the file.
+            DeitfastError: what is read is not what was written; the message names the file.
         """
         found = self._unless_finished(lambda: self._filled(first)[0])
         if found is not None:
@@ -124,7 +124,7 @@ class TeacherCache:
         """Write what was added since the last time as one part a pass; nothing, if another process has finished.
 
         Raises:
-            Failure: the disk is full or not writable.
+            DeitfastError: the disk is full or not writable.
         """
         if self._added:
             entries = np.concatenate(self._added)
@@ -143,7 +143,7 @@ class TeacherCache:
         One process does so at a time; the next one finds it done.
 
         Raises:
-            Failure: a part is damaged, or the disk is full.
+            DeitfastError: a part is damaged, or the disk is full.
         """
         with writing_cache(self.folder), alone(self.folder):
             if not self._finished_by_now():
@@ -170,7 +170,7 @@ class TeacherCache:
         """Read everything, to meet damage now and not in the epoch that needs it (a second or two for .77 GB).
 
         Raises:
-            Failure: as `rows`.
+            DeitfastError: as `rows`.
         """
         for first in range(0, self.manifest.views, self.manifest.repeats):
             self.rows(first)
@@ -181,14 +181,14 @@ class TeacherCache:
             done, problem = first + self.manifest.repeats, ""
             try:
                 self.rows(first)
-            except Failure as error:
+            except DeitfastError as error:
                 problem = str(error)
             yield done, problem
 
     def _write_table(self) -> tuple[int, ...]:
         """Write targets.npy out of the parts and return each view's CRC32."""
         manifest, crcs = self.manifest, list[int]()
-        with whole_file(self.folder / TARGETS) as file:
+        with atomic_write(self.folder / TARGETS) as file:
             shape = (manifest.views, manifest.samples)
             descr = npy.dtype_to_descr(manifest.targets.record)
             npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -222,7 +222,7 @@ class TeacherCache:
         return self.complete
 
     def _require_finished(self) -> None:
-        """Open the table that another process must have made, as parts are gone. Raises Failure if there is none."""
+        """Open the finished table of another process, as parts are gone. Raises DeitfastError if there is none."""
         if not self._finished_by_now():
             raise damaged(self.folder / PARTS, "a folder of parts, or the finished table", "neither")
 

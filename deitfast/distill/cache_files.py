@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file, writing
+from pipelines.errors import DeitfastError, UserError
+from pipelines.files import atomic_write, writing
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -93,13 +93,13 @@ def read_manifest(folder: Path) -> Manifest:
         tree = json.loads(path.read_text(encoding="utf-8"))
         digest = tree.pop("digest")
     except FileNotFoundError:
-        raise Mistake(
+        raise UserError(
             f"there is no teacher cache in {folder}", expected="a folder that `deitfast teach` wrote"
         ) from None
     except (ValueError, AttributeError, KeyError) as error:
         raise damaged(path, "what `deitfast teach` writes", str(error)) from None
     if tree.get("format") != FORMAT:
-        raise Mistake(f"{path} has another format", expected=str(FORMAT), found=str(tree.get("format")))
+        raise UserError(f"{path} has another format", expected=str(FORMAT), found=str(tree.get("format")))
     if digest != _digest(tree):
         raise damaged(path, f"digest {digest}", f"{_digest(tree)}: damaged or edited")
     return Manifest(**{**tree, "targets": TargetSpec(**tree["targets"]), "crc32": tuple(tree["crc32"])})
@@ -114,14 +114,14 @@ def require_same(folder: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any
         wanted: the run's; None where the run cannot know.
 
     Raises:
-        Mistake: some field differs; the message names every one with both values.
+        UserError: some field differs; the message names every one with both values.
     """
     kept = json.loads(json.dumps(kept))  # tuples are lists in both
     wanted = json.loads(json.dumps(wanted))
     fields = [name for name in {**kept, **wanted} if wanted.get(name, "") is not None]
     differing = [name for name in fields if kept.get(name) != wanted.get(name)]
     if differing:
-        raise Mistake(
+        raise UserError(
             f"the teacher cache {folder} was filled for another {', '.join(differing)}",
             expected=", ".join(f"{name} {wanted.get(name)!r}" for name in differing),
             found=", ".join(f"{name} {kept.get(name)!r}" for name in differing) + " in the cache",
@@ -130,7 +130,7 @@ def require_same(folder: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 def writing_cache(folder: Path) -> AbstractContextManager[None]:
-    """Turn a full or read-only disk into a Failure that names the cache."""
+    """Turn a full or read-only disk into a DeitfastError that names the cache."""
     remedy = "free some space, or check the rights, and start the same command again: what is written is kept"
     return writing(f"the teacher cache {folder}", remedy)
 
@@ -142,7 +142,7 @@ def _digest(tree: Mapping[str, Any]) -> str:
 def publish(folder: Path, manifest: Manifest) -> None:
     """Put a manifest in place, on the disk."""
     tree = json.loads(json.dumps(asdict(manifest)))
-    with whole_file(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write((json.dumps({**tree, "digest": _digest(tree)}, indent=1) + "\n").encode())
 
 
@@ -150,7 +150,7 @@ def open_table(folder: Path, manifest: Manifest) -> np.ndarray:
     """Return targets.npy, `record` [views, samples], mapped and of the right shape.
 
     Raises:
-        Failure: it is not what the manifest says, or cut short.
+        DeitfastError: it is not what the manifest says, or cut short.
     """
     path = folder / TARGETS
     try:
@@ -173,7 +173,7 @@ def write_part(folder: Path, first: int, entries: np.ndarray) -> None:
     data = BytesIO()
     np.save(data, entries)
     content = data.getvalue()
-    with whole_file(folder / PARTS / f"{first:05d}-{uuid.uuid4().hex}.part") as file:
+    with atomic_write(folder / PARTS / f"{first:05d}-{uuid.uuid4().hex}.part") as file:
         file.write(content + zlib.crc32(content).to_bytes(4, "little"))
 
 
@@ -181,7 +181,7 @@ def read_part(path: Path, manifest: Manifest) -> np.ndarray:
     """Return a part's `entry` [n].
 
     Raises:
-        Failure: it is damaged, or belongs to a cache of another shape.
+        DeitfastError: it is damaged, or belongs to a cache of another shape.
     """
     content = path.read_bytes()
     expected, found = int.from_bytes(content[-4:], "little"), zlib.crc32(content[:-4])
@@ -198,6 +198,6 @@ def read_part(path: Path, manifest: Manifest) -> np.ndarray:
     return entries
 
 
-def damaged(path: Path, expected: str, found: str, remedy: str = "delete the cache and fill it again") -> Failure:
+def damaged(path: Path, expected: str, found: str, remedy: str = "delete the cache and fill it again") -> DeitfastError:
     """Return the error for a file that is not what was written."""
-    return Failure(f"{path}: damaged, or another cache's", expected=expected, found=found, remedy=remedy)
+    return DeitfastError(f"{path}: damaged, or another cache's", expected=expected, found=found, remedy=remedy)

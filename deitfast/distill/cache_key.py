@@ -15,8 +15,8 @@ from deitfast.distill.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, i
 from deitfast.distill.teacher import IDENTITY, Loaded, load_teacher
 from deitfast.run_folder import version
 from deitfast.runtime import Runtime
-from deitfast.weights.torchvision import is_published
-from pipelines.errors import Mistake
+from deitfast.weights.torchvision import is_torchvision_model
+from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import RAW
 
@@ -27,25 +27,25 @@ PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
 
 
-def known_teacher(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], Loaded | None]:
+def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], Loaded | None]:
     """Return what a run can know of its teacher, for comparison with its cache, and the teacher if it is at hand.
 
     With a complete cache nobody needs the teacher: a run or file that is there is read for its digest, and nothing is
     fetched.
 
     Raises:
-        Mistake: the cache is not complete and there is no such teacher, or it does not know the classes.
+        UserError: the cache is not complete and there is no such teacher, or it does not know the classes.
     """
     distill = recipe.distill
     complete = is_cache(Path(distill.cache)) and bool(read_manifest(Path(distill.cache)).crc32)
-    published = is_published(distill.teacher) and not distill.teacher_weights
+    published = is_torchvision_model(distill.teacher) and not distill.teacher_weights
     if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
         return dict.fromkeys(IDENTITY) | ({"teacher.network": distill.teacher} if published else {}), None
     loaded = load_teacher(distill, classes)
     return loaded.identity(), loaded
 
 
-def keeps_answers(recipe: Recipe) -> bool:
+def uses_cache(recipe: Recipe) -> bool:
     """Whether a run's targets go through a cache.
 
     `distill.cache = "auto"` keeps hard targets, which are small and exact. Soft ones take 20 times as much and leave
@@ -63,7 +63,7 @@ def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path |
     `distill.cache = "auto"` names it by all that its targets depend on: the same question finds the same answers.
     """
     distill = recipe.distill
-    if not keeps_answers(recipe):
+    if not uses_cache(recipe):
         return None
     if distill.cache != "auto":
         return Path(distill.cache)
@@ -85,21 +85,21 @@ def open_cache(
         runtime: rank 0 writes.
 
     Raises:
-        Mistake: the cache is of another data set, recipe, teacher or loader; the message names the fields.
-        Failure: it is damaged, or the disk is full.
+        UserError: the cache is of another data set, recipe, teacher or loader; the message names the fields.
+        DeitfastError: it is damaged, or the disk is full.
     """
     manifest = needed_manifest(recipe, dataset, loader, teacher, runtime)
     folder = cache_folder(recipe, dataset, manifest)
     if folder is None:
         return None
-    if runtime.main and not is_cache(folder):
+    if runtime.is_main_process and not is_cache(folder):
         TeacherCache.create(folder, manifest)
-    runtime.agree(None)  # nobody opens it before it is there
+    runtime.barrier()  # nobody opens it before it is there
     cache = TeacherCache.open(folder)
     kept = cache.manifest
     require_same(folder, kept.identity, manifest.identity)
     if manifest.views > kept.views:
-        raise Mistake(
+        raise UserError(
             f"the teacher cache {folder} has fewer views of each image than the run looks at",
             expected=f"{manifest.views}",
             found=f"{kept.views}",
@@ -154,11 +154,11 @@ def target_spec(recipe: Recipe, dataset: Dataset) -> TargetSpec:
     """Return what a run's cache keeps of an answer.
 
     Raises:
-        Mistake: more classes than a label of two bytes tells apart.
+        UserError: more classes than a label of two bytes tells apart.
     """
     distill, classes = recipe.distill, len(dataset.spec.classes)
     if classes >= ABSENT:
-        raise Mistake(f"a teacher cache holds less than {ABSENT:,} classes", found=f"{classes:,}")
+        raise UserError(f"a teacher cache holds less than {ABSENT:,} classes", found=f"{classes:,}")
     if distill.mode == "hard":
         return TargetSpec("hard")
     return TargetSpec("soft", min(distill.top_k, classes), distill.top_dtype, distill.tau)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deitfast.distill.cache_files import TargetSpec
-from pipelines.device import sent
+from pipelines.device import to_device
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def from_records(records: np.ndarray, device: torch.device) -> Answers:
     """Return a cache's records, [B], on a device; the copy does not wait."""
 
     def column(values: np.ndarray, dtype: type) -> Tensor:
-        return sent(torch.from_numpy(values.astype(dtype)), device)
+        return to_device(torch.from_numpy(values.astype(dtype)), device)
 
     if records.dtype.names is None:
         return Answers(column(records, np.int32).long())

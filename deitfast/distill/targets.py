@@ -35,7 +35,7 @@ class Targets(Protocol):
         """Get ready for the views of an epoch, from 0."""
         ...
 
-    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return the targets of a batch, on its device: int64 [B] or [B, 2] (hard), float32 [B, C] (soft).
 
         Args:
@@ -49,7 +49,7 @@ class Targets(Protocol):
         ...
 
 
-class InLoop:
+class OnlineTeacher:
     """The teacher answers for every batch, and nothing is kept."""
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
@@ -59,7 +59,7 @@ class InLoop:
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
 
-    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """See `Targets`."""
         self.asked += len(inputs.labels)
         logits = self._teacher.logits(inputs.pixels)
@@ -69,7 +69,7 @@ class InLoop:
         """Nothing is kept."""
 
 
-class Cached:
+class CachedTargets:
     """Reads what the cache has; asks the teacher for the rest, once, and the cache keeps the answers.
 
     The student learns from what the cache keeps of an answer, in its first epoch as in every later run.
@@ -88,18 +88,18 @@ class Cached:
 
     def start_epoch(self, epoch: int) -> None:
         """Read what the run looks at in an epoch."""
-        self.read_pass(epoch % self._recipe.views)
+        self.load_epoch(epoch % self._recipe.views)
 
-    def read_pass(self, view: int) -> None:
+    def load_epoch(self, view: int) -> None:
         """Read the views of the pass that `view` is of: for ImageNet 2.5 MB a view of hard targets."""
         repeats = self.cache.manifest.repeats
         self._first = view // repeats * repeats
         self._rows = self.cache.rows(self._first)
 
-    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return targets as `Targets` does, with one gather on the host and a copy that nobody waits for.
 
-        Which targets are missing is known on the host, so a complete cache costs no synchronisation.
+        Which targets are missing is known on the host, so a complete cache costs no synchronization.
         """
         views, samples = inputs.params.view, inputs.params.sample
         records = self._rows[views - self._first, samples]
@@ -165,17 +165,17 @@ class PerImage:
     def start_epoch(self, epoch: int) -> None:
         """All epochs read the same."""
 
-    def of(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
         """Return both images' labels, int64 [B, 2], or logits whose softmax at tau is the mixed distribution."""
         samples = inputs.params.sample
-        pair = np.stack([samples, samples[inputs.params.partner]], 1)
+        pair = np.stack([samples, samples[inputs.params.mix_index]], 1)
         answers = from_records(self._rows[pair.ravel()], self._device)
         targets = dense(answers, self._spec, self._classes, self._tau)
         if self._spec.kind == "hard":
             return targets.view(-1, 2)
         own, partner = F.softmax(targets / self._tau, -1).view(len(pair), 2, -1).unbind(1)
-        share = inputs.share[:, None]
-        return self._tau * (share * own + (1 - share) * partner).clamp(min=1e-30).log()
+        lam = inputs.lam[:, None]
+        return self._tau * (lam * own + (1 - lam) * partner).clamp(min=1e-30).log()
 
     def save(self) -> None:
         """Nothing is added."""

@@ -16,8 +16,8 @@ from deitfast.models.vit import joint
 from deitfast.run_folder import RunFolder
 from deitfast.runtime import Runtime
 from deitfast.weights.load import load_file, load_run
-from deitfast.weights.torchvision import is_published, load_published, publication, published_state
-from pipelines.errors import Mistake
+from deitfast.weights.torchvision import is_torchvision_model, load_torchvision, torchvision_state, torchvision_weights
+from pipelines.errors import UserError
 
 log = logging.getLogger("deitfast")
 
@@ -62,19 +62,19 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
     """Load the teacher that a recipe names, for a data set of `classes`, on the CPU.
 
     Raises:
-        Mistake: there is none of that name, or it does not know the classes.
-        Failure: its weights are damaged, or cannot be fetched.
+        UserError: there is none of that name, or it does not know the classes.
+        DeitfastError: its weights are damaged, or cannot be fetched.
     """
     name, path = spec.teacher, Path(spec.teacher)
-    if is_published(name) and not path.exists():
+    if is_torchvision_model(name) and not path.exists():
         return _published(name, spec.teacher_weights, classes)
     if spec.teacher_weights:
-        raise Mistake(f"--teacher-weights goes with a network of torchvision's, and --teacher is {name}")
+        raise UserError(f"--teacher-weights goes with a network of torchvision's, and --teacher is {name}")
     cpu = torch.device("cpu")
     if not name or (not RunFolder(path).exists() and not path.exists()):
         expected = "a run's folder, a file of weights, or a network of torchvision's (regnet_y_16gf, resnet50, ...)"
         problem = f"there is no run in {name}, and no teacher of that name" if name else "no teacher is named"
-        raise Mistake(problem, expected=expected)
+        raise UserError(problem, expected=expected)
     trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, (), cpu)
     own = trained.recipe.augment
     names = trained.classes or _names(f"teacher {name}", trained.outputs)
@@ -83,9 +83,9 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
 
 
 def _published(name: str, file: str, classes: tuple[str, ...]) -> Loaded:
-    state = published_state(name, Path(file) if file else None)
-    model, outputs = load_published(name, state, file or name)
-    weights = publication(name)
+    state = torchvision_state(name, Path(file) if file else None)
+    model, outputs = load_torchvision(name, state, file or name)
+    weights = torchvision_weights(name)
     fed = weights.transforms()
     names = _names(f"teacher {name}", outputs)
     words = tuple(weights.meta["categories"])
@@ -99,7 +99,7 @@ def _published(name: str, file: str, classes: tuple[str, ...]) -> Loaded:
 def _names(owner: str, outputs: int) -> tuple[str, ...]:
     """Return the class names of weights that do not tell them: ImageNet's, where there are as many."""
     if outputs != IMAGENET:
-        raise Mistake(
+        raise UserError(
             f"{owner} does not tell what its {outputs} classes are",
             expected="a run, an export of one, or a network of ImageNet's 1,000",
             remedy="classes are matched by name; take a teacher that knows its own",
@@ -111,7 +111,7 @@ class Teacher:
     """A frozen model in evaluation mode, on the device.
 
     The student's input is cropped, augmented, erased and mixed once; where the teacher was trained on another size or
-    normalisation, that same tensor is resized and normalised over for it.
+    normalization, that same tensor is resized and normalized over for it.
     """
 
     def __init__(self, loaded: Loaded, recipe: Recipe, runtime: Runtime) -> None:
@@ -119,7 +119,7 @@ class Teacher:
         student, device = recipe.augment, runtime.device
         self.model = loaded.model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore
         self.runtime, self.size = runtime, loaded.size
-        # own normalisation of student pixels x: (x * std + mean - own mean) / own std
+        # own normalization of student pixels x: (x * std + mean - own mean) / own std
         to = {"device": device, "dtype": torch.float32}
         std = torch.tensor(loaded.std, **to)
         self.scale = (torch.tensor(student.std, **to) / std).view(1, 3, 1, 1)
@@ -132,7 +132,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Return float32 [B, C], in the order of the data set's classes, for normalised pixels [B, 3, S, S]."""
+        """Return float32 [B, C], in the order of the data set's classes, for normalized pixels [B, 3, S, S]."""
         if not self.same:
             pixels = (pixels.float() * self.scale + self.shift).to(pixels.dtype)
         if pixels.shape[-1] != self.size:

@@ -13,8 +13,8 @@ from deitfast.models.vit import joint, reads_patches
 from deitfast.runtime import Runtime
 from pipelines.augment.chain import augment
 from pipelines.batch import Loader
-from pipelines.device import naming_memory
-from pipelines.errors import Failure, Mistake
+from pipelines.device import explain_oom
+from pipelines.errors import DeitfastError, UserError
 
 HEADS = ("class", "distillation")
 """Names of a model's heads, in the order of its outputs."""
@@ -41,7 +41,7 @@ def evaluate(
         model: maps pixels [B, 3, S, S], or patches where it takes them, to (class logits,) or (class logits,
             distillation logits).
         loader: gives this rank's batches; rows that are not `valid` are ignored.
-        recipe: how images are normalised, and what does it (`train.kernels`).
+        recipe: how images are normalized, and what does it (`train.kernels`).
         runtime: device and precision of the model.
         classes: width that the heads must have.
         progress: called after each batch with (batches done, batches in all).
@@ -50,12 +50,12 @@ def evaluate(
         "class", and with two heads "distillation" and "joint" (the mean of the logits): see `final_head`.
 
     Raises:
-        Mistake: heads of another width.
-        Failure: nothing to evaluate, or labels outside the classes.
+        UserError: heads of another width.
+        DeitfastError: nothing to evaluate, or labels outside the classes.
     """
     heads, labels = predict(model, loader, recipe, runtime, progress)
     if heads[0].shape[1] != classes:
-        raise Mistake(
+        raise UserError(
             f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
             remedy="evaluate on the data set that the model was trained for",
         )
@@ -82,12 +82,12 @@ def predict(
     Over all ranks, each of which must call it. The order depends on the ranks and the batch, not on the loader.
 
     Raises:
-        Failure: there is nothing to evaluate.
+        DeitfastError: there is nothing to evaluate.
     """
     was_training = model.training
     model.eval()
     try:
-        with naming_memory("evaluation", "lower train.batch: evaluation takes no larger one"):
+        with explain_oom("evaluation", "lower train.batch: evaluation takes no larger one"):
             heads, labels = _predict(model, loader, recipe, runtime, progress)
     finally:
         model.train(was_training)
@@ -154,7 +154,7 @@ def _predict(
     valid: list[Tensor] = []
     for done, batch in enumerate(loader.epoch(0), start=1):
         patch, kernels = reads_patches(model), recipe.train.kernels
-        inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=False, patch=patch, kernels=kernels)
+        inputs = augment(batch, recipe.augment, dtype=runtime.input_dtype, train=False, patch=patch, kernels=kernels)
         with runtime.autocast():
             heads = model(inputs.pixels)
         # copies, as a model in a CUDA graph writes its next logits over these
@@ -165,7 +165,7 @@ def _predict(
         if progress:
             progress(done, loader.steps_per_epoch)
     if not logits:
-        raise Failure("no image to evaluate", expected="a validation split with images")
+        raise DeitfastError("no image to evaluate", expected="a validation split with images")
     # Masked once at the end: only the device knows a mask's size, and asking for it each batch would stall it.
     kept = torch.cat(valid)
     return tuple(torch.cat(parts)[kept] for parts in zip(*logits, strict=True)), torch.cat(labels)[kept]

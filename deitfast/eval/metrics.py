@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
 CLASSES_AT_ONCE = 32
 """Columns of the logits that the AUC sorts at a time: 6 MB for 50,000 images."""
@@ -56,13 +56,13 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
     the predictions, and what is undefined (a class never predicted, or never there) counts as 0.
 
     Raises:
-        Failure: no image, or labels outside the logits' classes.
+        DeitfastError: no image, or labels outside the logits' classes.
     """
     count, classes = logits.shape
     if not count:
-        raise Failure("no image to evaluate", expected="a validation split with images")
+        raise DeitfastError("no image to evaluate", expected="a validation split with images")
     if labels.min() < 0 or labels.max() >= classes:
-        raise Failure(
+        raise DeitfastError(
             f"labels {int(labels.min())} to {int(labels.max())} do not fit a model of {classes} classes",
             expected=f"labels 0 to {classes - 1}",
             remedy="evaluate on the data set that the model was trained for",

@@ -2,7 +2,7 @@
 
 from importlib import resources
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 IMAGENET = 1000
 """Outputs of a network that was trained on ImageNet-1k."""
@@ -17,7 +17,7 @@ def require_classes(owner: str, found: tuple[str, ...], expected: tuple[str, ...
     """Check that a model's classes are the data set's, in the same order.
 
     Raises:
-        Mistake: they are not; the message names the first difference.
+        UserError: they are not; the message names the first difference.
     """
     if found == expected:
         return
@@ -26,7 +26,7 @@ def require_classes(owner: str, found: tuple[str, ...], expected: tuple[str, ...
     else:
         first = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
         what = (f"class {first} to be {expected[first]}", found[first])
-    raise Mistake(
+    raise UserError(
         f"{owner} was trained on other classes than this data set has",
         expected=what[0],
         found=what[1],
@@ -43,13 +43,13 @@ def outputs_of(owner: str, names: tuple[str, ...], wanted: tuple[str, ...]) -> t
         wanted: the data set's classes in label order.
 
     Raises:
-        Mistake: the teacher does not know a class, or has two of that name.
+        UserError: the teacher does not know a class, or has two of that name.
     """
     places = {name: place for place, name in enumerate(names)}
     for name in wanted:
         if name not in places or names.count(name) > 1:
             why = "does not know" if name not in places else "has more than one"
-            raise Mistake(
+            raise UserError(
                 f"{owner} {why} class {name}",
                 expected=f"each of the data set's {len(wanted)} classes once among the teacher's, by name",
                 found=f"{len(names)} classes: {', '.join(names[:3])}, ...",

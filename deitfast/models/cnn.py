@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from torchvision.models import regnet, resnet
 from torchvision.ops import Conv2dNormActivation
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 SMALL = 64
 """Below this many pixels a network gets a stem that keeps the resolution."""
 
 
 def build_convnet(arch: str, *, size: int, classes: int) -> nn.Module:
-    """Return torchvision's `arch`, freshly initialised, giving (class logits [B, classes],).
+    """Return torchvision's `arch`, freshly initialized, giving (class logits [B, classes],).
 
     Args:
         size: side of the input in pixels; below `SMALL` the stem has stride 1 and no pooling.
 
     Raises:
-        Mistake: an architecture that is not here.
+        UserError: an architecture that is not here.
     """
     small = size < SMALL
     match arch:
@@ -34,7 +34,7 @@ def build_convnet(arch: str, *, size: int, classes: int) -> nn.Module:
             return RegNet((2, 4, 10, 1), (224, 448, 896, 2016), 56, classes, small)
         case "regnet_y_16gf":
             return RegNet((2, 4, 11, 1), (224, 448, 1232, 3024), 112, classes, small)
-    raise Mistake(f"no CNN is called {arch}", expected="resnet18, resnet50, regnet_y_4gf, _8gf or _16gf")
+    raise UserError(f"no CNN is called {arch}", expected="resnet18, resnet50, regnet_y_4gf, _8gf or _16gf")
 
 
 class ResNet(resnet.ResNet):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import ModelSpec
 from pipelines.augment.patches import cut_patches
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 DEPTH = 12
 """Blocks of every ViT and DeiT."""
@@ -20,7 +20,7 @@ MLP_RATIO = 4
 
 
 def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) -> nn.Module:
-    """Return the network that `spec` names, freshly initialised from torch's global random generator.
+    """Return the network that `spec` names, freshly initialized from torch's global random generator.
 
     Args:
         size: side of the square input in pixels.
@@ -28,10 +28,10 @@ def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) ->
         distilled: whether there is a distillation token with a head of its own (deit_* only).
 
     Raises:
-        Mistake: a distillation token where the architecture has none, or a size that the patches do not tile.
+        UserError: a distillation token where the architecture has none, or a size that the patches do not tile.
     """
     if distilled and not spec.arch.startswith("deit_"):
-        raise Mistake(
+        raise UserError(
             f"{spec.arch} has no distillation token",
             expected="deit_ti, deit_s or deit_b",
             remedy="take a deit_* model, or set model.token to off and distill.head to class",
@@ -85,7 +85,7 @@ class PatchEmbed(nn.Module):
     """The patch projection: a matrix product over patches.
 
     The parameter is the convolution's [width, 3, p, p] of every published checkpoint; it has PyTorch's default
-    initialisation. As a product its gradient is one product too, where the convolution's needs kernels of its own.
+    initialization. As a product its gradient is one product too, where the convolution's needs kernels of its own.
     """
 
     def __init__(self, patch: int, width: int) -> None:
@@ -167,7 +167,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if size % patch:
-            raise Mistake(
+            raise UserError(
                 f"patches of {patch} px do not tile an image of {size} px",
                 expected="augment.size a multiple of model.patch",
                 remedy=f"set augment.size to {max(1, size // patch) * patch}, or model.patch to a divisor of {size}",
@@ -183,9 +183,9 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         self.head_dist = nn.Linear(width, classes) if distilled else None
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Draw as the DeiT reference does; layers not named here keep PyTorch's default (patches, LayerNorm 1/0)."""
         for table in (self.cls_token, self.dist_token, self.pos_embed):
             if table is not None:

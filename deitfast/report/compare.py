@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deitfast.config.recipe import LEARNS_THE_SAME
+from deitfast.config.recipe import RESUME_SAFE_FIELDS
 from deitfast.report.read import RunRecord, read_run
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
-NOT_LEARNING = ("name", *LEARNS_THE_SAME)
+NOT_LEARNING = ("name", *RESUME_SAFE_FIELDS)
 """Fields that do not decide what is learned: runs that differ in nothing else are runs of one recipe."""
 MISSING = "not recorded"
 
@@ -117,7 +117,7 @@ def lessons(runs: list[RunRecord]) -> list[Lesson]:
         folder = Path(str(run.settings.get("distill.teacher", "")))
         try:
             teacher = read_run(folder)
-        except Mistake:
+        except UserError:
             teacher = None
         arch = str(teacher.settings.get("model.arch", "")) if teacher else ""
         mode = str(run.settings["distill.mode"])

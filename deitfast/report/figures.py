@@ -1,7 +1,7 @@
-"""Figures as SVG to stand inside a page: its fonts, its colours in light and dark, the same bytes for the same run.
+"""Figures as SVG to stand inside a page: its fonts, its colors in light and dark, the same bytes for the same run.
 
 matplotlib's objects are used without pyplot, so nothing global is changed and no display is looked for. It cannot
-write CSS variables, so figures are drawn in stand-in colours, which are replaced in the finished SVG.
+write CSS variables, so figures are drawn in stand-in colors, which are replaced in the finished SVG.
 """
 
 import io
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = 8
-"""Colours for runs and heads (Okabe and Ito's, told apart by colour-blind eyes); the ninth run is dash-dotted."""
+COLORS = 8
+"""Colors for runs and heads (Okabe and Ito's, told apart by color-blind eyes); the ninth run is dash-dotted."""
 INK, SOFT, LINE, ACCENT = "#010101", "#010102", "#010103", "#010104"
 STAND_IN = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)"} | {
-    f"#0201{number:02x}": f"var(--run-{number})" for number in range(COLOURS)
+    f"#0201{number:02x}": f"var(--run-{number})" for number in range(COLORS)
 }
 PANEL = (3.7, 2.6)
 """Inches of one panel; a browser's 355 x 250 pixels."""
@@ -66,8 +66,8 @@ class Curve:
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int
-    """Number of its colour, from 0."""
+    color: int
+    """Number of its color, from 0."""
     dashed: bool = False
 
 
@@ -96,9 +96,9 @@ def panel(
         axes.set_title(title)
         axes.set_xlabel(x_label)
         for curve in drawn:
-            style = "--" if curve.dashed else "-" if curve.colour < COLOURS else "-."
+            style = "--" if curve.dashed else "-" if curve.color < COLORS else "-."
             marker = "o" if len(curve.x) <= MARKED else None
-            axes.plot(curve.x, curve.y, style, color=colour(curve.colour), marker=marker, label=curve.label)
+            axes.plot(curve.x, curve.y, style, color=color(curve.color), marker=marker, label=curve.label)
         if not drawn:
             axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=SOFT)
             axes.set(xticks=[], yticks=[])
@@ -122,7 +122,7 @@ def matrix(confusion: np.ndarray, classes: Sequence[str], *, named: bool) -> Htm
             axes.set_yticks(range(count), classes)
         else:
             shaded = np.zeros((count, count, 4))
-            shaded[..., :3] = (0.0, 0.45, 0.70)  # between the accents of light and dark, as a raster has one colour
+            shaded[..., :3] = (0.0, 0.45, 0.70)  # between the accents of light and dark, as a raster has one color
             shaded[..., 3] = np.sqrt(shares)
             axes.imshow(shaded, interpolation="nearest")
         axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
@@ -141,7 +141,7 @@ def bars(values: Sequence[float], names: Sequence[str]) -> Html:
         for place, value in zip(places, values, strict=True):
             axes.text(100 * value + 1.5, place, f"{100 * value:.0f}", va="center", color=SOFT)
         axes.set_yticks(places, names)
-        axes.set(xlim=(0, 108), ylim=(len(values) - 0.4, -0.6), xlabel="images recognised (%)")
+        axes.set(xlim=(0, 108), ylim=(len(values) - 0.4, -0.6), xlabel="images recognized (%)")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
@@ -154,7 +154,7 @@ def ranked(values: Sequence[float]) -> Html:
     with _figure("ranked", (COLUMN, 3.0), "accuracy of the classes, best to worst") as (_, axes, svg):
         axes.fill_between(range(1, len(ordered) + 1), [100 * v for v in ordered], color=ACCENT, alpha=0.25, linewidth=0)
         axes.plot(range(1, len(ordered) + 1), [100 * value for value in ordered], color=ACCENT)
-        axes.set(xlim=(1, len(ordered)), ylim=(0, 100), xlabel="classes, best to worst", title="images recognised (%)")
+        axes.set(xlim=(1, len(ordered)), ylim=(0, 100), xlabel="classes, best to worst", title="images recognized (%)")
     return svg[0]
 
 
@@ -167,9 +167,9 @@ def data_efficiency(curves: Sequence[Efficiency]) -> Html:
     return panel("top-1 (%)", "training images used (%)", lines, unit="share", size=(COLUMN, 3.0))
 
 
-def colour(number: int) -> str:
-    """Return the stand-in of a run's colour."""
-    return f"#0201{number % COLOURS:02x}"
+def color(number: int) -> str:
+    """Return the stand-in of a run's color."""
+    return f"#0201{number % COLORS:02x}"
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def _figure(salt: str, inches: tuple[float, float], label: str) -> Iterator[tupl
 
 
 def _inline(svg: str, label: str) -> Html:
-    """Return matplotlib's SVG file as an element of a page: no prologue, no fixed size, the page's font and colours."""
+    """Return matplotlib's SVG file as an element of a page: no prologue, no fixed size, the page's font and colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="(?![mp][0-9a-f]{10}|image[0-9a-f])[^"]*"', "", svg)  # groups, numbered anew in every figure

@@ -12,7 +12,7 @@ import numpy as np
 
 from deitfast.eval.evaluate import HEADS, final_head
 from deitfast.run_folder import RunFolder, read_rows
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 WEIGHTS = {"val": "plain", "val_ema": "averaged"}
 """Keys of an evaluation in metrics.jsonl and evaluation.json, and how people call those weights."""
@@ -137,7 +137,7 @@ def read_runs(folders: list[Path]) -> list[RunRecord]:
     """Read every run.
 
     Raises:
-        Mistake: one of the folders holds nothing of a run.
+        UserError: one of the folders holds nothing of a run.
     """
     return [read_run(folder, name) for folder, name in zip(folders, distinct(folders), strict=True)]
 
@@ -148,7 +148,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     files = [folder / file for file in ("recipe.toml", "run.json", "environment.json", "metrics.jsonl")]
     recipe, info, environment, metrics = files
     if not any(file.is_file() for file in (recipe, info, metrics)):
-        raise Mistake(f"there is no run in {folder}", expected="a folder that `deitfast train` wrote")
+        raise UserError(f"there is no run in {folder}", expected="a folder that `deitfast train` wrote")
     notes: list[str] = []
     settings = _flat(_tree(recipe, tomllib.loads, "the recipe is not known", notes))
     known = _tree(info, json.loads, "data set and class names are not known", notes)

@@ -24,7 +24,7 @@ from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime
 from pipelines.augment.chain import ModelInput, augment
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.loaders.factory import open_loader, why_not
 from pipelines.rng.packed_spec import UNIT
 from pipelines.rng.policies import OPERATIONS
@@ -68,7 +68,7 @@ def samples_of(run: RunRecord) -> tuple[list[Sample], str]:
             inputs, shown = first_inputs(dataset, recipe)
             names, note = _teachers_answers(recipe, dataset.spec.classes, inputs, shown)
             return _described(inputs, shown, recipe.augment, dataset.spec.classes, names), note
-    except (Failure, OSError) as error:
+    except (DeitfastError, OSError) as error:
         return [], f"No training images are shown: {_first_line(error)}."
 
 
@@ -76,8 +76,8 @@ def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[ModelInput, np.ndarr
     """Return the model's input for the shown rows of the first step and their partners, and which rows are shown.
 
     Raises:
-        Mistake: data set or recipe do not fit.
-        Failure: a sample is damaged.
+        UserError: data set or recipe do not fit.
+        DeitfastError: a sample is damaged.
     """
     sampler = Few(training_sampler(dataset, recipe, HOST, recipe.train.batch), recipe)
     decoder = replace(recipe.loader, name="reference" if why_not("cpu") else "cpu", prefetch=1)
@@ -130,7 +130,7 @@ def _teachers_answers(
             return unknown, "The teacher's labels are not shown: it is not here, and a report fetches nothing."
         teacher = Teacher(load_teacher(distill, classes), recipe, HOST)
         labels = teacher.logits(inputs.pixels[torch.from_numpy(shown)]).argmax(1)
-    except (Failure, OSError, KeyError, RuntimeError) as error:
+    except (DeitfastError, OSError, KeyError, RuntimeError) as error:
         return unknown, f"The teacher's labels are not shown: {_first_line(error)}."
     return [classes[label] for label in labels.tolist()], ""
 
@@ -150,17 +150,17 @@ def _described(
     pictures = pixels_of(inputs.pixels[torch.from_numpy(shown)], spec)
     found = []
     for row, picture, teacher in zip(shown.tolist(), pictures, teachers, strict=True):
-        share = float(inputs.share[row])
-        own, other = (classes[int(labels[row])] for labels in (inputs.labels, inputs.partner_labels))
-        target = ((own, share), (other, 1 - share)) if share < 1 and own != other else ((own, 1.0),)
+        lam = float(inputs.lam[row])
+        own, other = (classes[int(labels[row])] for labels in (inputs.labels, inputs.mix_labels))
+        target = ((own, lam), (other, 1 - lam)) if lam < 1 and own != other else ((own, 1.0),)
         found.append(Sample(_embedded(picture), spec.size, target, teacher, done(inputs.params, row)))
     return found
 
 
-def pixels_of(normalised: Tensor, spec: AugmentSpec) -> np.ndarray:
-    """Return the pictures, uint8 [B, S, S, 3], that normalised pixels [B, 3, S, S] were made of."""
+def pixels_of(normalized: Tensor, spec: AugmentSpec) -> np.ndarray:
+    """Return the pictures, uint8 [B, S, S, 3], that normalized pixels [B, 3, S, S] were made of."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return ((normalised * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return ((normalized * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def done(params: ViewParams, row: int) -> tuple[str, ...]:
@@ -170,15 +170,15 @@ def done(params: ViewParams, row: int) -> tuple[str, ...]:
     steps += [_called(OPERATIONS[index]) for index in operations if index]
     if params.erase[row, 2]:
         steps.append("erased")
-    if params.box[row, 2]:
+    if params.cutmix_bbox[row, 2]:
         steps.append("CutMix")
-    elif params.share[row] < UNIT:
+    elif params.lam[row] < UNIT:
         steps.append("MixUp")
     return tuple(steps)
 
 
 def _called(operation: str) -> str:
-    """AutoContrast as auto contrast: an operation's name in words, without the flavour of its magnitude."""
+    """AutoContrast as auto contrast: an operation's name in words, without the flavor of its magnitude."""
     name = operation.removesuffix("Original").removeprefix("Jitter")
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
@@ -190,5 +190,5 @@ def _embedded(picture: np.ndarray) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = error.problem if isinstance(error, Failure) else str(error)
+    text = error.problem if isinstance(error, DeitfastError) else str(error)
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -7,7 +7,7 @@ import numpy as np
 from deitfast.eval.evaluate import final_head
 from deitfast.report import figures, summary
 from deitfast.report.compare import efficiency, lessons
-from deitfast.report.figures import COLOURS, Curve
+from deitfast.report.figures import COLORS, Curve
 from deitfast.report.markup import Html, table, tag
 from deitfast.report.read import RunRecord
 from deitfast.report.samples import Sample
@@ -51,14 +51,14 @@ def curves(runs: list[RunRecord]) -> Html:
 
 
 def key(runs: list[RunRecord]) -> Html:
-    """Return which colour is which run; nothing for a single one."""
+    """Return which color is which run; nothing for a single one."""
     return _key([run.name for run in runs]) if len(runs) > 1 else Html()
 
 
 def chip(number: int) -> Html:
-    """Return a run's colour as a dot; from the ninth run on as a dash."""
-    class_ = "chip" if number < COLOURS else "chip repeated"
-    return tag("span", class_=class_, style=f"color: var(--run-{number % COLOURS})")
+    """Return a run's color as a dot; from the ninth run on as a dash."""
+    class_ = "chip" if number < COLORS else "chip repeated"
+    return tag("span", class_=class_, style=f"color: var(--run-{number % COLORS})")
 
 
 def comparison(runs: list[RunRecord]) -> Html:
@@ -100,12 +100,12 @@ def classes(run: RunRecord) -> Html:
     if count <= NAMED_CLASSES:
         known.sort(key=lambda pair: -pair[0])
         drawn = figures.bars([value for value, _ in known], [name for _, name in known])
-        beside.append(tag("figure", drawn, tag("figcaption", "Share of each class's validation images recognised.")))
+        beside.append(tag("figure", drawn, tag("figcaption", "Share of each class's validation images recognized.")))
     else:
         drawn = figures.ranked([value for value, _ in known])
         parts.append(tag("figure", drawn, tag("figcaption", f"Accuracy of {len(known):,} classes, best to worst.")))
         for best in (False, True):
-            title = "Recognised best" if best else "Recognised worst"
+            title = "Recognized best" if best else "Recognized worst"
             parts.append(text_table(summary.extremes(confusion, run.classes, best=best), title))
     beside.append(text_table(summary.confused(confusion, run.classes), "Taken for each other most often"))
     return tag("div", *parts, tag("div", *beside), class_="columns")
@@ -128,7 +128,7 @@ def samples(run: RunRecord, pictures: Sequence[Sample], note: str) -> Html:
 
 
 def text_table(plain: TextTable, caption: str = "", *, chips: bool = False) -> Html:
-    """Return a table with its numbers to the right; `chips` puts the runs' colours before the first column."""
+    """Return a table with its numbers to the right; `chips` puts the runs' colors before the first column."""
     if not plain.rows:
         return tag("p", "Nothing is recorded.", class_="soft")
     columns = list(zip(*plain.rows, strict=True))
@@ -164,7 +164,7 @@ def _accuracies(runs: list[RunRecord]) -> list[tuple[RunRecord, Curve]]:
     if len(runs) == 1:
         heads = list(runs[0].final()[1].get("val", {})) or ["class"]
         published = final_head(dict.fromkeys(heads))
-        heads.sort(key=lambda head: head != published)  # it gets the first colour
+        heads.sort(key=lambda head: head != published)  # it gets the first color
         for number, head in enumerate(heads):
             found.append((runs[0], Curve(head, *runs[0].evaluated("val", head, "top1"), number)))
     else:
@@ -191,7 +191,7 @@ def _against(line: Curve, run: RunRecord, clock: dict[str, dict[int, float]] | N
     if clock is None:
         return line
     hours = clock[run.name]
-    return Curve(line.label, [scale * hours[int(epoch)] for epoch in line.x], line.y, line.colour, line.dashed)
+    return Curve(line.label, [scale * hours[int(epoch)] for epoch in line.x], line.y, line.color, line.dashed)
 
 
 def _picture(sample: Sample) -> Html:

@@ -184,7 +184,7 @@ def settings_table(run: RunRecord) -> TextTable:
 
 
 def recalls(confusion: np.ndarray) -> np.ndarray:
-    """Return the share of each class's images that were recognised, float64 [C]; NaN for a class without images."""
+    """Return the share of each class's images that were recognized, float64 [C]; NaN for a class without images."""
     images = confusion.sum(1)
     return np.where(images > 0, confusion.diagonal() / np.maximum(images, 1), np.nan)
 
@@ -203,12 +203,12 @@ def confused(confusion: np.ndarray, classes: tuple[str, ...]) -> TextTable:
 
 
 def extremes(confusion: np.ndarray, classes: tuple[str, ...], *, best: bool) -> TextTable:
-    """Return the classes that are recognised best, or worst, with their images."""
+    """Return the classes that are recognized best, or worst, with their images."""
     found = recalls(confusion)
     known = np.flatnonzero(~np.isnan(found))
     order = known[np.argsort(-found[known] if best else found[known], kind="stable")][:LISTED]
     rows = [[classes[n], share(float(found[n]), ".1f"), f"{int(confusion[n].sum()):,}"] for n in order]
-    return TextTable(["class", "recognised (%)", "images"], rows)
+    return TextTable(["class", "recognized (%)", "images"], rows)
 
 
 def cells(figures: dict[str, float], names: Iterable[str] = FIGURES) -> list[str]:

@@ -20,8 +20,8 @@ def write_report(folders: list[Path], out: Path, table: Path) -> list[str]:
         What a reader must know first, a sentence each: what is missing, damaged or not comparable.
 
     Raises:
-        Mistake: one of the folders holds nothing of a run.
-        Failure: a file cannot be written.
+        UserError: one of the folders holds nothing of a run.
+        DeitfastError: a file cannot be written.
     """
     runs = read_runs(folders)
     write(runs, [samples_of(run) for run in runs], out, table)
@@ -29,6 +29,6 @@ def write_report(folders: list[Path], out: Path, table: Path) -> list[str]:
 
 
 def write(runs: list[RunRecord], pictures: list[Pictures], out: Path, table: Path) -> None:
-    """Write both files of runs that have been read; raises Failure as `write_report`."""
+    """Write both files of runs that have been read; raises DeitfastError as `write_report`."""
     write_text(out, page(runs, pictures))
     write_text(table, markdown(runs))

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.report.live import LiveReport
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 log = logging.getLogger("deitfast")
 RUNNING, EPOCH = "running", "epoch"
 """Tags of what is known inside an epoch (means since its start) and of its row in metrics.jsonl."""
 
 
-class Watch:
+class Callbacks:
     """A run's onlookers. Nothing that goes wrong here ends a run."""
 
     def __init__(self, folder: Path | None, *, tensorboard: bool) -> None:
-        """Watch over the run in `folder`; None (ranks other than 0): watch nothing.
+        """Callbacks over the run in `folder`; None (ranks other than 0): watch nothing.
 
         Raises:
-            Mistake: TensorBoard is asked for and not installed.
+            UserError: TensorBoard is asked for and not installed.
         """
         self._report = LiveReport(folder) if folder else None
         self._board = TensorBoard(folder / "tensorboard") if folder and tensorboard else None
@@ -57,7 +57,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise Mistake(
+            raise UserError(
                 "--tensorboard: TensorBoard is not installed",
                 found=str(error),
                 remedy="pip install 'deitfast[tensorboard]', or pip install tensorboard",

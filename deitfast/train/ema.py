@@ -11,7 +11,7 @@ class Ema:
     """Exponential moving average of a model's parameters and buffers (timm's `ModelEmaV2`: average = d a + (1 - d) w).
 
     One departure: the decay of update t (from 0) is min(d, (1 + t) / (10 + t)). With d = .99996 a run of a few epochs
-    would otherwise evaluate little more than its initialisation. The two differ for the first 225,000 updates; a
+    would otherwise evaluate little more than its initialization. The two differ for the first 225,000 updates; a
     published run has 375,000, at whose end a weight from before counts e^-6 of what it did.
 
     Args:
@@ -27,7 +27,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's weights; counters (integer buffers) are copied."""
+        """Move the average toward the model's weights; counters (integer buffers) are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         (averages, counters), (weights, counts) = _split(self.model), _split(model)

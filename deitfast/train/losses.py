@@ -8,31 +8,31 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import DistillSpec
 from pipelines.augment.chain import ModelInput
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 PARTS = ("loss", "base", "distill")
 """Names of what `distilled_loss` reports, the total first."""
 
 
 def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, share: Tensor, smoothing: float, valid: Tensor | None = None
+    logits: Tensor, labels: Tensor, mix_labels: Tensor, lam: Tensor, smoothing: float, valid: Tensor | None = None
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] with smoothed targets mixed by `share`.
+    """Return the cross-entropy of logits [B, C] with smoothed targets mixed by `lam`.
 
-    A label's smoothed target is s/C off and 1 - s + s/C on the label; a row's is share x its own + (1 - share) x its
+    A label's smoothed target is s/C off and 1 - s + s/C on the label; a row's is lam x its own + (1 - lam) x its
     partner's. The targets are never built: of each row two log-probabilities and their mean are read.
 
     Args:
         labels: int64 [B].
-        partner_labels: int64 [B].
-        share: float32 [B], in [0, 1].
+        mix_labels: int64 [B].
+        lam: float32 [B], in [0, 1].
         smoothing: s, in [0, 1).
         valid: bool [B], the rows that count; None: all.
     """
     log_probs = F.log_softmax(logits.float(), dim=1)
     own = log_probs.gather(1, labels[:, None]).squeeze(1)
-    partner = log_probs.gather(1, partner_labels[:, None]).squeeze(1)
-    expected = (1 - smoothing) * (share * own + (1 - share) * partner)
+    partner = log_probs.gather(1, mix_labels[:, None]).squeeze(1)
+    expected = (1 - smoothing) * (lam * own + (1 - lam) * partner)
     if smoothing:
         expected = expected + smoothing * log_probs.mean(dim=1)
     return _mean(-expected, valid)
@@ -47,7 +47,7 @@ def soft_distillation(
     logits: Tensor,
     teacher_logits: Tensor,
     tau: float,
-    normalisation: Literal["batch", "batch_classes"],
+    normalization: Literal["batch", "batch_classes"],
     valid: Tensor | None = None,
 ) -> Tensor:
     """Return tau^2 x sum_c p_teacher (log p_teacher - log p_student), both at temperature tau.
@@ -58,13 +58,13 @@ def soft_distillation(
     Args:
         logits: the student's, [B, C].
         teacher_logits: [B, C]; no gradient flows into it.
-        normalisation: divisor of the sum over the batch: B (the paper) or B x C (the reference's code).
+        normalization: divisor of the sum over the batch: B (the paper) or B x C (the reference's code).
         valid: bool [B], the rows that count; None: all.
     """
     student = F.log_softmax(logits.float() / tau, dim=1)
     teacher = F.log_softmax(teacher_logits.detach().float() / tau, dim=1)
     each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * tau**2
-    return _mean(each, valid) / (1 if normalisation == "batch" else logits.shape[1])
+    return _mean(each, valid) / (1 if normalization == "batch" else logits.shape[1])
 
 
 def distilled_loss(
@@ -87,31 +87,31 @@ def distilled_loss(
         The loss, and "loss", "base" and "distill" as detached float32 scalars ("distill" is 0 without a teacher).
 
     Raises:
-        Mistake: distillation into a head that the model does not have, or without a teacher's target.
+        UserError: distillation into a head that the model does not have, or without a teacher's target.
     """
     own_head = spec.mode != "none" and spec.head == "distillation"
     if own_head and len(heads) < 2:
-        raise Mistake(
+        raise UserError(
             "distillation into the distillation head of a model that has none",
             expected="class and distillation logits",
             found=f"{len(heads)} head",
             remedy="set model.token to auto or on, or distill.head to class",
         )
     taught = heads[:1] if own_head else heads
-    targets, valid = (inputs.labels, inputs.partner_labels, inputs.share), inputs.valid
+    targets, valid = (inputs.labels, inputs.mix_labels, inputs.lam), inputs.valid
     each = [mixed_cross_entropy(head, *targets, smoothing, valid) for head in taught]
     base = torch.stack(each).mean()
     if spec.mode == "none":
         return base, {"loss": base.detach(), "base": base.detach(), "distill": torch.zeros_like(base)}
     if teacher is None:
-        raise Mistake(f"distill.mode is {spec.mode}, but no teacher's target came with the batch")
+        raise UserError(f"distill.mode is {spec.mode}, but no teacher's target came with the batch")
     student = heads[1] if own_head else heads[0]
     if spec.mode == "hard" and teacher.ndim == 2:  # labels of both images of a mixture, each seen by itself
-        distill = mixed_cross_entropy(student, teacher[:, 0], teacher[:, 1], inputs.share, 0, valid)
+        distill = mixed_cross_entropy(student, teacher[:, 0], teacher[:, 1], inputs.lam, 0, valid)
     elif spec.mode == "hard":
         distill = hard_distillation(student, teacher, valid)
     else:
-        distill = soft_distillation(student, teacher, spec.tau, spec.normalisation, valid)
+        distill = soft_distillation(student, teacher, spec.tau, spec.normalization, valid)
     total = (1 - spec.alpha) * base + spec.alpha * distill
     return total, {"loss": total.detach(), "base": base.detach(), "distill": distill.detach()}
 

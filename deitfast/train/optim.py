@@ -1,4 +1,4 @@
-"""The optimiser: what is decayed and what is not, and the learning rate for a batch."""
+"""The optimizer: what is decayed and what is not, and the learning rate for a batch."""
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -27,7 +27,7 @@ def is_decayed(name: str, parameter: nn.Parameter, spec: OptimSpec) -> bool:
     return parameter.ndim > 1
 
 
-def build_optimiser(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
+def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
     """Return AdamW, or SGD with Nesterov momentum, over the model's trainable parameters where they are now.
 
     Two groups, the decayed parameters first, both at the peak learning rate for a global `batch`.

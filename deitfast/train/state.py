@@ -12,7 +12,7 @@ from torch import Tensor
 from deitfast.train.losses import PARTS
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The loss was not finite."""
 
     def __init__(self, epoch: int, steps: int) -> None:
@@ -21,7 +21,7 @@ class Diverged(Exception):
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run stands, and the sums over the steps of its current epoch."""
 
     losses: Tensor
@@ -40,7 +40,7 @@ class Position:
     """Rows of them whose image could not be read."""
 
     @classmethod
-    def start(cls, device: torch.device, epoch: int = 0) -> "Position":
+    def start(cls, device: torch.device, epoch: int = 0) -> "TrainState":
         """Return the beginning of an epoch."""
         return cls(torch.zeros(len(PARTS), device=device), epoch)
 
@@ -48,13 +48,13 @@ class Position:
         """Return plain values for a checkpoint.
 
         Raises:
-            Diverged: the sums are not finite, so the weights may be past saving.
+            DivergedError: the sums are not finite, so the weights may be past saving.
         """
         self.means()
         return {**asdict(self), "losses": self.losses.tolist()}
 
     @classmethod
-    def restore(cls, state: dict[str, Any], device: torch.device) -> "Position":
+    def restore(cls, state: dict[str, Any], device: torch.device) -> "TrainState":
         """Return the position that `state` was taken of."""
         names = ("epoch", "steps", "seconds", "waited", "asked", "skipped")
         own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last two
@@ -74,11 +74,11 @@ class Position:
         """Return the mean of every part of the loss over the epoch so far. Waits for the device.
 
         Raises:
-            Diverged: one of them is not finite.
+            DivergedError: one of them is not finite.
         """
         values = (self.losses / max(self.steps, 1)).tolist()
         if not all(map(math.isfinite, values)):
-            raise Diverged(self.epoch, self.steps)
+            raise DivergedError(self.epoch, self.steps)
         return dict(zip(PARTS, values, strict=True))
 
     def step_seed(self, seed: int, rank: int) -> int:

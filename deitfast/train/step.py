@@ -14,14 +14,14 @@ from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
 from deitfast.train.ema import Ema
 from deitfast.train.losses import PARTS, distilled_loss
-from deitfast.train.optim import build_optimiser
+from deitfast.train.optim import build_optimizer
 from pipelines.augment.chain import ModelInput
 
 LARGEST_GRAPHED_SIDE = 64
 """Side of the input in pixels up to which `train.compile` auto takes CUDA graphs: larger steps keep the GPU busy."""
 
 
-class Learner:
+class TrainStep:
     """A model and everything that trains it."""
 
     def __init__(
@@ -31,9 +31,9 @@ class Learner:
         runtime: Runtime,
         start: Callable[[nn.Module], dict[str, str]] | None = None,
     ) -> None:
-        """Build model, optimiser, averaged weights and gradient scaler from the recipe.
+        """Build model, optimizer, averaged weights and gradient scaler from the recipe.
 
-        The initialisation depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
+        The initialization depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
         others in their place, before anything is derived from them, and describes them.
         """
         self.recipe, self.runtime = recipe, runtime
@@ -43,7 +43,7 @@ class Learner:
         """What `start` says of the weights that it put in; empty without."""
         # built on the CPU whatever the device: the same seed gives the same weights everywhere
         self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
-        self.optimiser = build_optimiser(self.model, recipe.optim, recipe.train.batch)
+        self.optimizer = build_optimizer(self.model, recipe.optim, recipe.train.batch)
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
         self.loss = distilled_loss
@@ -93,14 +93,14 @@ class Learner:
         return losses
 
     def _update(self, lr: float) -> None:
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.recipe.optim.clip:
-            self.scaler.unscale_(self.optimiser)
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model)
 
@@ -109,14 +109,14 @@ class Learner:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -135,7 +135,7 @@ def _pieces(inputs: ModelInput, teacher: Tensor | None, count: int) -> list[tupl
         return [(inputs, teacher)]
     rows = len(inputs.labels) // count
     cuts = [slice(i * rows, (i + 1) * rows) for i in range(count)]
-    tensors = ("pixels", "labels", "partner_labels", "share", "valid")
+    tensors = ("pixels", "labels", "mix_labels", "lam", "valid")
     return [
         (
             replace(inputs, **{name: getattr(inputs, name)[cut] for name in tensors}),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_split, open_training
-from deitfast.distill.build_cache import Filling, open_targets
-from deitfast.distill.targets import Cached
+from deitfast.distill.build_cache import CacheBuilder, open_targets
+from deitfast.distill.targets import CachedTargets
 from deitfast.distill.targets import describe as describe_targets
 from deitfast.eval.evaluate import evaluate, final_head
 from deitfast.interrupt import Interrupted, Stop, catching_signals
@@ -23,23 +23,23 @@ from deitfast.models.vit import reads_patches
 from deitfast.progress import Bar, Display, duration, logging_to
 from deitfast.run_folder import RunFolder, RunInfo, write_text
 from deitfast.runtime import Runtime
-from deitfast.train.callbacks import Watch
+from deitfast.train.callbacks import Callbacks
 from deitfast.train.optim import peak_lr
 from deitfast.train.schedule import learning_rate
-from deitfast.train.state import Diverged, Position
-from deitfast.train.step import Learner
+from deitfast.train.state import DivergedError, TrainState
+from deitfast.train.step import TrainStep
 from deitfast.weights import checkpoint
-from deitfast.weights.adapt import start_model
+from deitfast.weights.adapt import init_from_pretrained
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
-from pipelines.device import naming_memory
-from pipelines.errors import Failure
+from pipelines.device import explain_oom
+from pipelines.errors import DeitfastError
 from pipelines.files import locked
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
 LOOKS_AN_EPOCH = 50
-"""How often an epoch looks at its loss: the only host synchronisations between checkpoints."""
+"""How often an epoch looks at its loss: the only host synchronizations between checkpoints."""
 STEP_MEMORY = ("the training step", "lower train.batch, raise train.accumulate, or take a smaller model")
 """What runs out of memory in a step, and what to do then."""
 
@@ -60,20 +60,20 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
     """Train as `job` says and return the last epoch's row of metrics.jsonl.
 
     Raises:
-        Mistake: data set, teacher, run folder and recipe do not fit each other, or another run is in the folder.
-        Failure: damaged data or checkpoint, full disk, or a loss that stays non-finite.
+        UserError: data set, teacher, run folder and recipe do not fit each other, or another run is in the folder.
+        DeitfastError: damaged data or checkpoint, full disk, or a loss that stays non-finite.
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
     with closing(Dataset.open(job.data)) as dataset:
-        folder = RunFolder(runtime.agree(job.out))
+        folder = RunFolder(runtime.broadcast_from_rank0(job.out))
         run = Run(job, runtime, display, dataset, folder)
         spec, data = dataset.spec, str(job.data.resolve())
         info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.learner.started)
-        with locked(folder.path, "run") if runtime.main else nullcontext():
-            if runtime.main:
+        with locked(folder.path, "run") if runtime.is_main_process else nullcontext():
+            if runtime.is_main_process:
                 folder.open(job.recipe, info, resume=job.resume)
-            runtime.agree(None)  # nobody goes on before the folder is open
-            with logging_to(folder.log if runtime.main else None):
+            runtime.barrier()  # nobody goes on before the folder is open
+            with logging_to(folder.log if runtime.is_main_process else None):
                 return run.run()
 
 
@@ -87,18 +87,20 @@ class Run:
         self.loader = open_training(dataset, recipe, runtime)
         self.targets = open_targets(recipe, dataset, self.loader.name, runtime, display)
         self.validation = open_split(dataset, "val", recipe, runtime) if "val" in self.spec.splits else None
-        start = partial(start_model, spec=recipe.model, classes=self.spec.classes)
+        start = partial(init_from_pretrained, spec=recipe.model, classes=self.spec.classes)
         begun = folder.checkpoint.exists()  # the weights come out of the checkpoint then
-        self.learner = Learner(recipe, len(self.spec.classes), runtime, None if begun else start)
+        self.learner = TrainStep(recipe, len(self.spec.classes), runtime, None if begun else start)
         # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
         asks = self.targets and not (self.targets.cache and self.targets.cache.complete)
         self.patch = 0 if asks else reads_patches(self.learner.model)
         self.peak = peak_lr(recipe.optim, recipe.train.batch)
-        self.position = Position.start(runtime.device)
+        self.position = TrainState.start(runtime.device)
         self.saved = time.monotonic()
-        self.untried = True  # no step was done in this process yet: the first one compiles, which can take minutes
+        self.first_step_pending = (
+            True  # no step was done in this process yet: the first one compiles, which can take minutes
+        )
         self.evaluating = 0.0  # seconds that the last evaluation took
-        self.watch = Watch(folder.path if runtime.main else None, tensorboard=job.tensorboard)
+        self.watch = Callbacks(folder.path if runtime.is_main_process else None, tensorboard=job.tensorboard)
 
     def run(self) -> dict[str, Any]:
         """Go through the epochs, from wherever the checkpoint stands."""
@@ -109,13 +111,13 @@ class Run:
         elif self.runtime.compile:
             self._save()  # compiling can be interrupted, and nothing can be saved at that moment
         row: dict[str, Any] = {}
-        last: Diverged | None = None
+        last: DivergedError | None = None
         with catching_signals(self.runtime) as stop, closing(self.watch), closing(self.loader):
             try:
                 while self.position.epoch < self.recipe.train.epochs:
                     try:
                         self._train_epoch(stop)
-                    except Diverged as event:
+                    except DivergedError as event:
                         self._recover(event, last)
                         last = event
                         continue
@@ -130,10 +132,10 @@ class Run:
 
     def _stop(self, request: Interrupted) -> None:
         """Save what was learned: what a first step that did not end was doing is not."""
-        if not self.untried:
+        if not self.first_step_pending:
             try:
                 self._save()
-            except Diverged as event:
+            except DivergedError as event:
                 log.warning("the loss is not finite at %s: the checkpoint stays as it was", event)
         epoch, steps = self.position.epoch + 1, self.position.steps
         log.info("%s: stopped in epoch %d after %d steps; --resume goes on", request, epoch, steps)
@@ -160,16 +162,16 @@ class Run:
         with self.display.bar(f"epoch {position.epoch + 1}/{train.epochs}", steps) as bar:
             bar.start(position.steps)
             for batch in self._timed(self.loader.epoch(position.epoch, position.steps), stop):
-                with naming_memory(*STEP_MEMORY), stop.at_once(self.untried):
+                with explain_oom(*STEP_MEMORY), stop.interruptible(self.first_step_pending):
                     losses = self._step(batch)
-                self.untried = False
+                self.first_step_pending = False
                 position.losses += losses
                 position.steps += 1
                 position.skipped += batch.skipped
                 looking = position.steps % look == 0
                 if looking:
                     self._look(bar)
-                stop.check(looking=looking)
+                stop.check(sync=looking)
                 if time.monotonic() - self.saved >= 60 * train.checkpoint_minutes:
                     self._save()
         self._save()
@@ -178,7 +180,7 @@ class Run:
         """Pass batches on; count the time in the loader, and in loader and step together."""
         asked = time.monotonic()
         while True:
-            with stop.at_once():
+            with stop.interruptible():
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -191,12 +193,12 @@ class Run:
     def _step(self, batch: Batch) -> Tensor:
         """Take one batch through augmentation, teacher and update; return its losses."""
         position, recipe, runtime = self.position, self.recipe, self.runtime
-        dtype, kernels = runtime.pixels, recipe.train.kernels
+        dtype, kernels = runtime.input_dtype, recipe.train.kernels
         inputs = augment(batch, recipe.augment, dtype=dtype, train=True, patch=self.patch, kernels=kernels)
         targets = None
         if self.targets:
             before = self.targets.asked
-            targets = self.targets.of(inputs, batch.skipped)
+            targets = self.targets.get(inputs, batch.skipped)
             position.asked += self.targets.asked - before
         lr = learning_rate(
             recipe.schedule,
@@ -228,7 +230,7 @@ class Run:
         if self.targets:
             self.targets.save()
         state = {**self.position.state(), **self.learner.state()}
-        if self.runtime.main:
+        if self.runtime.is_main_process:
             checkpoint.save(self.folder.checkpoint, state)
         self.saved = time.monotonic()
 
@@ -236,13 +238,13 @@ class Run:
         """Take up the run where its checkpoint stands."""
         state = checkpoint.load(self.folder.checkpoint, self.runtime.device)
         self.learner.restore(state)
-        self.position = Position.restore(state, self.runtime.device)
+        self.position = TrainState.restore(state, self.runtime.device)
 
-    def _recover(self, event: Diverged, last: Diverged | None) -> None:
+    def _recover(self, event: DivergedError, last: DivergedError | None) -> None:
         """Go back to the last good checkpoint; give up where that does not get any further."""
         again = last is not None and (event.epoch, event.steps) <= (last.epoch, last.steps)
         if again or not self.folder.checkpoint.exists():
-            raise Failure(
+            raise DeitfastError(
                 f"the loss is not finite at {event}",
                 remedy="start a new run with a lower optim.lr, with optim.clip, or with train.amp=off",
             ) from event
@@ -257,7 +259,7 @@ class Run:
         row: dict[str, Any] = {
             "epoch": epoch,
             **position.means(),
-            "lr": self.learner.optimiser.param_groups[0]["lr"],
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
             "images": images,
             "seconds": round(position.seconds, 3),
             "images_per_second": round(images / max(position.seconds, 1e-9), 1),
@@ -268,19 +270,19 @@ class Run:
             row["teacher_asked"] = position.asked * self.runtime.world
         if self.validation and (epoch % train.evaluate_every == 0 or epoch == train.epochs):
             row |= self._evaluate(self.validation, stop)
-        if self.runtime.main:
+        if self.runtime.is_main_process:
             self.folder.append(row)
         log.info("%s", describe(row, train.epochs))
-        with stop.at_once():
+        with stop.interruptible():
             self.watch.epoch(self._steps_done(), row, last=epoch == train.epochs)
-        self.position = Position.start(self.runtime.device, epoch)
+        self.position = TrainState.start(self.runtime.device, epoch)
         return row
 
     def _complete_cache(self, stop: Stop) -> None:
         """Have the teacher also answer for the views that no batch had room for: any batch size can then use them."""
-        if not isinstance(self.targets, Cached) or self.targets.cache.complete:
+        if not isinstance(self.targets, CachedTargets) or self.targets.cache.complete:
             return
-        with closing(Filling(self.recipe, self.dataset, self.runtime, self.display)) as filling:
+        with closing(CacheBuilder(self.recipe, self.dataset, self.runtime, self.display)) as filling:
             filling.fill(self.targets, stop)
 
     def _evaluate(self, loader: Loader, stop: Stop) -> dict[str, Any]:
@@ -292,16 +294,16 @@ class Run:
 
         def seen(done: int, steps: int, bar: Bar) -> None:
             bar.reach(done)
-            stop.check(looking=done % max(1, steps // LOOKS_AN_EPOCH) == 0)
+            stop.check(sync=done % max(1, steps // LOOKS_AN_EPOCH) == 0)
 
         for name, model in models.items():
-            with stop.at_once(), self.display.bar("evaluating", loader.steps_per_epoch) as bar:
+            with stop.interruptible(), self.display.bar("evaluating", loader.steps_per_epoch) as bar:
                 count, progress = len(self.spec.classes), partial(seen, bar=bar)
                 heads = evaluate(model, loader, self.recipe, self.runtime, count, progress)
             found[name] = {head: metrics.summary() for head, metrics in heads.items()}
             everything[name] = {head: metrics.everything() for head, metrics in heads.items()}
         self.evaluating = time.monotonic() - began
-        if self.runtime.main:
+        if self.runtime.is_main_process:
             tree = {"epoch": self.position.epoch + 1, "classes": self.spec.classes, **everything}
             write_text(self.folder.evaluation, json.dumps(tree))
         return found

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import ModelSpec
 from deitfast.weights.read import Weights, file_digest, grid_side, listed, read_weights
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 log = logging.getLogger("deitfast")
 HEADS = ("head", "head_dist", "fc")
@@ -18,11 +18,11 @@ HEADS = ("head", "head_dist", "fc")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What `fit_weights` did."""
+class AdaptReport:
+    """What `adapt_pretrained` did."""
 
     new: tuple[str, ...]
-    """Heads that keep their fresh initialisation."""
+    """Heads that keep their fresh initialization."""
     positions: tuple[int, int]
     """Patches along a side, in the file and in the model; 0, 0 for a CNN."""
 
@@ -31,14 +31,14 @@ class Fitted:
         return resized + (f"new: {', '.join(self.new)}" if self.new else "heads kept")
 
 
-def start_model(model: nn.Module, spec: ModelSpec, classes: tuple[str, ...]) -> dict[str, str]:
+def init_from_pretrained(model: nn.Module, spec: ModelSpec, classes: tuple[str, ...]) -> dict[str, str]:
     """Give a new model the weights that its recipe starts from, if any.
 
     Returns:
         What `run.json` keeps of it: the file, its blake2b, whose names it has, what became of heads and positions.
 
     Raises:
-        Mistake: the weights cannot be read, or do not fit the network.
+        UserError: the weights cannot be read, or do not fit the network.
     """
     source = spec.weights or spec.finetune
     if not source:
@@ -46,9 +46,9 @@ def start_model(model: nn.Module, spec: ModelSpec, classes: tuple[str, ...]) -> 
     weights = read_weights(Path(source))
     fitted = "as they are"
     if spec.finetune:
-        fitted = str(fit_weights(model, weights, classes))
+        fitted = str(adapt_pretrained(model, weights, classes))
     elif weights.classes and weights.classes != classes:
-        raise Mistake(f"{source} was trained on other classes than this data set has", remedy="take --finetune")
+        raise UserError(f"{source} was trained on other classes than this data set has", remedy="take --finetune")
     else:
         load_weights(model, weights)
     log.info("starting from %s (%s weights): %s", source, weights.kind, fitted)
@@ -64,20 +64,20 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     """Copy weights into a model of the same shape.
 
     Raises:
-        Mistake: names or shapes differ; the message says which.
+        UserError: names or shapes differ; the message says which.
     """
     _require_same(model, weights.tensors, weights, "fit another size or other classes with --finetune")
     model.load_state_dict(weights.tensors)
 
 
-def fit_weights(model: nn.Module, weights: Weights, classes: tuple[str, ...]) -> Fitted:
+def adapt_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...]) -> AdaptReport:
     """Copy weights into a model of another input size or with other classes.
 
-    Position embeddings are resized to the model's. A head is copied where it is there, has the model's width, and
-    the file does not name other classes than `classes`; else it keeps the model's own initialisation.
+    TrainState embeddings are resized to the model's. A head is copied where it is there, has the model's width, and
+    the file does not name other classes than `classes`; else it keeps the model's own initialization.
 
     Raises:
-        Mistake: anything else differs; the message says what.
+        UserError: anything else differs; the message says what.
     """
     own, tensors = model.state_dict(), dict(weights.tensors)
     other_classes = bool(weights.classes) and weights.classes != classes
@@ -96,13 +96,13 @@ def fit_weights(model: nn.Module, weights: Weights, classes: tuple[str, ...]) ->
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], prefix, sides[1])
     _require_same(model, tensors, weights, "the network, its patches and its tokens must be the file's")
     model.load_state_dict(tensors)
-    return Fitted(tuple(new), sides)
+    return AdaptReport(tuple(new), sides)
 
 
 def resize_positions(positions: Tensor, prefix: int, side: int) -> Tensor:
     """Resize position embeddings [1, prefix + n^2, width] to [1, prefix + side^2, width], float32.
 
-    As the DeiT reference: bicubic between patch centres (align_corners False), without antialiasing; the prefix
+    As the DeiT reference: bicubic between patch centers (align_corners False), without antialiasing; the prefix
     tokens' rows are untouched.
     """
     old = grid_side(positions, prefix)
@@ -124,7 +124,7 @@ def _require_same(model: nn.Module, tensors: dict[str, Tensor], weights: Weights
     ]
     groups = (("missing", missing), ("unexpected", unexpected), ("shapes", shaped))
     if found := "; ".join(f"{what}: {listed(names)}" for what, names in groups if names):
-        raise Mistake(f"{weights.path} ({weights.kind}) does not fit the network", found=found, remedy=remedy)
+        raise UserError(f"{weights.path} ({weights.kind}) does not fit the network", found=found, remedy=remedy)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.errors import DeitfastError, UserError
+from pipelines.files import atomic_write
 
 FORMAT = 1
 """Version of the dict's layout."""
@@ -35,12 +35,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` so that a crash at any moment leaves either the old file or the new one.
 
     Raises:
-        Failure: the disk is full or not writable; the old checkpoint stays as it was.
+        DeitfastError: the disk is full or not writable; the old checkpoint stays as it was.
         KeyboardInterrupt: Ctrl-C came while this wrote; the old checkpoint stays as well.
     """
     before = sys.exception()  # a request to stop, where that is why a run saves
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
         cause: BaseException = error  # what came first: torch's writer and the file add complaints of their own
@@ -48,7 +48,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise Failure(
+        raise DeitfastError(
             f"cannot write checkpoint {path}",
             found=str(cause).splitlines()[0],
             remedy="free some space and continue with --resume",
@@ -59,18 +59,18 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """Return what `save` wrote, its tensors on `device`.
 
     Raises:
-        Mistake: there is no such file, or another version of deitfast wrote it.
-        Failure: the file is damaged.
+        UserError: there is no such file, or another version of deitfast wrote it.
+        DeitfastError: the file is damaged.
     """
     try:
         state = read(path, device)
     except FileNotFoundError:
-        raise Mistake(f"there is no checkpoint {path}", remedy="name the folder of a run that got that far") from None
+        raise UserError(f"there is no checkpoint {path}", remedy="name the folder of a run that got that far") from None
     except UNREADABLE as error:
-        raise Failure(f"checkpoint {path} is damaged", found=reason(error), remedy=REMEDY) from error
+        raise DeitfastError(f"checkpoint {path} is damaged", found=reason(error), remedy=REMEDY) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise Mistake(f"checkpoint {path} has another format", expected=str(FORMAT), found=str(found))
+        raise UserError(f"checkpoint {path} has another format", expected=str(FORMAT), found=str(found))
     return state
 
 
@@ -100,12 +100,12 @@ def restore_model(model: nn.Module, state: dict[str, Any], path: Path, *, ema: b
     """Load a checkpoint's weights, plain or averaged, into `model`.
 
     Raises:
-        Mistake: it has no averaged weights, or was written by another model.
+        UserError: it has no averaged weights, or was written by another model.
     """
     if ema and state["ema"] is None:
-        raise Mistake(f"checkpoint {path} has no averaged weights", remedy="train with train.ema above 0")
+        raise UserError(f"checkpoint {path} has no averaged weights", remedy="train with train.ema above 0")
     try:
         model.load_state_dict(state["ema"]["model"] if ema else state["model"])
     except (RuntimeError, KeyError) as error:
         found = str(error).splitlines()[-1].strip()
-        raise Mistake(f"checkpoint {path} belongs to another model", found=found) from None
+        raise UserError(f"checkpoint {path} belongs to another model", found=found) from None

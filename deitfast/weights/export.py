@@ -12,8 +12,8 @@ from deitfast.models.vit import VisionTransformer, joint
 from deitfast.run_folder import write_text
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.read import INPUT_FIELDS, METADATA
-from pipelines.errors import Mistake
-from pipelines.files import whole_file, writing
+from pipelines.errors import UserError
+from pipelines.files import atomic_write, writing
 
 FORMATS = ("timm", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
@@ -30,13 +30,13 @@ def format_of(out: Path, wish: str = "") -> str:
     """Return the format that is wished for; "": ONNX for a name ending in .onnx, else timm.
 
     Raises:
-        Mistake: there is no such format, or the name's ending promises another one.
+        UserError: there is no such format, or the name's ending promises another one.
     """
     form = wish or ("onnx" if out.suffix == ".onnx" else "timm")
     if form not in FORMATS:
-        raise Mistake(f"there is no format {form}", expected=", ".join(FORMATS))
+        raise UserError(f"there is no format {form}", expected=", ".join(FORMATS))
     if (out.suffix, form) in ((".onnx", "timm"), (".safetensors", "onnx")):
-        raise Mistake(f"{out} would not be what its name says", remedy=f"leave --format {form} out, or rename it")
+        raise UserError(f"{out} would not be what its name says", remedy=f"leave --format {form} out, or rename it")
     return form
 
 
@@ -47,11 +47,11 @@ def export_timm(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
     model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
     Raises:
-        Mistake: the network is none of timm's DeiTs.
-        Failure: the disk is full or not writable.
+        UserError: the network is none of timm's DeiTs.
+        DeitfastError: the disk is full or not writable.
     """
     if not isinstance(trained.model, VisionTransformer):
-        raise Mistake(f"{trained.recipe.model.arch} has no timm layout here", expected="a deit_* or vit_* network")
+        raise UserError(f"{trained.recipe.model.arch} has no timm layout here", expected="a deit_* or vit_* network")
     config = timm_config(trained)
     one_file = out.suffix == ".safetensors"
     file = out if one_file else out / "model.safetensors"
@@ -95,12 +95,12 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
 def export_onnx(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
     """Write a model as one ONNX file: pixels, float32 [batch, 3, S, S], to logits, float32 [batch, classes].
 
-    The batch may be of any size. Pixels are resized, cropped and normalised as the metadata says, under the same key
+    The batch may be of any size. Pixels are resized, cropped and normalized as the metadata says, under the same key
     and in the same words as in an exported .safetensors. Logits are the published prediction: two heads' mean.
 
     Raises:
-        Mistake: a package that torch exports with is not installed.
-        Failure: the disk is full or not writable.
+        UserError: a package that torch exports with is not installed.
+        DeitfastError: the disk is full or not writable.
     """
     side = trained.recipe.augment.size
     pixels, batch = torch.zeros(TRACED_BATCH, 3, side, side), torch.export.Dim("batch")
@@ -110,7 +110,7 @@ def export_onnx(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
             input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: batch},),
         )  # fmt: skip
     except ImportError as error:  # of either package
-        raise Mistake(
+        raise UserError(
             "the export to ONNX needs two packages more", found=str(error), remedy="pip install onnx onnxscript"
         ) from error
     assert program is not None  # only the older exporter, which writes a file, returns nothing
@@ -141,5 +141,5 @@ def _own(trained: TrainedModel) -> str:
 def _write(file: Path, content: bytes) -> None:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as opened:
+        with atomic_write(file) as opened:
             opened.write(content)

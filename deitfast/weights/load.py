@@ -13,7 +13,7 @@ from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
 from deitfast.weights.adapt import load_weights
 from deitfast.weights.read import Weights, read_weights
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 PADDED_SIDE = 32
 """Largest input in pixels for which evaluation does not resize, as in the recipe."""
@@ -44,8 +44,8 @@ def load_run(folder: Path, device: torch.device, *, ema: bool = False) -> Traine
         ema: take the averaged weights.
 
     Raises:
-        Mistake: no run or no checkpoint there, or no averaged weights in it.
-        Failure: the checkpoint is damaged.
+        UserError: no run or no checkpoint there, or no averaged weights in it.
+        DeitfastError: the checkpoint is damaged.
     """
     run = RunFolder(folder)
     recipe, classes = run.recipe(), run.info().classes
@@ -63,7 +63,7 @@ def load_file(
 ) -> TrainedModel:
     """Return the model that a file of weights holds.
 
-    Size, patches, classes and the distillation token come from the tensors' shapes; normalisation and crop from the
+    Size, patches, classes and the distillation token come from the tensors' shapes; normalization and crop from the
     file where it is ours, else from the built-in recipe for such a network and size.
 
     Args:
@@ -74,13 +74,15 @@ def load_file(
         ema: take the averaged weights.
 
     Raises:
-        Mistake: the file cannot be read, is of another network than `arch`, or a setting changes the network.
+        UserError: the file cannot be read, is of another network than `arch`, or a setting changes the network.
     """
     weights = read_weights(path, ema=ema)
     recipe = recipe_of(weights, arch)
     fed = recipes.override(recipe, list(settings))
     if (fed.model, fed.augment.size) != (recipe.model, recipe.augment.size) and weights.transformer:
-        raise Mistake("--set changes the network that the file holds", expected="settings of augment, train and loader")
+        raise UserError(
+            "--set changes the network that the file holds", expected="settings of augment, train and loader"
+        )
     model = build_model(fed.model, size=fed.augment.size, classes=weights.outputs, distilled=fed.distilled)
     if isinstance(model, VisionTransformer) and "head_dist.weight" not in weights.tensors:
         model.head_dist = None  # a token without a head of its own, as Hugging Face's DeiTForImageClassification has it
@@ -93,18 +95,18 @@ def recipe_of(weights: Weights, arch: Arch | None) -> Recipe:
     """Return the built-in recipe for the network that `weights` hold, at its size, patches and tokens.
 
     Raises:
-        Mistake: it is not `arch`, or cannot be told from the weights and is not given.
+        UserError: it is not `arch`, or cannot be told from the weights and is not given.
     """
     network = arch or weights.arch
     if network is None:
-        raise Mistake(f"{weights.path} does not tell which network it is", remedy="name it with --arch")
+        raise UserError(f"{weights.path} does not tell which network it is", remedy="name it with --arch")
     told = {f"augment.{name}": value for name, value in weights.input.items()}
     if not weights.transformer:
         recipe = recipes.choose(network, "", weights.input.get("size", IMAGENET_SIDE))
         return recipes.override(recipe, [_setting(name, value) for name, value in told.items()])
     if weights.arch is None or network.partition("_")[2] != weights.arch.partition("_")[2]:
         width = weights.tensors["pos_embed"].shape[-1]
-        raise Mistake(f"{weights.path} is no {network}", found=f"{weights.arch or 'a transformer'}, of width {width}")
+        raise UserError(f"{weights.path} is no {network}", found=f"{weights.arch or 'a transformer'}, of width {width}")
     fields = {
         "model.patch": weights.patch,
         "model.token": "on" if weights.distilled else "auto",

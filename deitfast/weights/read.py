@@ -17,7 +17,7 @@ from deitfast.config.recipe import Arch
 from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
 from deitfast.weights.huggingface import is_hugging_face, to_timm
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 WIDTHS = {192: "deit_ti", 384: "deit_s", 768: "deit_b"}
 WRAPPERS = ("module.", "_orig_mod.")
@@ -81,11 +81,11 @@ def grid_side(positions: Tensor, prefix: int) -> int:
     """Return the patches along a side that position embeddings [1, prefix + side^2, width] are for.
 
     Raises:
-        Mistake: they are for no square.
+        UserError: they are for no square.
     """
     side = math.isqrt(positions.shape[1] - prefix)
     if side**2 != positions.shape[1] - prefix:
-        raise Mistake(
+        raise UserError(
             "position embeddings of an image that is no square",
             expected=f"{prefix} and a square number of them",
             found=str(positions.shape[1]),
@@ -101,7 +101,7 @@ def read_weights(path: Path, *, ema: bool = False) -> Weights:
         ema: take the averaged weights (of a run, or of the reference's and timm's training checkpoints).
 
     Raises:
-        Mistake: no such file, one that cannot be read without running code, names of no network that deitfast knows,
+        UserError: no such file, one that cannot be read without running code, names of no network that deitfast knows,
             or no averaged weights.
     """
     file = weights_file(path)
@@ -112,8 +112,8 @@ def read_weights(path: Path, *, ema: bool = False) -> Weights:
     if run.exists():
         classes = run.info().classes
         input_ = {name: getattr(run.recipe().augment, name) for name in INPUT_FIELDS}
-    kind, tensors = _recognised(tensors, file)
-    if run.exists() or metadata or "optimiser" in tree:
+    kind, tensors = _recognized(tensors, file)
+    if run.exists() or metadata or "optimizer" in tree:
         kind = "deitfast"
     floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     return Weights(file, kind, floats, classes, input_)
@@ -123,10 +123,10 @@ def read_state(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file or of one that torch.save wrote, under the names that it has.
 
     Raises:
-        Mistake: no such file, or one that cannot be read without running code.
+        UserError: no such file, or one that cannot be read without running code.
     """
     if not file.is_file():
-        raise Mistake(f"there is no file {file}", expected="a .safetensors or a .pth file")
+        raise UserError(f"there is no file {file}", expected="a .safetensors or a .pth file")
     return _unwrapped(_safetensors(file)[0] if file.suffix == ".safetensors" else _torch_file(file), file, ema=False)
 
 
@@ -134,12 +134,12 @@ def weights_file(path: Path) -> Path:
     """Return the file that holds the weights of a run, of a folder as timm and Hugging Face write it, or `path`.
 
     Raises:
-        Mistake: there is none.
+        UserError: there is none.
     """
     run = RunFolder(path)
     file = run.checkpoint if run.exists() else path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise Mistake(
+        raise UserError(
             f"there are no weights in {path}" if path.is_dir() else f"there is no file {path}",
             expected="a run's folder, a folder with a model.safetensors, a .safetensors or a .pth file",
         )
@@ -159,7 +159,7 @@ def _safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise Mistake(f"{file} is no whole .safetensors file", found=str(error)) from None
+        raise UserError(f"{file} is no whole .safetensors file", found=str(error)) from None
 
 
 def _torch_file(file: Path) -> dict[str, Any]:
@@ -168,33 +168,33 @@ def _torch_file(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options beside the weights
             tree = checkpoint.read(file, "cpu")
     except checkpoint.UNREADABLE as error:
-        raise Mistake(
+        raise UserError(
             f"{file} cannot be read as weights",
             expected="a whole file of tensors, written by torch.save",
             found=checkpoint.reason(error),
             remedy="files that would run code are refused; save the state_dict alone, or as .safetensors",
         ) from None
     if not isinstance(tree, dict):
-        raise Mistake(f"{file} holds no weights", expected="a state_dict", found=type(tree).__name__)
+        raise UserError(f"{file} holds no weights", expected="a state_dict", found=type(tree).__name__)
     return tree
 
 
 def _unwrapped(tree: dict[str, Any], file: Path, ema: bool) -> dict[str, Tensor]:
     """Return the state_dict inside a training checkpoint, without wrappers' prefixes."""
     inner: Any = tree if not ema else None
-    if "optimiser" in tree:  # our own checkpoint
+    if "optimizer" in tree:  # our own checkpoint
         inner = tree["model"] if not ema else (tree["ema"] or {}).get("model")
     else:
         inner = next((tree[key] for key in (AVERAGED if ema else PLAIN) if isinstance(tree.get(key), Mapping)), inner)
     if inner is None:
-        raise Mistake(f"{file} has no averaged weights", remedy="leave --ema out")
+        raise UserError(f"{file} has no averaged weights", remedy="leave --ema out")
     for prefix in WRAPPERS:
         if inner and all(str(name).startswith(prefix) for name in inner):
             inner = {name.removeprefix(prefix): value for name, value in inner.items()}
     return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
 
 
-def _recognised(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
+def _recognized(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
     """Return whose names these are, and the tensors under the names that our models have."""
     kind = "DeiT and timm"
     if is_hugging_face(tensors):
@@ -203,7 +203,7 @@ def _recognised(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, 
         return kind, tensors
     if "fc.weight" in tensors and ("conv1.weight" in tensors or "stem.0.weight" in tensors):
         return "torchvision", tensors
-    raise Mistake(
+    raise UserError(
         f"{file} holds no network that deitfast knows",
         expected="names as in the official DeiT files, timm, Hugging Face's DeiT and ViT, or torchvision's CNNs",
         found=listed(sorted(tensors)) or "no tensors",

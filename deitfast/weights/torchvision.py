@@ -9,38 +9,38 @@ from torch import Tensor, nn
 
 from deitfast.models.class_names import IMAGENET
 from deitfast.weights.read import read_state
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 
 log = logging.getLogger("deitfast")
 
 
-def is_published(name: str) -> bool:
+def is_torchvision_model(name: str) -> bool:
     """Whether torchvision has published a classifier of this name."""
     return name in _names()
 
 
-def publication(name: str) -> Any:
+def torchvision_weights(name: str) -> Any:
     """Return torchvision's description of the best weights of a network: where they are, how images are fed to it."""
     from torchvision.models import get_model_weights
 
     return get_model_weights(name).DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def published_state(name: str, file: Path | None) -> dict[str, Tensor]:
+def torchvision_state(name: str, file: Path | None) -> dict[str, Tensor]:
     """Return the weights of a network: those in `file`, or torchvision's, from its cache or fetched.
 
     Raises:
-        Mistake: the file cannot be read as weights.
-        Failure: the weights cannot be fetched.
+        UserError: the file cannot be read as weights.
+        DeitfastError: the weights cannot be fetched.
     """
     if file:
         return read_state(file)
-    weights = publication(name)
+    weights = torchvision_weights(name)
     log.info("teacher %s: torchvision's %s, %s", name, weights.name, weights.url)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise Failure(
+        raise DeitfastError(
             f"the weights of teacher {name} cannot be fetched",
             expected=f"{weights.url}, or in torchvision's cache, {torch.hub.get_dir()}/checkpoints",
             found=str(error),
@@ -48,11 +48,11 @@ def published_state(name: str, file: Path | None) -> dict[str, Tensor]:
         ) from error
 
 
-def load_published(name: str, state: dict[str, Tensor], owner: str) -> tuple[nn.Module, int]:
+def load_torchvision(name: str, state: dict[str, Tensor], owner: str) -> tuple[nn.Module, int]:
     """Return network `name` with the weights of `state`, giving (logits [B, outputs],), and its number of outputs.
 
     Raises:
-        Mistake: the weights are another network's.
+        UserError: the weights are another network's.
     """
     from torchvision.models import get_model
 
@@ -63,7 +63,7 @@ def load_published(name: str, state: dict[str, Tensor], owner: str) -> tuple[nn.
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise Mistake(f"{owner} holds no {name}", found=str(error).splitlines()[-1].strip()) from None
+        raise UserError(f"{owner} holds no {name}", found=str(error).splitlines()[-1].strip()) from None
     return OneHead(network), outputs
 
 

@@ -1,7 +1,7 @@
 """From a batch of crops and what was drawn for it to the model's input, on the batch's device.
 
-The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of colour jitter),
-normalise, erase, mix. All that is random has been drawn on the host (`rng.view_params`); one copy carries it to the
+The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of color jitter),
+normalize, erase, mix. All that is random has been drawn on the host (`rng.view_params`); one copy carries it to the
 device, and the host never waits for an answer.
 
 Here it is done twice, to the same bits: in batched torch, which runs anywhere and is the reference, and in Triton
@@ -21,8 +21,8 @@ from pipelines.augment.patches import cut_patches
 from pipelines.augment.torch_ops import ops
 from pipelines.augment.torch_ops.erase import erase
 from pipelines.batch import Batch
-from pipelines.device import sent
-from pipelines.errors import Mistake
+from pipelines.device import to_device
+from pipelines.errors import UserError
 from pipelines.rng.packed_spec import UNIT
 from pipelines.rng.policies import OPERATIONS
 from pipelines.rng.view_params import COLUMNS, SLICES, ViewParams
@@ -34,13 +34,13 @@ class ModelInput:
     """What a step needs of a batch: the very tensor that the student and the teacher see, and its mixed target."""
 
     pixels: Tensor
-    """[B, 3, S, S] in the model's dtype, normalised, channels-last in memory; or in patches, as `augment` was asked."""
+    """[B, 3, S, S] in the model's dtype, normalized, channels-last in memory; or in patches, as `augment` was asked."""
     labels: Tensor
     """int64 [B]: each row's own label."""
-    partner_labels: Tensor
+    mix_labels: Tensor
     """int64 [B]: the label of the row that it is mixed with."""
-    share: Tensor
-    """float32 [B]: weight of `labels` in the target; `partner_labels` have the rest."""
+    lam: Tensor
+    """float32 [B]: weight of `labels` in the target; `mix_labels` have the rest."""
     valid: Tensor
     """bool [B]: False for rows that only fill up evaluation's last batch."""
     params: ViewParams
@@ -62,40 +62,40 @@ def augment(
 
     Args:
         batch: crops, labels and drawn parameters.
-        spec: the recipe's augmentation; gives the normalisation and the seed of erasing's noise.
+        spec: the recipe's augmentation; gives the normalization and the seed of erasing's noise.
         dtype: of the pixels.
-        train: False normalises and does nothing else, whatever was drawn.
+        train: False normalizes and does nothing else, whatever was drawn.
         patch: side of the patches to cut the pixels into, [B, (S/p)^2, 3 p p] in `cut_patches`' order; 0: not.
         kernels: what does it; the result is the same.
 
     Raises:
-        Mistake: kernels are on where they cannot run.
+        UserError: kernels are on where they cannot run.
     """
     if kernels_run(kernels, batch.images.device):
         return _in_kernels(batch, spec, dtype, train, patch)
     if not train:
         own = torch.ones_like(batch.labels, dtype=torch.float32)
-        return _input(batch, normalise(batch.images, spec), dtype, patch, batch.labels, own)
+        return _input(batch, normalize(batch.images, spec), dtype, patch, batch.labels, own)
     drawn = _send(batch.params, batch.images.device)
     images = torch.where(_per_image(drawn.columns["flip"] == 1), batch.images.flip(2), batch.images)
     for slot in drawn.slots:
         for name, rows, arguments in slot:
             ops.apply(name, images, rows, arguments)
-    pixels = normalise(images, spec)
+    pixels = normalize(images, spec)
     columns = drawn.columns
     if drawn.erased:
         erase(pixels, columns["erase"], columns["sample"], columns["view"], spec, drawn.erased)
-    share = columns["share"].float() / UNIT
+    lam = columns["lam"].float() / UNIT
     if drawn.mixed:
-        mix(pixels, columns["partner"], share, columns["box"])
-    return _input(batch, pixels, dtype, patch, batch.labels[columns["partner"]], share)
+        mix(pixels, columns["mix_index"], lam, columns["cutmix_bbox"])
+    return _input(batch, pixels, dtype, patch, batch.labels[columns["mix_index"]], lam)
 
 
 def kernels_run(kernels: str, device: torch.device) -> bool:
     """Return whether the kernels run on a device, for `train.kernels`.
 
     Raises:
-        Mistake: `kernels` is on, and they cannot.
+        UserError: `kernels` is on, and they cannot.
     """
     if kernels == "off":
         return False
@@ -104,7 +104,7 @@ def kernels_run(kernels: str, device: torch.device) -> bool:
         return True
     # Triton's own variable: then its interpreter runs them, on any device
     if kernels == "on" and not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise Mistake(
+        raise UserError(
             "train.kernels is on, but the augmentation kernels cannot run here",
             expected="a CUDA device, and Triton, which comes with PyTorch's CUDA builds",
             found=f"device {device}, {'Triton' if triton else 'no Triton'}",
@@ -118,40 +118,40 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
 
     device = batch.images.device
     drawn = launch.send(batch.params, device) if train else None
-    mean, scale = _normalisation(spec.mean, spec.std, device)
+    mean, scale = _normalization(spec.mean, spec.std, device)
     pixels = launch.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
     if drawn is None:
-        share = torch.ones_like(batch.labels, dtype=torch.float32)
-        return ModelInput(pixels, batch.labels, batch.labels, share, batch.valid, batch.params)
-    partners, share = drawn[:, SLICES["partner"].start].long(), drawn[:, SLICES["share"].start].float() / UNIT
-    return ModelInput(pixels, batch.labels, batch.labels[partners], share, batch.valid, batch.params)
+        lam = torch.ones_like(batch.labels, dtype=torch.float32)
+        return ModelInput(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params)
+    partners, lam = drawn[:, SLICES["mix_index"].start].long(), drawn[:, SLICES["lam"].start].float() / UNIT
+    return ModelInput(pixels, batch.labels, batch.labels[partners], lam, batch.valid, batch.params)
 
 
-def normalise(images: Tensor, spec: AugmentSpec) -> Tensor:
+def normalize(images: Tensor, spec: AugmentSpec) -> Tensor:
     """(pixel / 255 - mean) / std as float32 [B, S, S, 3] from uint8 [B, S, S, 3].
 
     Computed as (pixel - 255 mean) (1 / (255 std)): a product costs a GPU one instruction, an exact quotient sixteen.
     """
-    mean, scale = _normalisation(spec.mean, spec.std, images.device)
+    mean, scale = _normalization(spec.mean, spec.std, images.device)
     return (images - mean).mul_(scale)
 
 
-def mix(pixels: Tensor, partners: Tensor, share: Tensor, boxes: Tensor) -> None:
+def mix(pixels: Tensor, partners: Tensor, lam: Tensor, boxes: Tensor) -> None:
     """Mix each row with its partner as that is before mixing, in place.
 
-    MixUp: own x share + partner x (1 - share). CutMix, where a row has a box: the partner inside it, own outside.
+    MixUp: own x lam + partner x (1 - lam). CutMix, where a row has a box: the partner inside it, own outside.
 
     Args:
         pixels: float32 [B, S, S, 3].
         partners: row of the partner, int64 [B].
-        share: a row's own share, float32 [B].
+        lam: a row's own lam, float32 [B].
         boxes: top, left, height, width of what CutMix takes from the partner: int64 [B, 4]; height 0 for MixUp.
     """
     top, left, height, width = (_per_image(edge) for edge in boxes.unbind(1))
     at = torch.arange(pixels.shape[1], device=pixels.device)
     y, x = at.view(-1, 1, 1), at.view(1, -1, 1)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    theirs = torch.where(height > 0, inside.float(), 1 - _per_image(share))
+    theirs = torch.where(height > 0, inside.float(), 1 - _per_image(lam))
     # two products and a sum, as timm mixes: torch.lerp rounds once or twice, as the device happens to
     mixed_in = pixels.index_select(0, partners).mul_(theirs)
     pixels.mul_(1 - theirs).add_(mixed_in)
@@ -181,7 +181,7 @@ def _send(params: ViewParams, device: torch.device) -> _Drawn:
     extra = np.zeros((len(params), count, 3))
     groups = [_group(operations[:, slot], magnitudes[:, slot], extra[:, slot]) for slot in range(count)]
     host = torch.from_numpy(np.concatenate([params.table, extra.reshape(len(params), -1)], axis=1))
-    carried = sent(host, device)
+    carried = to_device(host, device)
     width = params.table.shape[1]
     table, orders = carried[:, :width].long(), carried[:, width:].unflatten(1, (count, 3))
     slots = []
@@ -190,7 +190,7 @@ def _send(params: ViewParams, device: torch.device) -> _Drawn:
         slots.append([(name, rows[some], arguments[some]) for name, some in group])
     columns = {name: table[:, SLICES[name]].squeeze(1) for name in COLUMNS}  # squeeze: [B, 1] is [B], as on the host
     erased = int((params.erase[:, 2] * params.erase[:, 3]).sum())
-    mixed = bool((params.share < UNIT).any() or params.box.any())
+    mixed = bool((params.lam < UNIT).any() or params.cutmix_bbox.any())
     return _Drawn(columns, slots, erased, mixed)
 
 
@@ -208,13 +208,11 @@ def _group(operations: np.ndarray, magnitudes: np.ndarray, lines: np.ndarray) ->
     return groups
 
 
-def _input(
-    batch: Batch, pixels: Tensor, dtype: torch.dtype, patch: int, partner_labels: Tensor, share: Tensor
-) -> ModelInput:
+def _input(batch: Batch, pixels: Tensor, dtype: torch.dtype, patch: int, mix_labels: Tensor, lam: Tensor) -> ModelInput:
     """NHWC pixels as an NCHW view in `dtype`, which is channels-last, or cut into patches."""
     cast = pixels.to(dtype).permute(0, 3, 1, 2)
     cut = cut_patches(cast, patch) if patch else cast
-    return ModelInput(cut, batch.labels, partner_labels, share, batch.valid, batch.params)
+    return ModelInput(cut, batch.labels, mix_labels, lam, batch.valid, batch.params)
 
 
 def _per_image(values: Tensor) -> Tensor:
@@ -223,7 +221,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean in pixel values and 1 / (255 std), float32 [3]; kept on the device, as copying them would wait."""
     both = [[255 * value for value in mean], [1 / (255 * value) for value in std]]
     first, second = torch.tensor(both, dtype=torch.float32, device=device)

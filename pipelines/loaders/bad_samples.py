@@ -8,7 +8,7 @@ cached target, stays what it is without the damage.
 import logging
 from threading import Lock
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ class BadSamples:
         """Return their numbers."""
         return sorted(self._met)
 
-    def meet(self, sample: int, failure: Failure) -> None:
+    def meet(self, sample: int, failure: DeitfastError) -> None:
         """Note a sample that cannot be read, and log it the first time. May be called from several threads.
 
         Raises:
-            Failure: `failure` itself, where nothing is to be skipped.
+            DeitfastError: `failure` itself, where nothing is to be skipped.
         """
         if not self._skip:
             raise failure

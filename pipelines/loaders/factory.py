@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pipelines.batch import Loader
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.bad_samples import BadSamples
 from pipelines.loaders.host import Codec, HostLoader, Plan
 from pipelines.rng.sampler import Sampler
@@ -44,12 +44,12 @@ def open_loader(
         augment: size and draws of the crops.
         spec: name, workers, prefetch, check.
         sampler: which rows, in which order, for this rank.
-        train: draw windows at random; else the recipe's centre crop.
+        train: draw windows at random; else the recipe's center crop.
         device: where batches go.
 
     Raises:
-        Mistake: the loader does not work on this machine or with this split; the message says why.
-        Failure: a sample is damaged (resident only; the others meet it in `epoch`).
+        UserError: the loader does not work on this machine or with this split; the message says why.
+        DeitfastError: a sample is damaged (resident only; the others meet it in `epoch`).
     """
     plan = Plan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
     match choose(reader, device) if spec.name == "auto" else spec.name:
@@ -73,7 +73,7 @@ def open_loader(
         case "reference":
             return HostLoader("reference", plan, _pillow_codec())
         case name:
-            raise Mistake(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
+            raise UserError(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
 
 
 def choose(reader: Reader, device: torch.device) -> str:
@@ -100,7 +100,7 @@ def free_memory(device: torch.device) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):  # what the page cache would give back counts as free
             return int(line.split()[1]) * 1024
-    raise Failure("/proc/meminfo does not say how much memory is available")
+    raise DeitfastError("/proc/meminfo does not say how much memory is available")
 
 
 def available() -> dict[str, str]:
@@ -127,7 +127,7 @@ def why_not(name: str) -> str:
 def _require(name: str) -> None:
     reason = why_not(name)
     if reason:
-        raise Mistake(
+        raise UserError(
             f"the {name} loader does not work here",
             found=reason,
             remedy="--set loader.name=auto; deitfast doctor says which loaders work",

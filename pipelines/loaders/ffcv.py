@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.host import Plan, refused
 from pipelines.loaders.prefetch import prefetched
@@ -89,7 +89,7 @@ class FfcvLoader:
     The decoder is compiled in a process's first batch, which takes some seconds.
 
     Raises:
-        Mistake: the split is in shards, of which FFCV's reader knows nothing.
+        UserError: the split is in shards, of which FFCV's reader knows nothing.
     """
 
     name = "ffcv"
@@ -135,10 +135,10 @@ class FfcvLoader:
 
 
 def _beton(reader: Reader) -> BetonReader:
-    """Return the reader of the one format that FFCV reads. Raises Mistake for another."""
+    """Return the reader of the one format that FFCV reads. Raises UserError for another."""
     if isinstance(reader, BetonReader):
         return reader
-    raise Mistake(
+    raise UserError(
         f"the ffcv loader cannot read {reader.path}",
         expected="FFCV's own format: one .beton file a split",
         found="tar shards",
@@ -183,7 +183,7 @@ class _Run(EpochIterator):
         for sample in np.unique(rows.samples[rows.valid]).tolist():
             try:
                 self.plan.stored(sample)
-            except Failure as failure:
+            except DeitfastError as failure:
                 self.plan.bad.meet(sample, failure)
                 found.append(sample)
         return found
@@ -217,7 +217,7 @@ def tabulate(reader: BetonReader, rows: Rows, params: ViewParams, damaged: Seque
     geometry, count = Geometry.of(params), np.arange(len(rows.samples))
     samples = np.where(rows.valid & ~np.isin(rows.samples, damaged), rows.samples, EMPTY)
     stored = (reader.heights, reader.widths, reader.modes, reader.offsets, reader.sizes)
-    drawn = (samples, count, geometry.window, geometry.resized, geometry.offset)
+    drawn = (samples, count, geometry.crop_box, geometry.resized, geometry.offset)
     table = np.column_stack([*drawn, *(column[rows.samples] for column in stored), np.zeros_like(count)])
     return table[np.argsort(samples, kind="stable")]
 

@@ -13,7 +13,7 @@ from pipelines.rng.view_params import ViewParams
 class Geometry:
     """The columns of `ViewParams` that a decoder needs, as int64 arrays of a row each."""
 
-    window: np.ndarray
+    crop_box: np.ndarray
     """[B, 4]: top, left, height, width in the stored image."""
     resized: np.ndarray
     """[B, 2]: height and width that the window is resized to."""
@@ -23,7 +23,7 @@ class Geometry:
     @classmethod
     def of(cls, params: ViewParams) -> "Geometry":
         """Return the geometry of a batch."""
-        return cls(*(params[name].astype(np.int64) for name in ("window", "resized", "offset")))
+        return cls(*(params[name].astype(np.int64) for name in ("crop_box", "resized", "offset")))
 
     def fills(self, side: int) -> bool:
         """Whether every row's resized window reaches over the whole of its S x S output."""
@@ -67,7 +67,7 @@ def by_image(rows: Rows, geometry: Geometry) -> list[WantedImage]:
         return []
     wanted = wanted[np.argsort(rows.samples[wanted], kind="stable")]
     samples, starts, counts = np.unique(rows.samples[wanted], return_index=True, return_counts=True)
-    corner, size = geometry.window[wanted, :2], geometry.window[wanted, 2:]
+    corner, size = geometry.crop_box[wanted, :2], geometry.crop_box[wanted, 2:]
     low, high = np.minimum.reduceat(corner, starts), np.maximum.reduceat(corner + size, starts)
     within = corner - np.repeat(low, counts, axis=0)
     table = np.column_stack([wanted, within, size, geometry.resized[wanted], geometry.offset[wanted]])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.loaders.bad_samples import BadSamples
 from pipelines.loaders.geometry import Crop, Geometry, WantedImage, by_image
 from pipelines.loaders.prefetch import broken_off, prefetched
@@ -30,7 +30,7 @@ CHUNK = 8
 """Images that a worker takes at once: a queue's round trip costs 20 us, decoding an image about 800."""
 
 
-class Canvases:
+class BufferPool:
     """Host memory for batches, reused once nothing of a batch is held any more.
 
     Fresh memory costs a page fault every 4 KB, a tenth of the cpu loader's time on images of 400 px.
@@ -58,10 +58,10 @@ class Plan:
     spec: LoaderSpec
     sampler: Sampler
     train: bool
-    """Draw windows at random (train) or take the recipe's centre (evaluation)."""
+    """Draw windows at random (train) or take the recipe's center (evaluation)."""
     device: torch.device
     bad: BadSamples
-    canvases: Canvases = field(default_factory=Canvases, repr=False, compare=False)
+    canvases: BufferPool = field(default_factory=BufferPool, repr=False, compare=False)
 
     @property
     def workers(self) -> int:
@@ -78,7 +78,7 @@ class Plan:
         """Return a sample's stored bytes, uint8 [n], checked against their CRC32 where the spec asks for it.
 
         Raises:
-            Failure: the bytes are not those that were converted.
+            DeitfastError: the bytes are not those that were converted.
         """
         return self.reader.checked_sample(sample) if self.spec.check else self.reader.sample(sample)
 
@@ -172,7 +172,7 @@ class HostLoader:
                     pixels = decoded(self.plan, codec, sample, *window)
                     for crop in crops:
                         cut(codec, pixels, crop, out)
-                except Failure as failure:
+                except DeitfastError as failure:
                     self.plan.bad.meet(sample, failure)
                     rows = [crop.row for crop in crops]
                     out[rows] = 0
@@ -186,7 +186,7 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
     """Return a window of a stored image, uint8 [height, width, 3].
 
     Raises:
-        Failure: the stored bytes are damaged or cannot be decoded; the message names the sample.
+        DeitfastError: the stored bytes are damaged or cannot be decoded; the message names the sample.
     """
     data = plan.stored(sample)
     if plan.reader.modes[sample] == RAW:
@@ -198,9 +198,9 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
         raise undecodable(plan.reader, sample, str(error)) from error
 
 
-def undecodable(reader: Reader, sample: int, found: str = "") -> Failure:
+def undecodable(reader: Reader, sample: int, found: str = "") -> DeitfastError:
     """Return the error for a sample whose bytes are those that were converted, but cannot be decoded."""
-    return Failure(
+    return DeitfastError(
         f"sample {sample} of {reader.place(sample).file} cannot be decoded",
         expected=f"a JPEG of {reader.widths[sample]} x {reader.heights[sample]} pixels",
         found=found,
@@ -208,7 +208,7 @@ def undecodable(reader: Reader, sample: int, found: str = "") -> Failure:
     )
 
 
-def refused(reader: Reader, sample: int) -> Failure | None:
+def refused(reader: Reader, sample: int) -> DeitfastError | None:
     """Return what to raise for a JPEG that a decoder did not take: nothing where Pillow reads it as it is stored."""
     try:
         height, width = stored_size(reader.sample(sample).tobytes())

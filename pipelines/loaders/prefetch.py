@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.device import naming_memory, sent
+from pipelines.device import explain_oom, to_device
 
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"
@@ -45,7 +45,7 @@ def prefetched(make: Callable[[], Iterator[Batch]], ahead: int, device: torch.de
 
     Raises:
         Exception: whatever `make` or its iterator raised, in the order of the batches.
-        Failure: there is no GPU memory for the batches.
+        DeitfastError: there is no GPU memory for the batches.
     """
     lane = _Lane(device)
     arrived: SimpleQueue[_Parcel | BaseException | None] = SimpleQueue()
@@ -77,7 +77,7 @@ def _produce(
 ) -> None:
     _PRODUCER.stop = stop
     try:
-        with lane.context(), naming_memory(BUFFER, REMEDY):
+        with lane.context(), explain_oom(BUFFER, REMEDY):
             batches = make()
             try:
                 while True:
@@ -115,7 +115,7 @@ class _Lane:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def send(self, batch: Batch) -> "_Parcel":
-        batch = _each(batch, lambda tensor: sent(tensor, self.device))
+        batch = _each(batch, lambda tensor: to_device(tensor, self.device))
         if self.stream is None:
             return _Parcel(batch, None)
         done = torch.cuda.Event()

@@ -39,7 +39,7 @@ def rounded(sums: Tensor) -> Tensor:
 def weights(start: Tensor, length: Tensor, resized: Tensor, pixels: int, side: int) -> Tensor:
     """Return PIL's bicubic weights x 2^22 along one axis, [B, side, pixels], whole numbers.
 
-    PIL's `precompute_coeffs`: output i has its centre at (i + .5) scale in the window; the filter is stretched by
+    PIL's `precompute_coeffs`: output i has its center at (i + .5) scale in the window; the filter is stretched by
     scale where it shrinks; its support is cut to whole pixels and to the window; weights are made to sum to 1.
     """
     dtype = torch.float32 if start.device.type == "mps" else torch.float64
@@ -47,11 +47,11 @@ def weights(start: Tensor, length: Tensor, resized: Tensor, pixels: int, side: i
     stretch = scale.clamp(min=1)
     steps = torch.arange(side, device=start.device, dtype=dtype)[None, :, None]
     places = torch.arange(pixels, device=start.device, dtype=dtype)[None, None, :] - start[:, None, None]
-    centre = (steps + 0.5) * scale
-    first = (centre - 2 * stretch + 0.5).trunc().clamp(min=0)
-    last = torch.minimum((centre + 2 * stretch + 0.5).trunc(), length[:, None, None].to(dtype))
+    center = (steps + 0.5) * scale
+    first = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
+    last = torch.minimum((center + 2 * stretch + 0.5).trunc(), length[:, None, None].to(dtype))
     inside = (places >= first) & (places < last)
-    raw = bicubic((places - centre + 0.5) / stretch) * inside
+    raw = bicubic((places - center + 0.5) / stretch) * inside
     raw = raw / raw.sum(-1, keepdim=True)
     return (raw * 2**PRECISION_BITS + 0.5 * raw.sign()).trunc()
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.device import naming_memory, sent
-from pipelines.errors import Failure, Mistake
+from pipelines.device import explain_oom, to_device
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.host import CHUNK, Codec, Plan, decoded
 from pipelines.loaders.prefetch import prefetched
@@ -32,7 +32,7 @@ class ResidentLoader:
     def __init__(self, plan: Plan, codec: Callable[[], Codec]) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         images, self._damaged = load(plan, codec)
-        with naming_memory("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
+        with explain_oom("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
             self.images: Tensor = images.to(plan.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -60,30 +60,30 @@ def one_size(reader: Reader) -> tuple[int, int] | None:
     return (int(heights[0]), int(widths[0])) if same else None
 
 
-def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, Failure]]:
+def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, DeitfastError]]:
     """Decode a whole split to uint8 [N, H, W, 3] on the host, with what is wrong with images that are to be skipped.
 
     Raises:
-        Mistake: its images differ in size.
-        Failure: a sample is damaged.
+        UserError: its images differ in size.
+        DeitfastError: a sample is damaged.
     """
     size = one_size(plan.reader)
     if size is None:
-        raise Mistake(
+        raise UserError(
             f"the resident loader cannot hold {plan.reader.path}",
             expected="images of one size",
             found=f"{len(set(zip(plan.reader.heights.tolist(), plan.reader.widths.tolist(), strict=True)))} sizes",
             remedy="choose another loader: --set loader.name=cpu",
         )
     images = torch.empty(plan.reader.num_samples, *size, 3, dtype=torch.uint8)
-    out, damaged = images.numpy(), dict[int, Failure]()
+    out, damaged = images.numpy(), dict[int, DeitfastError]()
 
     def fill(start: int) -> None:
         own = codec()
         for sample in range(start, min(start + 8 * CHUNK, len(out))):
             try:
                 out[sample] = decoded(plan, own, sample, 0, 0, *size)
-            except Failure as failure:
+            except DeitfastError as failure:
                 if not plan.spec.skip_bad:
                     raise
                 damaged[sample] = failure
@@ -100,11 +100,11 @@ def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int) -> Tensor:
 
     One copy carries what the device must know, and the host waits for nothing. Rows that are not valid are black.
     """
-    whole = not geometry.window[:, :2].any() and bool((geometry.window[:, 2:] == geometry.resized).all())
+    whole = not geometry.crop_box[:, :2].any() and bool((geometry.crop_box[:, 2:] == geometry.resized).all())
     offset = np.where(rows.valid[:, None], geometry.offset, OUT_OF_SIGHT)
-    columns = np.column_stack([rows.samples, np.arange(len(offset)), geometry.window, geometry.resized, offset])
+    columns = np.column_stack([rows.samples, np.arange(len(offset)), geometry.crop_box, geometry.resized, offset])
     chosen, own, window, resized, offset = (
-        part.squeeze(1) for part in sent(torch.from_numpy(columns), images.device).split([1, 1, 4, 2, 2], dim=1)
+        part.squeeze(1) for part in to_device(torch.from_numpy(columns), images.device).split([1, 1, 4, 2, 2], dim=1)
     )
     if whole:
         return framed(images, chosen, resized, offset, size)

@@ -5,7 +5,7 @@ unchanged on numpy arrays, torch tensors, Python integers and inside numba. Floa
 made, and there only as + - * / on float64, which IEEE 754 rounds alike everywhere: logarithm and exponential are summed
 here, because those of libm and of numpy differ in the last bit from machine to machine.
 
-A quantile table holds half of a symmetric distribution: 4,097 knots at even steps of probability, from the centre
+A quantile table holds half of a symmetric distribution: 4,097 knots at even steps of probability, from the center
 outwards, joined by straight lines. The farthest cell has 2^-12 of the probability (both tails together); inside it a
 straight line stands for the tail.
 """
@@ -103,7 +103,7 @@ def normal(word: Ints, table: Ints) -> Ints:
 
     The word's top bit is the sign. Nothing lies beyond the table's last knot, 4.13.
     """
-    return distance_from_centre(word, table) * (1 - (word >> 31) * 2)
+    return distance_from_center(word, table) * (1 - (word >> 31) * 2)
 
 
 def beta(word: Ints, table: Ints) -> Ints:
@@ -111,12 +111,12 @@ def beta(word: Ints, table: Ints) -> Ints:
 
     The lower half mirrors the upper one as 2^30 - 1 - x, so Beta(1, 1) takes every value equally often.
     """
-    distance = distance_from_centre(word, table)
+    distance = distance_from_center(word, table)
     return select(word >> 31, HALF - 1 - distance, HALF + distance)
 
 
-def distance_from_centre(word: Ints, table: Ints) -> Ints:
-    """Return how far from the centre the word's lower 31 bits lie, in the table's unit."""
+def distance_from_center(word: Ints, table: Ints) -> Ints:
+    """Return how far from the center the word's lower 31 bits lie, in the table's unit."""
     cell = (word >> REST_BITS) & (CELLS - 1)
     low = table[cell]
     return low + (((table[cell + 1] - low) * (word & ((1 << REST_BITS) - 1))) >> REST_BITS)
@@ -139,11 +139,11 @@ def beta_table(a: float) -> np.ndarray:
     The last knot is placed so that the variance is right, at most at 1/2: it is 1/2 for a <= 1, but for a large a a
     straight line from the last but one to 1/2 would weigh more than all the rest. Beta(1, 1) is exactly uniform.
     """
-    centre = _beta_series(np.array([0.5]), a)
+    center = _beta_series(np.array([0.5]), a)
 
     def inside(knot: np.ndarray) -> np.ndarray:
         x = (HALF - knot - 0.5) / (1 << 30)  # the end of the lower tail, whose probability is half of what is outside
-        return 1 - _exp(a * _log(4 * x * (1 - x))) * (_beta_series(x, a) / centre)
+        return 1 - _exp(a * _log(4 * x * (1 - x))) * (_beta_series(x, a) / center)
 
     table = _invert(inside, 29)
     table = _close(table, variance=4.0**29 / (2 * a + 1))

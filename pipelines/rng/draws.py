@@ -4,12 +4,12 @@ Each function takes an `AugmentSpec` as integers and tables (`pack` and `tables_
 the same integers wherever it runs. They branch on the spec, never on what is drawn. `rng.view_params` runs them over
 a batch on the host; inside a compiled decoder they run one view at a time:
 
-    window = compiled().window
+    crop_box = compiled().crop_box
 
     @numba.njit
     def decode(packed, height, width, spec, tables):
         sample, view = packed & 0xFFFFFFFFFF, packed >> 40
-        top, left, h, w, resized_h, resized_w, y, x = window(sample, view, height, width, spec, tables)
+        top, left, h, w, resized_h, resized_w, y, x = crop_box(sample, view, height, width, spec, tables)
 
     decode(packed, height, width, pack(augment), tables_for(augment))
 
@@ -31,29 +31,29 @@ MAX_SIDE = 65535
 """Longest side of a stored image: areas then stay below 2^32."""
 
 
-def window(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, ...]:
+def crop_box(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, ...]:
     """Return a view's geometry: window (top, left, height, width), resized (height, width), offset (top, left).
 
     `height` and `width` are the stored image's, in 1..65535. The window is cut from the stored image and resized; the
     S x S output is taken from that at the offset, black where it reaches over.
     """
-    if spec.window != RESIZED:
-        return placed_window(sample, view, height, width, spec)
-    found, top, left, h, w = window_try(sample, view, 0, height, width, spec, tables)
+    if spec.crop != RESIZED:
+        return placed_crop(sample, view, height, width, spec)
+    found, top, left, h, w = crop_try(sample, view, 0, height, width, spec, tables)
     for block in range(1, TRIES):
-        ok, new_top, new_left, new_h, new_w = window_try(sample, view, block, height, width, spec, tables)
+        ok, new_top, new_left, new_h, new_w = crop_try(sample, view, block, height, width, spec, tables)
         take = ok * (found == 0)
         top, left = select(take, new_top, top), select(take, new_left, left)
         h, w = select(take, new_h, h), select(take, new_w, w)
         found = found + take
-    middle_top, middle_left, middle_h, middle_w = window_fallback(height, width, spec)
+    middle_top, middle_left, middle_h, middle_w = crop_fallback(height, width, spec)
     top, left = select(found, top, middle_top), select(found, left, middle_left)
     h, w = select(found, h, middle_h), select(found, w, middle_w)
     zero = h * 0
     return top, left, h, w, zero + spec.size, zero + spec.size, zero, zero
 
 
-def window_try(
+def crop_try(
     sample: Ints, view: Ints, block: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables
 ) -> tuple[Ints, ...]:
     """Return (fits as 0 or 1, top, left, height, width) of one try at a random resized crop.
@@ -61,7 +61,7 @@ def window_try(
     Source: torchvision's RandomResizedCrop.get_params; area U(scale), width / height log-uniform, and a uniform
     position. Where it does not fit, the position means nothing.
     """
-    area, aspect, y, x = philox.philox(sample, view, philox.WINDOW, block, spec.key0, spec.key1)
+    area, aspect, y, x = philox.philox(sample, view, philox.CROP, block, spec.key0, spec.key1)
     half_log = spec.aspect_low + bounded(aspect, spec.aspect_count)
     root = isqrt(height * width * (spec.area_low + bounded(area, spec.area_count)))
     w, h = _scaled(root, half_log, tables), _scaled(root, -half_log, tables)
@@ -75,8 +75,8 @@ def _scaled(root: Ints, half_log: Ints, tables: Tables) -> Ints:
     return (root * exp2(half_log, tables.exp2) + (1 << (bits - 1))) >> bits
 
 
-def window_fallback(height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return the centre window (top, left, height, width) that torchvision takes after ten tries in vain.
+def crop_fallback(height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return the center window (top, left, height, width) that torchvision takes after ten tries in vain.
 
     It is the whole image, with its long side cut where the aspect ratio is out of bounds.
     """
@@ -87,17 +87,17 @@ def window_fallback(height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, 
     return (height - h) >> 1, (width - w) >> 1, h, w
 
 
-def placed_window(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, ...]:
-    """Return the geometry (see `window`) of the whole image, resized by its short side, seen at an offset.
+def placed_crop(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, ...]:
+    """Return the geometry (see `crop_box`) of the whole image, resized by its short side, seen at an offset.
 
-    PADDED: the offset is uniform and reaches `padding` over each edge. CENTRED: it is torchvision's CenterCrop's.
+    PADDED: the offset is uniform and reaches `padding` over each edge. CENTERED: it is torchvision's CenterCrop's.
     """
     landscape = height <= width
     resized_h = select(landscape, spec.short, spec.short * height // width)
     resized_w = select(landscape, spec.short * width // height, spec.short)
     zero = height * 0
-    if spec.window == PADDED:
-        _, _, y, x = philox.philox(sample, view, philox.WINDOW, 0, spec.key0, spec.key1)
+    if spec.crop == PADDED:
+        _, _, y, x = philox.philox(sample, view, philox.CROP, 0, spec.key0, spec.key1)
         top = bounded(y, resized_h - spec.size + 2 * spec.padding + 1) - spec.padding
         left = bounded(x, resized_w - spec.size + 2 * spec.padding + 1) - spec.padding
     else:
@@ -137,7 +137,7 @@ def _of_sub_policy(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables
 
 
 def jitter(sample: Ints, view: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
-    """Return colour jitter's three operations (indices into OPERATIONS) in their order, then their factors in Q16.
+    """Return color jitter's three operations (indices into OPERATIONS) in their order, then their factors in Q16.
 
     All six are 0 where the spec has no jitter. Source: torchvision's ColorJitter.get_params, without hue.
     """
@@ -211,35 +211,35 @@ def erase_noise(sample: Ints, view: Ints, pixel: Ints, spec: PackedSpec, table: 
 
 
 def mix(group: Ints, number: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Return a group's own share in Q16 and its box (top, left, height, width) in pass `number`.
+    """Return a group's lambda in Q16 and its box (top, left, height, width) in pass `number`.
 
-    A box of zeros means MixUp, or nothing where the share is one. CutMix's box has a uniform centre and sides of
-    S sqrt(1 - lambda), and is clipped; the share is what it leaves. Source: timm's Mixup and rand_bbox.
+    A box of zeros means MixUp, or nothing where lambda is one. CutMix's box has a uniform center and sides of
+    S sqrt(1 - lambda), and is clipped; lambda is then the area that it leaves. Source: timm's Mixup and rand_bbox.
     """
     mixed, switch, size, _ = philox.philox(group, number, philox.MIX, 0, spec.key0, spec.key1)
     y, x, _, _ = philox.philox(group, number, philox.MIX, 1, spec.key0, spec.key1)
     mixes = mixed < spec.mix
     cuts = mixes * (switch < spec.cutmix)
-    lam = distributions.beta(size, tables.mixup)
+    mixup_lam = distributions.beta(size, tables.mixup)
     side = isqrt(((1 << 30) - distributions.beta(size, tables.cutmix)) * (spec.size * spec.size)) >> 15
     top, bottom = _clipped(bounded(y, spec.size), side, spec.size)
     left, right = _clipped(bounded(x, spec.size), side, spec.size)
     h, w = (bottom - top) * cuts, (right - left) * cuts
     area = spec.size * spec.size
     uncovered = ((area - h * w) * UNIT + (area >> 1)) // area
-    share = select(cuts, uncovered, select(mixes, (lam + (1 << 13)) >> 14, UNIT))
+    lam = select(cuts, uncovered, select(mixes, (mixup_lam + (1 << 13)) >> 14, UNIT))
     kept = (h * w > 0) * 1
-    return share, top * kept, left * kept, h * kept, w * kept
+    return lam, top * kept, left * kept, h * kept, w * kept
 
 
-def _clipped(centre: Ints, side: Ints, size: int) -> tuple[Ints, Ints]:
-    """Return both ends of a side about its centre, clipped to the output."""
-    return clip(centre - (side >> 1), 0, size), clip(centre + ((side + 1) >> 1), 0, size)
+def _clipped(center: Ints, side: Ints, size: int) -> tuple[Ints, Ints]:
+    """Return both ends of a side about its center, clipped to the output."""
+    return clip(center - (side >> 1), 0, size), clip(center + ((side + 1) >> 1), 0, size)
 
 
 @cache
 def compiled() -> SimpleNamespace:
-    """Return `window`, `flip`, `operation`, `jitter`, `erase_box`, `erase_noise`, `mix`, `philox`, compiled by numba.
+    """Return `crop_box`, `flip`, `operation`, `jitter`, `erase_box`, `erase_noise`, `mix`, `philox`, compiled by numba.
 
     Each takes what its namesake here takes, as int64 scalars and numpy `Tables`, and gives the same. They release the
     GIL and can be called from other compiled code. Compilation happens at the first call, in a second or two.
@@ -249,10 +249,10 @@ def compiled() -> SimpleNamespace:
 
     inner = (
         *(philox.philox, bounded, select, clip, shift_half_even, isqrt, exp2),
-        *(distributions.distance_from_centre, distributions.normal, distributions.beta),
-        *(_scaled, _clipped, _of_sub_policy, _pick, window_try, window_fallback, placed_window, erased, erase_try),
+        *(distributions.distance_from_center, distributions.normal, distributions.beta),
+        *(_scaled, _clipped, _of_sub_policy, _pick, crop_try, crop_fallback, placed_crop, erased, erase_try),
     )
     for function in inner:
         register_jitable(function)
-    outer = (window, flip, operation, jitter, erase_box, erase_noise, mix, philox.philox)
+    outer = (crop_box, flip, operation, jitter, erase_box, erase_noise, mix, philox.philox)
     return SimpleNamespace(**{function.__name__: numba.njit(function, nogil=True) for function in outer})

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.rng import distributions, philox
 from pipelines.rng.philox import Ints
 from pipelines.rng.policies import AUTOAUGMENT, OPERATIONS
 from pipelines.spec import AugmentSpec
 
-RESIZED, PADDED, CENTRED = range(3)
-"""Kinds of window: random resized crop, random crop of the padded image, evaluation's centre."""
+RESIZED, PADDED, CENTERED = range(3)
+"""Kinds of window: random resized crop, random crop of the padded image, evaluation's center."""
 UNIT = 1 << 16
 """One, in the Q16 of magnitudes and shares."""
 
@@ -23,9 +23,9 @@ class PackedSpec(NamedTuple):
 
     key0: int
     key1: int
-    window: int  # RESIZED, PADDED or CENTRED
+    crop: int  # RESIZED, PADDED or CENTERED
     size: int  # of the output, px
-    short: int  # PADDED, CENTRED: short side of the resized image, px
+    short: int  # PADDED, CENTERED: short side of the resized image, px
     padding: int  # px
     area_low: int  # share of the image, Q30
     area_count: int  # Q30 steps, both ends included
@@ -46,7 +46,7 @@ class PackedSpec(NamedTuple):
     mix: int
     cutmix: int
     autoaugment: int  # 1: operations come from AutoAugment's sub-policies
-    jitter_low: int  # factor of colour jitter, Q16
+    jitter_low: int  # factor of color jitter, Q16
     jitter_count: int  # Q16 steps, both ends included; 0: no jitter
 
 
@@ -79,24 +79,24 @@ def _policy_table() -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
-    """Return a spec as integers, for training's random windows or for evaluation's centres.
+    """Return a spec as integers, for training's random windows or for evaluation's centers.
 
     Raises:
-        Mistake: an aspect ratio is not in [1/64, 64], or the magnitude's deviation is above 100.
+        UserError: an aspect ratio is not in [1/64, 64], or the magnitude's deviation is above 100.
     """
     if spec.magnitude_std > 100:
-        raise Mistake("augment.magnitude_std is too large", expected="at most 100", found=f"{spec.magnitude_std}")
+        raise UserError("augment.magnitude_std is too large", expected="at most 100", found=f"{spec.magnitude_std}")
     key0, key1 = philox.key_words(spec.seed)
     resized = spec.crop == "resized"
     area_low, area_count = _steps(*spec.scale, unit=30)
     aspect_low, aspect_count = _log_steps("ratio", spec.ratio)
     erase_area_low, erase_area_count = _steps(*spec.erasing_area, unit=30)
     erase_aspect_low, erase_aspect_count = _log_steps("erasing_ratio", spec.erasing_ratio)
-    jitter = spec.colour_jitter if spec.policy == "none" else 0.0  # timm's rule
+    jitter = spec.color_jitter if spec.policy == "none" else 0.0  # timm's rule
     jitter_low, jitter_count = _steps(1 - jitter, 1 + jitter, unit=16)
     return PackedSpec(
         key0, key1,
-        window=CENTRED if not train else RESIZED if resized else PADDED,
+        crop=CENTERED if not train else RESIZED if resized else PADDED,
         size=spec.size,
         short=int(spec.size / spec.eval_crop) if resized else spec.size,
         padding=spec.padding,
@@ -124,5 +124,7 @@ def _steps(low: float, high: float, unit: int) -> tuple[int, int]:
 
 def _log_steps(name: str, ratio: tuple[float, float]) -> tuple[int, int]:
     if not 2.0 ** (-2 * distributions.EXP2_RANGE) <= ratio[0] <= ratio[1] <= 2.0 ** (2 * distributions.EXP2_RANGE):
-        raise Mistake(f"augment.{name} is out of range", expected="aspect ratios between 1/64 and 64", found=f"{ratio}")
+        raise UserError(
+            f"augment.{name} is out of range", expected="aspect ratios between 1/64 and 64", found=f"{ratio}"
+        )
     return _steps(math.log2(ratio[0]) / 2, math.log2(ratio[1]) / 2, unit=distributions.EXP2_UNIT)

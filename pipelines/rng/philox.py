@@ -9,12 +9,12 @@ is the augmentation seed, low word first. The stream says what is drawn, and wha
 
 | stream | c0, c1 | block: its words |
 | --- | --- | --- |
-| WINDOW | sample, view | try t: area, aspect, top, left; a padded crop takes block 0's top and left |
+| CROP | sample, view | try t: area, aspect, top, left; a padded crop takes block 0's top and left |
 | FLIP | sample, view | 0: flipped? |
 | OPERATION | sample, view | slot s: which, applied?, magnitude, sign; 2: AutoAugment's sub-policy |
 | ERASE | sample, view | 0: erased? 1 + t: try t's area, aspect, top, left |
 | NOISE | sample, view | y * S + x of the output's pixel: red, green, blue |
-| MIX | group, pass | 0: mixed?, CutMix?, lambda; 1: the box's centre: y, x |
+| MIX | group, pass | 0: mixed?, CutMix?, lambda; 1: the box's center: y, x |
 | ORDER | sample, pass | 0: the pass's sort key |
 | BLOCKS | block of the pass, epoch | 0: the epoch's sort key |
 | SUBSET | sample, 0 | 0: the subset's sort key |
@@ -40,7 +40,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-WINDOW, FLIP, OPERATION, ERASE, NOISE, MIX, ORDER, BLOCKS, SUBSET, JITTER = range(1, 11)
+CROP, FLIP, OPERATION, ERASE, NOISE, MIX, ORDER, BLOCKS, SUBSET, JITTER = range(1, 11)
 """Streams: the counter's third word. Their numbers decide what a seed means and never change."""
 
 

@@ -8,15 +8,15 @@ OPERATIONS = (
 )  # fmt: skip
 """An index into this names an operation, in drawn tables too: new ones come at the end.
 
-The first fifteen after "none" are RandAugment's, in the -Increasing and -Rel flavours of timm's. -Original: as
+The first fifteen after "none" are RandAugment's, in the -Increasing and -Rel flavors of timm's. -Original: as
 AutoAugment reads a magnitude (timm's PosterizeOriginal, and its Solarize, Color, Contrast and Sharpness without a
-suffix). Jitter-: colour jitter's, whose magnitude is the factor of the blend itself.
+suffix). Jitter-: color jitter's, whose magnitude is the factor of the blend itself.
 """
 
 RANDAUGMENT = 15
 """Operations that RandAugment chooses from: OPERATIONS[1:16]."""
 FIRST_JITTER = OPERATIONS.index("JitterBrightness")
-"""Index of the first of colour jitter's three operations, which follow each other."""
+"""Index of the first of color jitter's three operations, which follow each other."""
 
 AUTOAUGMENT = (
     (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)),

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.rng import philox
 from pipelines.spec import AugmentSpec
 
@@ -46,7 +46,7 @@ def group_size(spec: AugmentSpec, rank_batch: int) -> int:
     """Return the views of a mixing group: the spec's, or 1 where nothing is mixed and any batch will do.
 
     Raises:
-        Mistake: the batch of one rank is no multiple of the spec's group.
+        UserError: the batch of one rank is no multiple of the spec's group.
     """
     if not (spec.mixup or spec.cutmix):
         return 1
@@ -83,7 +83,7 @@ class TrainSampler:
             with rows that are not valid. For a teacher, who answers for every view, whatever batch asks for it later.
 
     Raises:
-        Mistake: the numbers do not fit each other; the message says which to change.
+        UserError: the numbers do not fit each other; the message says which to change.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainSampler:
         _check_ranks(samples, batch, rank, world)
         _check_groups(batch, world, group)
         if views % repeats:
-            raise Mistake(
+            raise UserError(
                 f"{views} views of each image do not divide into {repeats} of an epoch",
                 remedy=f"ask for a multiple of {repeats} views, or set augment.repeats to 1",
             )
@@ -116,7 +116,7 @@ class TrainSampler:
             largest = -(-self._blocks // repeats) * repeats  # groups of the epoch that has most
             self.steps_per_epoch = -(-largest // self._step_groups)
         if self.steps_per_epoch == 0:
-            raise Mistake(
+            raise UserError(
                 f"{len(self._indices)} images do not fill one batch",
                 expected=f"{batch} views in an epoch",
                 found=f"{available}, in groups of {group} images x {repeats} views",
@@ -244,21 +244,21 @@ def _padded(blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _check_ranks(samples: int, batch: int, rank: int, world: int) -> None:
     if not 0 <= rank < world:
-        raise Mistake(f"rank {rank} is not one of {world} ranks")
+        raise UserError(f"rank {rank} is not one of {world} ranks")
     if not 0 < samples < 2**31:
-        raise Mistake(f"a split of {samples} images cannot be sampled", expected="between 1 and 2^31 - 1 images")
+        raise UserError(f"a split of {samples} images cannot be sampled", expected="between 1 and 2^31 - 1 images")
     if batch < 1:
-        raise Mistake(f"a batch of {batch} is empty", remedy="set train.batch to at least 1 for each rank")
+        raise UserError(f"a batch of {batch} is empty", remedy="set train.batch to at least 1 for each rank")
 
 
 def _check_groups(batch: int, world: int, group: int) -> None:
-    """Raise Mistake unless every rank's share of a batch is a whole number of groups."""
+    """Raise UserError unless every rank's share of a batch is a whole number of groups."""
     if batch % (world * group) == 0:
         return
     share = batch // world
     divisors = [size for size in range(2, min(group, share) + 1, 2) if batch % (world * size) == 0]
     larger = f"set train.batch to a multiple of {world * group}"
-    raise Mistake(
+    raise UserError(
         f"a batch of {batch} views on {world} rank(s) is no whole number of mixing groups",
         expected=f"a multiple of augment.mix_group x ranks = {group} x {world}",
         remedy=f"set augment.mix_group to {divisors[-1]}, or {larger}" if divisors else larger,
@@ -268,5 +268,5 @@ def _check_groups(batch: int, world: int, group: int) -> None:
 def _checked_subset(subset: np.ndarray, samples: int) -> np.ndarray:
     indices = np.asarray(subset, np.int64)
     if len(np.unique(indices)) != len(indices) or (len(indices) and not 0 <= indices.min() <= indices.max() < samples):
-        raise Mistake(f"a subset must name images 0..{samples - 1}, each once")
+        raise UserError(f"a subset must name images 0..{samples - 1}, each once")
     return indices

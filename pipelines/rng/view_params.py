@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.rng import draws
 from pipelines.rng.packed_spec import RESIZED, UNIT, PackedSpec, Tables, pack, tables_for
 from pipelines.rng.sampler import Rows
@@ -18,17 +18,17 @@ from pipelines.spec import AugmentSpec
 COLUMNS = {
     "sample": 1,  # index in the split
     "view": 1,  # number of the view
-    "window": 4,  # top, left, height, width in the stored image
+    "crop_box": 4,  # top, left, height, width in the stored image
     "resized": 2,  # height, width that the window is resized to
     "offset": 2,  # top, left of the S x S output in the resized window; black outside it
     "flip": 1,  # 1: mirror the output left to right
     "operation": 2,  # indices into OPERATIONS; 0: none
     "magnitude": 2,  # m x 65536, negative where the drawn sign is
     "erase": 4,  # top, left, height, width in the output; height 0: none
-    "partner": 1,  # row of the batch that this row is mixed with
-    "share": 1,  # this row's own share x 65536, after CutMix's correction to the clipped box
-    "box": 4,  # CutMix's top, left, height, width in the output; height 0: MixUp (or nothing, at share 65536)
-    "jitter": 3,  # colour jitter's operations in their order, indices into OPERATIONS; 0: none
+    "mix_index": 1,  # row of the batch that this row is mixed with
+    "lam": 1,  # weight of this row's own image x 65536, after CutMix's correction to the clipped box
+    "cutmix_bbox": 4,  # CutMix's top, left, height, width in the output; height 0: MixUp (or nothing, at lam 65536)
+    "jitter": 3,  # color jitter's operations in their order, indices into OPERATIONS; 0: none
     "factor": 3,  # their factors x 65536
 }
 """Name and width of every column of `ViewParams.table`, in order."""
@@ -62,16 +62,16 @@ class ViewParams:
 
     sample = _Column()
     view = _Column()
-    window = _Column()
+    crop_box = _Column()
     resized = _Column()
     offset = _Column()
     flip = _Column()
     operation = _Column()
     magnitude = _Column()
     erase = _Column()
-    partner = _Column()
-    share = _Column()
-    box = _Column()
+    mix_index = _Column()
+    lam = _Column()
+    cutmix_bbox = _Column()
     jitter = _Column()
     factor = _Column()
 
@@ -95,7 +95,7 @@ def draw_train(spec: AugmentSpec, rows: Rows, heights: np.ndarray, widths: np.nd
     """
     packed, tables = pack(spec), tables_for(spec)
     params = _start(rows)
-    _put_windows(params, packed, tables, rows, heights, widths)
+    _put_crop_boxes(params, packed, tables, rows, heights, widths)
     sample, view = rows.samples, rows.views
     params.flip[:] = draws.flip(sample, view, packed)
     for slot in range(2):
@@ -109,44 +109,44 @@ def draw_train(spec: AugmentSpec, rows: Rows, heights: np.ndarray, widths: np.nd
 
 
 def draw_eval(spec: AugmentSpec, rows: Rows, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
-    """Return an evaluation batch's parameters: the recipe's centre, nothing else; arguments as `draw_train`'s."""
+    """Return an evaluation batch's parameters: the recipe's center, nothing else; arguments as `draw_train`'s."""
     params = _start(rows)
-    _put_windows(params, pack(spec, train=False), tables_for(spec), rows, heights, widths)
+    _put_crop_boxes(params, pack(spec, train=False), tables_for(spec), rows, heights, widths)
     return params
 
 
 def _start(rows: Rows) -> ViewParams:
     """Return parameters that name their rows and do nothing to them."""
     params = ViewParams(np.zeros((len(rows.samples), sum(COLUMNS.values())), np.int32))
-    params.sample[:], params.view[:], params.partner[:] = rows.samples, rows.views, rows.partners
-    params.share[:] = UNIT
+    params.sample[:], params.view[:], params.mix_index[:] = rows.samples, rows.views, rows.partners
+    params.lam[:] = UNIT
     return params
 
 
-def _put_windows(
+def _put_crop_boxes(
     params: ViewParams, spec: PackedSpec, tables: Tables, rows: Rows, heights: np.ndarray, widths: np.ndarray
 ) -> None:
     sample, view = rows.samples, rows.views
     height, width = heights.astype(np.int64), widths.astype(np.int64)
     sides = np.concatenate((height, width, [1]))
     if sides.min() < 1 or sides.max() > draws.MAX_SIDE:
-        raise Failure(
+        raise DeitfastError(
             "the size of a stored image is out of range",
             expected=f"sides of 1 to {draws.MAX_SIDE} pixels",
             found=f"{sides.min()} to {sides.max()}",
             remedy="run deitfast verify on the data set and convert it again",
         )
-    geometry = params.table[:, SLICES["window"].start : SLICES["offset"].stop]
-    if spec.window != RESIZED:
-        geometry[:] = _columns(draws.placed_window(sample, view, height, width, spec))
+    geometry = params.table[:, SLICES["crop_box"].start : SLICES["offset"].stop]
+    if spec.crop != RESIZED:
+        geometry[:] = _columns(draws.placed_crop(sample, view, height, width, spec))
         return
 
     def attempt(block: int | np.ndarray, some: np.ndarray) -> tuple[np.ndarray, ...]:
-        return draws.window_try(sample[some], view[some], block, height[some], width[some], spec, tables)
+        return draws.crop_try(sample[some], view[some], block, height[some], width[some], spec, tables)
 
-    found = _first_fit(attempt, 0, np.arange(len(params)), params.window)
+    found = _first_fit(attempt, 0, np.arange(len(params)), params.crop_box)
     lost = np.flatnonzero(~found)
-    params.window[lost] = _columns(draws.window_fallback(height[lost], width[lost], spec))
+    params.crop_box[lost] = _columns(draws.crop_fallback(height[lost], width[lost], spec))
     params.resized[:] = spec.size
 
 
@@ -169,7 +169,7 @@ def _put_mixing(params: ViewParams, spec: PackedSpec, tables: Tables, rows: Rows
     starts = np.concatenate(([0], np.flatnonzero(changes) + 1))[: len(params)]
     lengths = np.diff(np.append(starts, len(params)))
     drawn = _columns(draws.mix(rows.groups[starts], rows.passes[starts], spec, tables))
-    params.table[:, SLICES["share"].start : SLICES["box"].stop] = np.repeat(drawn, lengths, axis=0)
+    params.table[:, SLICES["lam"].start : SLICES["cutmix_bbox"].stop] = np.repeat(drawn, lengths, axis=0)
 
 
 def _first_fit(

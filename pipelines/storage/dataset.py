@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.errors import Failure, Mistake
-from pipelines.files import whole_file
+from pipelines.errors import DeitfastError, UserError
+from pipelines.files import atomic_write
 from pipelines.spec import DatasetSpec
 from pipelines.storage.formats.beton import BetonReader
 from pipelines.storage.formats.wds_reader import ShardReader
@@ -41,8 +41,8 @@ class Dataset:
         """Open the dataset in `folder`; its files are opened by `split`.
 
         Raises:
-            Mistake: there is no dataset here, or one of another version.
-            Failure: dataset.json is damaged.
+            UserError: there is no dataset here, or one of another version.
+            DeitfastError: dataset.json is damaged.
         """
         folder = Path(folder)
         return cls(folder, read_spec(folder))
@@ -51,12 +51,12 @@ class Dataset:
         """Return the reader of one split, opened once and checked against dataset.json.
 
         Raises:
-            Mistake: there is no such split.
-            Failure: a file of it is missing or not the one that was converted.
+            UserError: there is no such split.
+            DeitfastError: a file of it is missing or not the one that was converted.
         """
         if name not in self.spec.splits:
             has = ", ".join(self.spec.splits)
-            raise Mistake(f"{self.folder}: this dataset has no split {name!r}", expected=f"one of: {has}")
+            raise UserError(f"{self.folder}: this dataset has no split {name!r}", expected=f"one of: {has}")
         if name not in self._readers:
             self._readers[name] = self._open_split(name)
         return self._readers[name]
@@ -72,7 +72,7 @@ class Dataset:
         path = self.folder / split.file
         remedy = "`deitfast verify` says what is damaged; convert again, or copy the file from where it is whole"
         if path.is_file() and path.stat().st_size != split.size:
-            raise Failure(
+            raise DeitfastError(
                 f"{path}: not the file that {SPEC_FILE} describes",
                 expected=f"{split.size:,} bytes",
                 found=f"{path.stat().st_size:,} bytes",
@@ -81,7 +81,7 @@ class Dataset:
         reader = open_reader(path)
         if reader.index_crc32 != split.index_crc32 or reader.num_samples != split.samples:
             reader.close()
-            raise Failure(
+            raise DeitfastError(
                 f"{path}: its index is damaged or another dataset's",
                 expected=f"{split.samples:,} samples, index CRC32 {split.index_crc32:08x}",
                 found=f"{reader.num_samples:,} samples, index CRC32 {reader.index_crc32:08x}",
@@ -94,7 +94,7 @@ def open_reader(path: Path) -> Reader:
     """Open a split's file or folder by its suffix, not compared with any dataset.json.
 
     Raises:
-        Failure: it is missing or not whole.
+        DeitfastError: it is missing or not whole.
     """
     match path.suffix:
         case ".beton":
@@ -121,7 +121,7 @@ def dataset_fingerprint(classes: tuple[str, ...], splits: Mapping[str, str]) -> 
 
 def write_spec(folder: Path, spec: DatasetSpec) -> None:
     """Publish dataset.json: there is the whole new one or none, whenever this is interrupted."""
-    with whole_file(folder / SPEC_FILE) as file:
+    with atomic_write(folder / SPEC_FILE) as file:
         file.write((json.dumps(asdict(spec), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
@@ -130,19 +130,19 @@ def read_spec(folder: Path) -> DatasetSpec:
     path = folder / SPEC_FILE
     remedy = "make one with `deitfast convert`, or give the folder of one"
     if not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder", expected="the folder of a converted dataset", remedy=remedy)
+        raise UserError(f"{folder}: no such folder", expected="the folder of a converted dataset", remedy=remedy)
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text)
     except FileNotFoundError:
-        raise Mistake(f"{folder}: not a converted dataset", expected=f"a {SPEC_FILE} in it", remedy=remedy) from None
+        raise UserError(f"{folder}: not a converted dataset", expected=f"a {SPEC_FILE} in it", remedy=remedy) from None
     except OSError as error:
-        raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+        raise DeitfastError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # JSON's and UTF-8's errors
         raise _damaged(path, "JSON text", str(error)) from None
     version = data.get("format") if isinstance(data, dict) else None
     if version != FORMAT:
-        raise Mistake(
+        raise UserError(
             f"{path}: this program cannot read this dataset",
             expected=f"format {FORMAT}",
             found=f"format {version}" if version is not None else "no format",
@@ -157,8 +157,10 @@ def read_spec(folder: Path) -> DatasetSpec:
     return spec
 
 
-def _damaged(path: Path, expected: str, found: str) -> Failure:
-    return Failure(f"{path}: damaged or edited", expected=expected, found=found, remedy="convert the dataset again")
+def _damaged(path: Path, expected: str, found: str) -> DeitfastError:
+    return DeitfastError(
+        f"{path}: damaged or edited", expected=expected, found=found, remedy="convert the dataset again"
+    )
 
 
 def _check_consistency(path: Path, spec: DatasetSpec) -> None:

@@ -23,7 +23,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A set of labelled images somewhere outside. Worker processes get a copy of it with `splits` empty."""
+    """A set of labeled images somewhere outside. Worker processes get a copy of it with `splits` empty."""
 
     kind: str
     """imagenet, cifar10, cifar100, folder or demo."""
@@ -39,7 +39,7 @@ class Source(ABC):
         """Return the encoded file's bytes, or raw pixels as uint8 [H, W, 3].
 
         Raises:
-            OSError, Failure: the image cannot be read at all. That stops a conversion, whatever is skipped.
+            OSError, DeitfastError: the image cannot be read at all. That stops a conversion, whatever is skipped.
         """
 
 

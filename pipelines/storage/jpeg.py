@@ -16,13 +16,13 @@ class Frame:
     height: int
     width: int
     components: int
-    """1: grey, 3: colour, 4: CMYK."""
+    """1: gray, 3: color, 4: CMYK."""
     scan: int
     """Where the first scan starts, in bytes."""
 
     @property
     def baseline(self) -> bool:
-        """Whether a hardware decoder takes it: baseline, and grey or colour."""
+        """Whether a hardware decoder takes it: baseline, and gray or color."""
         return self.marker == BASELINE and self.components in (1, 3)
 
 

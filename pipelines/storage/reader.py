@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 
 JPEG, RAW = 0, 1
 """What a sample's bytes are: an encoded JPEG, or uint8 [height, width, 3]."""
@@ -48,7 +48,7 @@ class Reader(Protocol):
         """Return one sample's bytes, read-only uint8 [size]; those of a JPEG are a view of the file.
 
         Raises:
-            Failure: what is stored there is damaged so badly that it has no such bytes.
+            DeitfastError: what is stored there is damaged so badly that it has no such bytes.
         """
         ...
 
@@ -56,7 +56,7 @@ class Reader(Protocol):
         """Return `sample(index)` once its CRC32 is right.
 
         Raises:
-            Failure: the bytes are not those that were written; the message names the file and the sample.
+            DeitfastError: the bytes are not those that were written; the message names the file and the sample.
         """
         ...
 
@@ -69,9 +69,9 @@ class Reader(Protocol):
         ...
 
 
-def damaged(reader: Reader, index: int, expected: str, found: str) -> Failure:
+def damaged(reader: Reader, index: int, expected: str, found: str) -> DeitfastError:
     """Return the error that says that a sample is not what was written."""
-    return Failure(
+    return DeitfastError(
         f"{reader.place(index).file}: sample {index} is damaged",
         expected=expected,
         found=found,
@@ -83,7 +83,7 @@ def compare_crc(reader: Reader, index: int, data: np.ndarray) -> np.ndarray:
     """Return `data`, a sample's bytes, once they have its CRC32.
 
     Raises:
-        Failure: they have another one.
+        DeitfastError: they have another one.
     """
     found = zlib.crc32(data.data)
     if found != reader.crcs[index]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.jpeg import HUFFMAN_FRAMES, read_frame
 from pipelines.storage.reader import JPEG, RAW
 
@@ -42,7 +42,7 @@ class Kind(IntFlag):
     REENCODED = 2
     RAW = 4
     SHRUNK = 8
-    GREY = 16
+    GRAY = 16
     CMYK = 32
     DEEP = 64
     PALETTE = 128
@@ -57,7 +57,7 @@ KIND_NAMES = {
     Kind.REENCODED: "re-encoded",
     Kind.RAW: "stored raw",
     Kind.SHRUNK: "shrunk",
-    Kind.GREY: "grey",
+    Kind.GRAY: "gray",
     Kind.CMYK: "CMYK",
     Kind.DEEP: "16-bit",
     Kind.PALETTE: "palette",
@@ -89,9 +89,11 @@ class Codec:
 
     def __post_init__(self) -> None:
         if self.max_side != 0 and not 16 <= self.max_side <= LONGEST_SIDE:
-            raise Mistake("max_side is out of range", expected=f"16 to {LONGEST_SIDE}, or 0", found=str(self.max_side))
+            raise UserError(
+                "max_side is out of range", expected=f"16 to {LONGEST_SIDE}, or 0", found=str(self.max_side)
+            )
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise Mistake("quality is out of range", expected="1 to 100", found=str(self.quality))
+            raise UserError("quality is out of range", expected="1 to 100", found=str(self.quality))
 
     def encode(self, image: Image.Image) -> bytes:
         """Return an RGB image as JPEG: 4:2:0 as photographs usually are where smaller files were asked for."""
@@ -180,7 +182,7 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: Codec) -> S
     _check_end(content)
     image.load()
     if image.mode == "L" and as_it_is:
-        return _sample(JPEG, size, _grey_to_rgb(image), kind | Kind.REENCODED)
+        return _sample(JPEG, size, _gray_to_rgb(image), kind | Kind.REENCODED)
     sample = _store(_to_rgb(image), kind, codec, lossless=False)
     if passable and (sample.width, sample.height) == size and len(sample.data) >= len(content):
         return _sample(JPEG, size, content, kind | Kind.PASSED)
@@ -209,14 +211,14 @@ def _save(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _grey_to_rgb(image: Any) -> bytes:
-    """Return a grey JPEG as a colour one: its luma requantised by its own table, which changes next to nothing."""
+def _gray_to_rgb(image: Any) -> bytes:
+    """Return a gray JPEG as a color one: its luma requantized by its own table, which changes next to nothing."""
     table = image.quantization[image.layer[0][3]]
     return _save(image.convert("RGB"), qtables=[table], subsampling="4:2:0")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the pixels as 8-bit RGB, 16-bit greys scaled by 255 / 65535 (Pillow would clip them)."""
+    """Return the pixels as 8-bit RGB, 16-bit grays scaled by 255 / 65535 (Pillow would clip them)."""
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 65535:
@@ -232,7 +234,7 @@ def _traits(image: Image.Image, name: str) -> Kind:
     kind = Kind(0)
     mode = image.mode
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
-        kind |= Kind.GREY
+        kind |= Kind.GRAY
     if mode == "CMYK":
         kind |= Kind.CMYK
     if mode.startswith("I") or any(str(raw)[-4:-1] == ";16" for raw in _raw_modes(image)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.spec import DatasetSpec, SplitSpec
 from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, open_reader, read_spec
 from pipelines.storage.formats.wds_reader import ShardReader, shard_damages
@@ -68,21 +68,21 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
         The report; damage is in it, never raised.
 
     Raises:
-        Mistake: there is no dataset here.
+        UserError: there is no dataset here.
     """
     folder = Path(folder)
     try:
         spec = read_spec(folder)
-    except Mistake:
+    except UserError:
         raise
-    except Failure as failure:
+    except DeitfastError as failure:
         return Report(folder, {}, 0, decode, (Damage("", None, "", str(failure)),))
     damages: list[Damage] = []
     samples, size = {}, 0
     for name, split in spec.splits.items():
         try:
             reader = open_reader(folder / split.file)
-        except Failure as failure:
+        except DeitfastError as failure:
             damages.append(Damage(name, None, "", str(failure)))
             continue
         damages += [Damage(name, None, "", reason) for reason in _index_damage(reader, split)]
@@ -126,7 +126,7 @@ def _sample_damage(reader: Reader, number: int, decode: bool) -> str:
             found = stored_size(data.tobytes())
             if found != expected:
                 return f"expected {expected[0]} x {expected[1]} pixels, decoded {found[0]} x {found[1]}"
-    except Failure as failure:
+    except DeitfastError as failure:
         return f"expected {failure.expected}, found {failure.found}"
     except BadImageError as reason:
         return f"does not decode: {reason}"

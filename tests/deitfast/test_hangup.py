@@ -79,7 +79,7 @@ def test_a_training_saves_and_says_why_it_ends(tiny_small: Path, tmp_path: Path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}], ids=["", "colour"])
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}], ids=["", "color"])
 def test_a_training_that_is_to_outlive_its_terminal_does(tiny_small: Path, tmp_path: Path, environment) -> None:
     """FORCE_COLOR has bars drawn also where no terminal is left."""
     hung_up(tmp_path, "train", tiny_small, tmp_path / "run", "deaf", **environment)

@@ -111,7 +111,7 @@ def test_while_the_first_step_compiles(
     tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch, compiled: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(step_module.Learner, "step", interrupted_then_slow)
+        patch.setattr(step_module.TrainStep, "step", interrupted_then_slow)
         patch.setattr(torch.nn.Module, "compile", lambda *arguments, **how: None)
         patch.setattr(torch, "compile", lambda function, **how: function)
         assert stopped(tiny_small, tmp_path / "run", compile=compiled) < SOON
@@ -120,7 +120,7 @@ def test_while_the_first_step_compiles(
 
 
 def test_between_steps_a_request_waits_for_the_step(tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch) -> None:
-    original: Callable = step_module.Learner.step
+    original: Callable = step_module.TrainStep.step
     done = []
 
     def asked_in_the_middle(self, *arguments):
@@ -130,7 +130,7 @@ def test_between_steps_a_request_waits_for_the_step(tiny_small: Path, tmp_path: 
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step_module.Learner, "step", asked_in_the_middle)
+        patch.setattr(step_module.TrainStep, "step", asked_in_the_middle)
         stopped(tiny_small, tmp_path / "run")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["steps"] == 3
     assert "stopped in epoch 1 after 3 steps; --resume goes on" in (tmp_path / "run" / "log.txt").read_text()
@@ -140,7 +140,7 @@ def test_between_steps_a_request_waits_for_the_step(tiny_small: Path, tmp_path: 
 def test_what_diverged_unseen_is_not_saved(
     tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original: Callable = step_module.Learner.step
+    original: Callable = step_module.TrainStep.step
     done = []
 
     def diverged(self, *arguments):
@@ -153,7 +153,7 @@ def test_what_diverged_unseen_is_not_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "LOOKS_AN_EPOCH", 1)
-        patch.setattr(step_module.Learner, "step", diverged)
+        patch.setattr(step_module.TrainStep, "step", diverged)
         stopped(tiny_small, tmp_path / "run")
     assert "the loss is not finite at epoch 1, step 2" in caplog.text
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["steps"] == 1
@@ -163,9 +163,9 @@ def test_what_diverged_unseen_is_not_saved(
 def test_several_ranks_leave_together_only() -> None:
     stop = Stop(replace(CPU, world=2))
     stop(signal.SIGINT, None)
-    with stop.at_once():
+    with stop.interruptible():
         pass
-    stop.check(looking=False)
+    stop.check(sync=False)
 
 
 def test_a_second_signal_ends_at_once_and_handlers_are_given_back() -> None:
@@ -174,7 +174,7 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)  # a logout sends both
         assert stop.signal == signal.SIGTERM
-        with pytest.raises(Interrupted), stop.at_once():
+        with pytest.raises(Interrupted), stop.interruptible():
             pytest.fail("the block was entered")
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)

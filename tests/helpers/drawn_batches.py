@@ -11,8 +11,8 @@ from pipelines.rng.view_params import COLUMNS, ViewParams
 def empty(rows: int) -> ViewParams:
     """Parameters that do nothing."""
     params = ViewParams(np.zeros((rows, sum(COLUMNS.values())), np.int32))
-    params.partner[:] = np.arange(rows)
-    params.share[:] = 65536
+    params.mix_index[:] = np.arange(rows)
+    params.lam[:] = 65536
     return params
 
 
@@ -26,9 +26,9 @@ def drawn(rng: np.random.Generator, rows: int, size: int) -> ViewParams:
     params.magnitude[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 2))
     params.jitter[:] = rng.integers(0, len(OPERATIONS), (rows, 3)) * (rng.random((rows, 3)) < 0.4)
     params.factor[:] = rng.integers(-10 * 65536, 10 * 65536 + 1, (rows, 3))
-    params.partner[:] = rng.permutation(rows)
-    params.share[:] = rng.integers(0, 65537, rows)
-    for name, share in (("erase", 0.5), ("box", 0.5)):
+    params.mix_index[:] = rng.permutation(rows)
+    params.lam[:] = rng.integers(0, 65537, rows)
+    for name, share in (("erase", 0.5), ("cutmix_bbox", 0.5)):
         corners = np.sort(rng.integers(0, size + 1, (rows, 2, 2)), axis=1)
         boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
         params[name][:] = boxes * (rng.random((rows, 1)) < share)

@@ -8,7 +8,7 @@ TIMM = {"ti": "deit_tiny", "s": "deit_small", "b": "deit_base"}
 SHAPES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 
 
-def randomised(model: nn.Module, seed: int = 3) -> nn.Module:
+def randomized(model: nn.Module, seed: int = 3) -> nn.Module:
     """Draw every parameter anew; return the model in evaluation mode."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
@@ -21,7 +21,7 @@ def timm_model(
 ) -> nn.Module:
     middle = "_distilled" if distilled else ""
     name = f"{TIMM[size_name]}{middle}_patch16_224"
-    return randomised(timm.create_model(name, img_size=size, patch_size=patch, num_classes=classes))
+    return randomized(timm.create_model(name, img_size=size, patch_size=patch, num_classes=classes))
 
 
 def hugging_face(kind: str, size_name: str = "ti", *, size: int = 32, patch: int = 8, classes: int = 7) -> nn.Module:
@@ -45,4 +45,4 @@ def hugging_face(kind: str, size_name: str = "ti", *, size: int = 32, patch: int
             model = transformers.DeiTForImageClassification(transformers.DeiTConfig(**options))
         case _:
             model = transformers.ViTForImageClassification(transformers.ViTConfig(**options))
-    return randomised(model)
+    return randomized(model)

@@ -36,7 +36,7 @@ def entries(
 
 
 def drawn(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]: smooth colours with some grain, as photographs have."""
+    """uint8 [height, width, 3]: smooth colors with some grain, as photographs have."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -75,15 +75,15 @@ def odd_images() -> dict[str, bytes]:
     alpha = rgb.copy()
     alpha.putalpha(Image.fromarray(drawn(67, 143, 6)[..., 0]))
     return {
-        "colour.JPEG": jpeg(101, 77, 1),
+        "color.JPEG": jpeg(101, 77, 1),
         "progressive.JPEG": jpeg(150, 133, 2, progressive=True),
         "full_chroma.JPEG": jpeg(55, 39, 3, subsampling=0),
         "rotated.JPEG": rotated_jpeg(40, 90, 4),
-        "grey.JPEG": encoded(Image.fromarray(drawn(120, 91, 7)).convert("L"), quality=80),
+        "gray.JPEG": encoded(Image.fromarray(drawn(120, 91, 7)).convert("L"), quality=80),
         "cmyk.JPEG": encoded(rgb.convert("CMYK"), quality=90),
         "really_png.JPEG": encoded(drawn(140, 60, 8), "PNG"),
         "small.png": encoded(drawn(32, 32, 9), "PNG"),
-        "small_grey.png": encoded(rgb.resize((30, 20)).convert("L"), "PNG"),
+        "small_gray.png": encoded(rgb.resize((30, 20)).convert("L"), "PNG"),
         "palette.png": encoded(rgb.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         "alpha.png": encoded(alpha, "PNG"),
         "deep.png": encoded(Image.fromarray(deep), "PNG"),

@@ -45,18 +45,18 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return {**state["model"], **{f"average of {name}": value for name, value in averaged.items()}}
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """The machine goes away."""
 
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make the learner's step `steps` + 1 the last thing that happens."""
-    original, done = step_module.Learner.step, []
+    original, done = step_module.TrainStep.step, []
 
     def crashing(self, *arguments):
         if len(done) == steps:
-            raise Crash
+            raise CrashError
         done.append(None)
         return original(self, *arguments)
 
-    monkeypatch.setattr(step_module.Learner, "step", crashing)
+    monkeypatch.setattr(step_module.TrainStep, "step", crashing)

@@ -17,7 +17,7 @@ from deitfast.data_loaders import open_training
 from deitfast.distill.build_cache import TeachJob, teach
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_key import open_cache
-from deitfast.distill.targets import Cached, InLoop
+from deitfast.distill.targets import CachedTargets, OnlineTeacher
 from deitfast.distill.teacher import Loaded, Teacher
 from deitfast.progress import Display
 from pipelines.augment.chain import augment
@@ -84,12 +84,12 @@ def nobody() -> Teacher:
     raise AssertionError("the teacher was asked")
 
 
-Make = Callable[[Recipe, int], InLoop | Cached]
+Make = Callable[[Recipe, int], OnlineTeacher | CachedTargets]
 
 
-def in_loop(recipe: Recipe, classes: int) -> InLoop:
+def in_loop(recipe: Recipe, classes: int) -> OnlineTeacher:
     """Targets straight from the judge."""
-    return InLoop(Teacher(judge(classes), recipe, CPU), recipe)
+    return OnlineTeacher(Teacher(judge(classes), recipe, CPU), recipe)
 
 
 def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0) -> dict[tuple[int, int], Tensor]:
@@ -105,7 +105,7 @@ def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0)
                     for batch in loader.epoch(epoch, 0 if epoch else start):
                         inputs = augment(batch, recipe.augment, dtype=torch.float32, train=True)
                         views = zip(inputs.params.view.tolist(), inputs.params.sample.tolist(), strict=True)
-                        found |= dict(zip(views, targets.of(inputs), strict=True))
+                        found |= dict(zip(views, targets.get(inputs), strict=True))
                     targets.save()
     return found
 
@@ -125,7 +125,7 @@ def cached(folder: Path, mode: str = "hard"):
     """Targets from a complete cache."""
     cache = TeacherCache.open(folder)
     assert cache.complete
-    return lambda recipe, classes: Cached(cache, recipe, classes, nobody, CPU)
+    return lambda recipe, classes: CachedTargets(cache, recipe, classes, nobody, CPU)
 
 
 def assert_same(one: dict, other: dict) -> None:

@@ -11,7 +11,7 @@ from pipelines.spec import AugmentSpec
 
 DEIT = AugmentSpec(seed=2**62 + 12345)
 AUTO = replace(DEIT, policy="autoaugment")
-JITTER = replace(DEIT, policy="none", colour_jitter=0.4)
+JITTER = replace(DEIT, policy="none", color_jitter=0.4)
 SMALL = AugmentSpec(size=32, crop="padded", seed=5)
 HARD = replace(DEIT, scale=(0.3, 1.0), ratio=(0.5, 8.0), erasing=1.0, erasing_area=(0.3, 1.0))  # many tries in vain
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.workers import in_order
 
 
 def square(number: int) -> int:
     """Run by worker processes."""
     if number == 13:
-        raise Mistake("unlucky", found="13")
+        raise UserError("unlucky", found="13")
     if number == 14:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.005 * (number % 3))
@@ -28,10 +28,10 @@ def test_workers_give_results_in_order():
 
 
 def test_workers_errors_and_deaths_are_reported():
-    with pytest.raises(Mistake, match="unlucky") as raised:
+    with pytest.raises(UserError, match="unlucky") as raised:
         list(in_order(square, [1, 13, 2], 2))
     assert raised.value.found == "13"
-    with pytest.raises(Failure, match=r"worker process died(.|\n)*out of memory"):
+    with pytest.raises(DeitfastError, match=r"worker process died(.|\n)*out of memory"):
         list(in_order(square, [1, 14, 2], 2))
 
 

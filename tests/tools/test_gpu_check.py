@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import RESIZED, open_train
 from tests.helpers.small_runs import CPU
@@ -138,14 +138,14 @@ def test_sections_are_left_out_by_name(tmp_path: Path, monkeypatch) -> None:
     ],
 )
 def test_a_target_is_met_by_the_median(least: float | None, most: float | None, met: bool | None) -> None:
-    figure = Figure("it", "share", (1.0, 2.0, 9.0), least=least, most=most)
+    figure = Figure("it", "lam", (1.0, 2.0, 9.0), least=least, most=most)
     assert (figure.median, figure.lowest, figure.highest) == (2.0, 1.0, 9.0)
     assert figure.met is met
 
 
 def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     figures = (
-        Figure("end to end", "share", (0.9, 0.94, 0.96), least=0.95),
+        Figure("end to end", "lam", (0.9, 0.94, 0.96), least=0.95),
         Figure("waits", "count", (0.0,), most=0),
         Figure("step", "images/s", (21700.4,)),
     )
@@ -165,9 +165,9 @@ def test_records_come_back_and_nothing_else_is_one(tmp_path: Path) -> None:
     tree = json.loads(path.read_text())
     for change in ({"format": 2}, {"more": 1}, {"sections": [{"name": "a", "outcome": "well"}]}):
         path.write_text(json.dumps(tree | change))
-        with pytest.raises(Failure):
+        with pytest.raises(DeitfastError):
             load(path)
-    with pytest.raises(Failure, match="holds no record"):
+    with pytest.raises(DeitfastError, match="holds no record"):
         load(tmp_path / "nowhere.json")
 
 
@@ -305,9 +305,9 @@ def test_given_images_are_converted_to_as_many_classes(tmp_path: Path) -> None:
     assert what.startswith("3 JPEGs of ")
     assert what.endswith("8 times")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Mistake, match="holds no JPEGs"):
+    with pytest.raises(UserError, match="holds no JPEGs"):
         jpegs(tmp_path / "empty")
-    with pytest.raises(Mistake, match="there is no"):
+    with pytest.raises(UserError, match="there is no"):
         jpegs(tmp_path / "nowhere")
 
 

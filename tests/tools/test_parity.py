@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipelines.augment.torch_ops import affine, ops
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.rng.policies import AUTOAUGMENT
 from tests.helpers.stored_images import jpeg, photo
 from tools.parity import __main__ as parity
@@ -45,7 +45,7 @@ def test_everything_is_compared_and_passes(quick: None) -> None:
     assert set(found.values()) == {"pass"}
     assert set(ops.TABLE) | {
         "sub-policies",
-        "normalise",
+        "normalize",
         "erase",
         "cpu, evaluation",
         "dali, evaluation",
@@ -131,7 +131,7 @@ def test_images_come_from_every_folder(tmp_path: Path) -> None:
     assert parity.gather(tmp_path, 3) == [b"a0", b"b0", b"c/d0"]
     assert parity.gather(tmp_path, 2) == [b"a0", b"b0"]
     assert set(parity.gather(tmp_path, 5)) == {b"a0", b"b0", b"c/d0", b"a1", b"b1"}
-    with pytest.raises(Mistake, match="holds no images"):
+    with pytest.raises(UserError, match="holds no images"):
         parity.gather(tmp_path / "c" / "nothing", 3)
 
 

@@ -63,7 +63,7 @@ def measured(options: argparse.Namespace, lacks: tuple[str, ...], scratch: Path)
     from deitfast.config.recipe import TrainSpec
     from deitfast.progress import start_logging
     from deitfast.runtime import start
-    from pipelines.errors import Failure
+    from pipelines.errors import DeitfastError
     from tools.gpu_check.lab import DRY, FULL, QUICK, Given, Lab
     from tools.gpu_check.record import load
     from tools.gpu_check.session import PARTS, Session, Wish, left_out
@@ -86,7 +86,7 @@ def measured(options: argparse.Namespace, lacks: tuple[str, ...], scratch: Path)
                     say(f"{name} will be left out: {reason}")
             record = Session(lab, wish, lacks, options.json, lambda section: out.print(table(section))).run()
             load(options.json)  # it is what its schema says
-    except Failure as error:
+    except DeitfastError as error:
         say(str(error))
         return error.exit_code
     for sentence in sentences(record):

@@ -38,7 +38,7 @@ def times(lab: Lab) -> Iterator[Figure | Note]:
     bench = lab.bench
     patch = reads_patches(bench.learner.model)
     found = augment_times(
-        bench.held, bench.recipe.augment, dtype=bench.runtime.pixels, patch=patch, runs=lab.scale.runs
+        bench.held, bench.recipe.augment, dtype=bench.runtime.input_dtype, patch=patch, runs=lab.scale.runs
     )
     for name, milliseconds in found.items():
         yield Figure(f"augmentation, {name}", "ms", tuple(milliseconds), "a batch")

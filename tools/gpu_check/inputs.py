@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
@@ -120,7 +120,7 @@ def jpegs(source: Path) -> list[bytes]:
     """Return the JPEGs of a folder, at any depth, or of a tar.
 
     Raises:
-        Mistake: there are none, or there is nothing.
+        UserError: there are none, or there is nothing.
     """
     if source.is_dir():
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -131,11 +131,11 @@ def jpegs(source: Path) -> list[bytes]:
                 members = [each for each in archive if each.isfile() and each.name.lower().endswith(SUFFIXES)]
                 found = [file.read() for each in members if (file := archive.extractfile(each))]
         except tarfile.TarError as error:
-            raise Mistake(f"{source} is no tar", found=str(error)) from error
+            raise UserError(f"{source} is no tar", found=str(error)) from error
     else:
-        raise Mistake(f"there is no {source}", expected="a folder or a tar of JPEGs")
+        raise UserError(f"there is no {source}", expected="a folder or a tar of JPEGs")
     if not found:
-        raise Mistake(f"{source} holds no JPEGs", expected=f"files called *{', *'.join(SUFFIXES)}")
+        raise UserError(f"{source} holds no JPEGs", expected=f"files called *{', *'.join(SUFFIXES)}")
     return found
 
 

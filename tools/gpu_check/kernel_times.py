@@ -4,7 +4,7 @@ import torch
 
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec, Kernels
 
 SLEEP = 40_000_000
@@ -28,10 +28,10 @@ def augment_times(
         runs: of each, after a warm-up in which the kernels are compiled.
 
     Raises:
-        Mistake: the batch is on another device.
+        UserError: the batch is on another device.
     """
     if batch.images.device.type != "cuda":
-        raise Mistake("only a CUDA device has the clock to time kernels by", found=f"{batch.images.device}")
+        raise UserError("only a CUDA device has the clock to time kernels by", found=f"{batch.images.device}")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in PATHS}
     for run in range(WARM_UP + runs):
         for name, kernels in PATHS.items():

@@ -39,7 +39,7 @@ class Scale:
     runs: int
     """Of the augmentation, on a GPU's own clock."""
     steps: int
-    """Watched for synchronisations, and traced."""
+    """Watched for synchronizations, and traced."""
     drawn: int
     """Photographs, and small images, that are drawn where none are given."""
     sides: tuple[tuple[int, int], ...]
@@ -113,7 +113,7 @@ class Lab:
     @cached_property
     def bench(self) -> Workbench:
         """That recipe on the photographs; its network is compiled once for all sections."""
-        return Workbench(self.photos, self.recipe, self.runtime.under(self.recipe.train))
+        return Workbench(self.photos, self.recipe, self.runtime.with_precision(self.recipe.train))
 
     @cached_property
     def teacher(self) -> Targets:
@@ -124,7 +124,7 @@ class Lab:
     def small_bench(self, *settings: str) -> Iterator[Workbench]:
         """Open DeiT-Ti at 32 px, hard-distilled from a full cache, on the small images, with all that it compiles."""
         recipe = recipes.override(recipes.load("deit_ti_cifar10"), [*BASE, *self.scale.small, *settings])
-        with fresh(), closing(Workbench(self.small, recipe, self.runtime.under(recipe.train))) as bench:
+        with fresh(), closing(Workbench(self.small, recipe, self.runtime.with_precision(recipe.train))) as bench:
             yield bench
 
     def release(self) -> None:
@@ -146,7 +146,7 @@ class Lab:
 
 @contextmanager
 def fresh() -> Iterator[None]:
-    """Forget afterwards what was compiled: CUDA graphs hold memory, and torch compiles a function only so often."""
+    """Forget afterward what was compiled: CUDA graphs hold memory, and torch compiles a function only so often."""
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ def loader(lab: Lab) -> Iterator[Figure | Note]:
 
 
 def pixels(lab: Lab) -> Iterator[Figure | Note]:
-    """The dali loader's crops against the reference loader's, PIL: training windows and evaluation's centres."""
+    """The dali loader's crops against the reference loader's, PIL: training windows and evaluation's centers."""
     spec, count = lab.recipe.augment, lab.scale.compared
     samples = lab.photos.split("train").num_samples
     train = TrainSampler(samples, count, spec.seed, spec.repeats, spec.mix_group)

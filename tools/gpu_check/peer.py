@@ -44,8 +44,8 @@ def end_to_end(lab: Lab, loaded: Loaded) -> Work:
         parts = [next(loaded.batches) for _ in range(size // loaded.size)]
         images, labels = (torch.cat([part[at].to(device, non_blocking=True) for part in parts]) for at in range(2))
         mixed, _ = mixup(images, labels)
-        pixels = mixed.to(bench.runtime.pixels).contiguous(memory_format=torch.channels_last)
-        inputs = replace(like, pixels=pixels, labels=labels, partner_labels=labels)
+        pixels = mixed.to(bench.runtime.input_dtype).contiguous(memory_format=torch.channels_last)
+        inputs = replace(like, pixels=pixels, labels=labels, mix_labels=labels)
         bench.learner.step(inputs, looks.find(inputs), LEARNING_RATE, 0)
 
     what = f"{loaded.what}; Mixup, {looks.what}, our step"

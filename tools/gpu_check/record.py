@@ -113,7 +113,7 @@ class Record:
 
 
 def save(record: Record, path: Path) -> None:
-    """Write a record as JSON, whole or not at all. Raises Failure where the disk is full or not writable."""
+    """Write a record as JSON, whole or not at all. Raises DeitfastError where the disk is full or not writable."""
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")  # pyright: ignore[reportArgumentType]
 
 
@@ -121,6 +121,6 @@ def load(path: Path) -> Record:
     """Read what `save` wrote.
 
     Raises:
-        Failure: the file is missing, damaged, or of another version.
+        DeitfastError: the file is missing, damaged, or of another version.
     """
     return read_record(Record, path, "tools/gpu_check", FORMAT)

@@ -21,7 +21,7 @@ KEEPS_UP = 0.95
 """Least share of the step's own rate that loader, augmentation and step together are to have."""
 WARM_UP = 3
 """Steps before watching or tracing begins."""
-SYNCHRONISES = "synchronizing CUDA operation"
+SYNCHRONIZES = "synchronizing CUDA operation"
 """What torch's warning says."""
 
 
@@ -34,7 +34,7 @@ def step(lab: Lab) -> Iterator[Figure | Note]:
     classes = len(bench.dataset.spec.classes)
     how = arithmetic(bench.recipe, classes, found[-1], bench.runtime, bench.clock, lab.pace)
     text = f"{how.step_flops / 1e12:.3g} of {how.product_flops / 1e12:.3g} TFLOP/s"
-    yield Figure("step, of a matrix product", "share", (how.utilisation,), text)
+    yield Figure("step, of a matrix product", "share", (how.utilization,), text)
 
 
 def together(lab: Lab) -> Iterator[Figure | Note]:
@@ -50,17 +50,17 @@ def together(lab: Lab) -> Iterator[Figure | Note]:
 
 
 def waiting(lab: Lab) -> Iterator[Figure | Note]:
-    """Host synchronisations in training steps, loader thread included: torch warns at each, on a GPU."""
+    """Host synchronizations in training steps, loader thread included: torch warns at each, on a GPU."""
     train = all_together(lab.bench)
     run(train, WARM_UP)
-    with synchronisations(lab.runtime.device) as seen:
+    with synchronizations(lab.runtime.device) as seen:
         run(train, lab.scale.steps)
-    yield Figure("host synchronisations", "count", (len(seen),), f"in {lab.scale.steps} steps", most=0)
+    yield Figure("host synchronizations", "count", (len(seen),), f"in {lab.scale.steps} steps", most=0)
     yield Note("places", sorted(set(seen)))
 
 
 @contextmanager
-def synchronisations(device: torch.device) -> Iterator[list[str]]:
+def synchronizations(device: torch.device) -> Iterator[list[str]]:
     """Collect where the block, in any thread, makes the host wait for the GPU; nothing on a CPU."""
     places: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -73,7 +73,7 @@ def synchronisations(device: torch.device) -> Iterator[list[str]]:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    places += [f"{each.filename}:{each.lineno}" for each in caught if SYNCHRONISES in str(each.message)]
+    places += [f"{each.filename}:{each.lineno}" for each in caught if SYNCHRONIZES in str(each.message)]
 
 
 def trace(lab: Lab) -> Iterator[Figure | Note]:

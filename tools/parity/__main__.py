@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 
 if TYPE_CHECKING:
     from tools.parity.check import Check
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
-POLICIES = {"RandAugment": "randaugment", "AutoAugment": "autoaugment", "colour jitter": "none"}
+POLICIES = {"RandAugment": "randaugment", "AutoAugment": "autoaugment", "color jitter": "none"}
 LEAST = 8
 """Images that are compared at least; fewer are taken again and again."""
 out, err = Console(), Console(stderr=True)
@@ -59,8 +59,8 @@ def groups(files: list[bytes], size: int) -> Iterator[tuple[str, Iterable["Check
         drawn = {name: loading.one_batch(reader, replace(spec, policy=policy)) for name, policy in POLICIES.items()}
         crops = drawn["RandAugment"].images.numpy()  # windows are the same under every policy
         params = {name: batch.params for name, batch in drawn.items()}
-        yield "operations against timm with Pillow, and torchvision's colour jitter", pixels.operations(crops)
-        yield "to the model's input, against a plain reading (normalised units)", pixels.chain(crops, params)
+        yield "operations against timm with Pillow, and torchvision's color jitter", pixels.operations(crops)
+        yield "to the model's input, against a plain reading (normalized units)", pixels.chain(crops, params)
         yield "loaders against the reference loader", loading.loaders(reader, small, size)
     yield "networks against timm (relative to the largest entry)", learning.networks()
     yield "losses, in value and gradient", learning.losses()
@@ -88,14 +88,14 @@ def gather(folder: Path, count: int) -> list[bytes]:
     """Return the bytes of `count` images below `folder`: one of each folder in turn, so that none has them all.
 
     Raises:
-        Mistake: there is no such folder, or no image in it.
+        UserError: there is no such folder, or no image in it.
     """
     by_folder: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
             by_folder.setdefault(path.parent, []).append(path)
     if not by_folder:
-        raise Mistake(f"{folder} holds no images", expected=f"files called *{', *'.join(SUFFIXES)}, at any depth")
+        raise UserError(f"{folder} holds no images", expected=f"files called *{', *'.join(SUFFIXES)}, at any depth")
     depth = -(-count // len(by_folder))
     layers = [paths[turn] for turn in range(depth) for paths in by_folder.values() if turn < len(paths)]
     step = max(1, len(layers) // count)
@@ -123,12 +123,12 @@ def _require_timm() -> None:
     """Say what is missing where this was started outside the developer's environment.
 
     Raises:
-        Mistake: timm cannot be imported.
+        UserError: timm cannot be imported.
     """
     try:
         import timm  # noqa: F401
     except ModuleNotFoundError:
-        raise Mistake(
+        raise UserError(
             "timm is not installed: without it there is nothing to hold deitfast against",
             remedy="tools/setup, or pip install -e '.[dev]'",
         ) from None
@@ -138,7 +138,7 @@ def main() -> None:
     """Run the command and exit; a mistake is said in a line or two."""
     try:
         app()
-    except Failure as error:
+    except DeitfastError as error:
         err.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(error.exit_code)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from deitfast.config.recipe import Arch, ModelSpec, OptimSpec, ScheduleSpec
 from deitfast.models.vit import build_model, joint
 from deitfast.train.losses import hard_distillation, mixed_cross_entropy, soft_distillation
-from deitfast.train.optim import build_optimiser, peak_lr
+from deitfast.train.optim import build_optimizer, peak_lr
 from deitfast.train.schedule import learning_rate
 from tools.parity.check import Check, compare
 
@@ -61,19 +61,19 @@ def losses() -> Iterator[Check]:
     draw = torch.Generator().manual_seed(2)
     logits, teacher = torch.randn(2, BATCH, CLASSES, generator=draw) * 3
     labels = torch.randint(0, CLASSES, (BATCH,), generator=draw)
-    for share in (1.0, 0.3):
-        mixed = {"partner_labels": labels.flip(0), "share": torch.full((BATCH,), share), "smoothing": 0.1}
+    for lam in (1.0, 0.3):
+        mixed = {"mix_labels": labels.flip(0), "lam": torch.full((BATCH,), lam), "smoothing": 0.1}
         ours = partial(mixed_cross_entropy, labels=labels, **mixed)
-        theirs = partial(SoftTargetCrossEntropy(), target=mixup_target(labels, CLASSES, lam=share, smoothing=0.1))
-        yield _both(f"smoothed, mixed cross-entropy, share {share:g}", ours, theirs, logits)
+        theirs = partial(SoftTargetCrossEntropy(), target=mixup_target(labels, CLASSES, lam=lam, smoothing=0.1))
+        yield _both(f"smoothed, mixed cross-entropy, lam {lam:g}", ours, theirs, logits)
     guesses = teacher.argmax(1)
     ours = partial(hard_distillation, teacher_labels=guesses)
     yield _both("hard distillation", ours, lambda z: -z.log_softmax(1)[range(BATCH), guesses].mean(), logits)
     divisors: dict[Literal["batch", "batch_classes"], int] = {"batch": BATCH, "batch_classes": BATCH * CLASSES}
-    for normalisation, divisor in divisors.items():
-        ours = partial(soft_distillation, teacher_logits=teacher, tau=TAU, normalisation=normalisation)
+    for normalization, divisor in divisors.items():
+        ours = partial(soft_distillation, teacher_logits=teacher, tau=TAU, normalization=normalization)
         theirs = partial(_divergence, teacher=teacher, divisor=divisor)
-        yield _both(f"soft distillation, by {normalisation}", ours, theirs, logits)
+        yield _both(f"soft distillation, by {normalization}", ours, theirs, logits)
 
 
 def rates() -> Iterator[Check]:
@@ -84,7 +84,7 @@ def rates() -> Iterator[Check]:
         yield compare(f"learning rate, {epochs} epochs", ours, _reference_rates(epochs, peak), 1e-12, unit=peak)
     model: Any = build_model(ModelSpec(), size=224, classes=CLASSES, distilled=True)
     theirs: Any = timm.create_model(NETWORKS[0][1], num_classes=CLASSES, drop_path_rate=0.1)
-    groups = build_optimiser(model, OptimSpec(), 1024).param_groups
+    groups = build_optimizer(model, OptimSpec(), 1024).param_groups
     others = param_groups_weight_decay(theirs, 0.05, no_weight_decay_list=theirs.no_weight_decay())
     ours, expected = ({group["weight_decay"]: _size(group["params"]) for group in some} for some in (groups, others))
     yield compare("weights decayed", [ours[0.05], ours[0.0]], [expected[0.05], expected[0.0]], 0)
@@ -136,11 +136,11 @@ def _divergence(logits: Tensor, teacher: Tensor, divisor: int) -> Tensor:
 
 def _reference_rates(epochs: int, peak: float) -> list[float]:
     """Return each epoch's rate as the DeiT reference has it: timm's scheduler, stepped after the epoch."""
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = CosineLRScheduler(optimiser, t_initial=epochs, lr_min=1e-5, warmup_lr_init=1e-6, warmup_t=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = CosineLRScheduler(optimizer, t_initial=epochs, lr_min=1e-5, warmup_lr_init=1e-6, warmup_t=5)
     found = []
     for epoch in range(epochs):
-        found.append(optimiser.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"])
         scheduler.step(epoch)
     return found
 

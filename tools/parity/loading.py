@@ -52,7 +52,7 @@ def shrunk(files: list[bytes]) -> list[bytes]:
 
 
 def loaders(reader: Reader, small: Reader, size: int) -> Iterator[Check]:
-    """Compare loaders over training windows and evaluation's centres, of the images and of small copies."""
+    """Compare loaders over training windows and evaluation's centers, of the images and of small copies."""
     spec = AugmentSpec(size=size, repeats=1, mix_group=2)
     padded = replace(spec, size=SMALL, crop="padded")
     for train, what in ((True, "random resized crops"), (False, "evaluation")):
@@ -109,7 +109,7 @@ def batches(name: str, reader: Reader, spec: AugmentSpec, train: bool) -> list[B
 def _torchvisions(reader: Reader, batch: Batch, row: int, size: int) -> np.ndarray:
     """Return a row's crop as torchvision's functions make it of a PIL image: uint8 [S, S, 3]."""
     image = stored_image(reader, int(batch.params.sample[row]))
-    top, left, height, width = batch.params.window[row].tolist()
+    top, left, height, width = batch.params.crop_box[row].tolist()
     if batch.params.resized[row].tolist() == [size, size]:
         return np.asarray(pillow.resized_crop(image, top, left, height, width, [size, size], BICUBIC))
     short = int(batch.params.resized[row].min())

@@ -17,7 +17,7 @@ def pictures(height: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
         "two values": np.where(noise < 128, 90, 91),
         "narrow": noise % 40 + 100,
         "black and white": noise // 128 * 255,
-        "grey": np.repeat(noise[..., :1], 3, -1),
+        "gray": np.repeat(noise[..., :1], 3, -1),
         "one pixel off": np.full((height, width, 3), 200),
         "photograph": photograph(rng, height, width),
     }

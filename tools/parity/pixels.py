@@ -54,7 +54,7 @@ def policy() -> Check:
 
 
 def chain(crops: np.ndarray, params: dict[str, ViewParams]) -> Iterator[Check]:
-    """Compare normalisation, erasing and mixing one by one, and each policy's whole way.
+    """Compare normalization, erasing and mixing one by one, and each policy's whole way.
 
     Args:
         crops: uint8 [N, S, S, 3].
@@ -62,13 +62,13 @@ def chain(crops: np.ndarray, params: dict[str, ViewParams]) -> Iterator[Check]:
     """
     spec = AugmentSpec(size=crops.shape[1])
     drawn = params["RandAugment"]
-    boxed = drawn.box[:, 2] > 0
+    boxed = drawn.cutmix_bbox[:, 2] > 0
     parts = {
-        "normalise": only(drawn, ()),
+        "normalize": only(drawn, ()),
         "flip": only(drawn, ("flip",)),
         "erase": only(drawn, ("erase",)),
-        f"MixUp, {np.sum(~boxed)} images": only(drawn, ("partner", "share"), ~boxed),
-        f"CutMix, {np.sum(boxed)} images": only(drawn, ("partner", "share", "box"), boxed),
+        f"MixUp, {np.sum(~boxed)} images": only(drawn, ("mix_index", "lam"), ~boxed),
+        f"CutMix, {np.sum(boxed)} images": only(drawn, ("mix_index", "lam", "cutmix_bbox"), boxed),
     }
     for name, some in (parts | {f"all of it, {name}": drawn for name, drawn in params.items()}).items():
         batch = _batch(crops, some)
@@ -77,14 +77,14 @@ def chain(crops: np.ndarray, params: dict[str, ViewParams]) -> Iterator[Check]:
     halved = replace(spec, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
     batch = _batch(crops, drawn)
     ours = augment(batch, halved, dtype=torch.float32, train=False).pixels.permute(0, 2, 3, 1).numpy()
-    yield compare("evaluation, another mean", ours, plain.normalised(crops, halved), FLOAT_ALLOWED)
+    yield compare("evaluation, another mean", ours, plain.normalized(crops, halved), FLOAT_ALLOWED)
 
 
 def only(params: ViewParams, names: tuple[str, ...], rows: np.ndarray | None = None) -> ViewParams:
     """Return parameters that keep nothing but some columns, of some rows."""
     kept = ViewParams(np.zeros_like(params.table))
     kept.sample[:], kept.view[:] = params.sample, params.view
-    kept.partner[:], kept.share[:] = np.arange(len(params)), UNIT
+    kept.mix_index[:], kept.lam[:] = np.arange(len(params)), UNIT
     rows = np.ones(len(params), np.bool_) if rows is None else rows
     for name in names:
         kept[name][rows] = params[name][rows]

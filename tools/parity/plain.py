@@ -17,31 +17,31 @@ def augmented(batch: Batch, spec: AugmentSpec) -> np.ndarray:
     ready = [_single(image, params, row, spec) for row, image in enumerate(batch.images.numpy())]
     mixed = []
     for row, image in enumerate(ready):
-        partner, share = ready[params.partner[row]], params.share[row] / UNIT
-        top, left, height, width = params.box[row]
+        partner, lam = ready[params.mix_index[row]], params.lam[row] / UNIT
+        top, left, height, width = params.cutmix_bbox[row]
         if height:
             image = image.copy()
             image[top : top + height, left : left + width] = partner[top : top + height, left : left + width]
         else:
-            image = image * share + partner * (1 - share)
+            image = image * lam + partner * (1 - lam)
         mixed.append(image)
     return np.stack(mixed)
 
 
-def normalised(image: np.ndarray, spec: AugmentSpec) -> np.ndarray:
+def normalized(image: np.ndarray, spec: AugmentSpec) -> np.ndarray:
     """Return (pixel / 255 - mean) / std."""
     return (image / 255 - np.array(spec.mean)) / np.array(spec.std)
 
 
 def _single(image: np.ndarray, params: ViewParams, row: int, spec: AugmentSpec) -> np.ndarray:
-    """Flip, operations, normalisation and erasing of one row."""
+    """Flip, operations, normalization and erasing of one row."""
     if params.flip[row]:
         image = image[:, ::-1]
     for indices, magnitudes in (("operation", "magnitude"), ("jitter", "factor")):
         for index, magnitude in zip(params[indices][row], params[magnitudes][row], strict=True):
             if index:
                 image = timm_ops.apply(OPERATIONS[index], image, magnitude / UNIT)
-    image = normalised(image, spec)
+    image = normalized(image, spec)
     top, left, height, width = params.erase[row].astype(np.int64)
     y, x = np.mgrid[top : top + height, left : left + width]
     sample, view = int(params.sample[row]), int(params.view[row])

@@ -1,8 +1,8 @@
 """The geometric operations in batched torch: Pillow's affine transform with bicubic resampling.
 
 Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2] and returns new uint8 images of the
-same shape on the same device. A matrix maps the centre (x + .5, y + .5) of an output pixel to its source point; pixels
-whose source point lies outside the image become FILL. Nothing synchronises with the host.
+same shape on the same device. A matrix maps the center (x + .5, y + .5) of an output pixel to its source point; pixels
+whose source point lies outside the image become FILL. Nothing synchronizes with the host.
 
 Source: Pillow's Geometry.c. Coordinates and interpolation are float64 in Pillow's order of operations, as both ends
 are sharp: a source point on the image's border is inside or outside, and Pillow truncates what it interpolated. The
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 FILL = (124, 116, 104)
-"""Colour of what lies outside the image: ImageNet's mean, as timm rounds it."""
+"""Color of what lies outside the image: ImageNet's mean, as timm rounds it."""
 
 
 def shear_x(images: Tensor, arguments: Tensor) -> Tensor:
     """Take pixel (x, y) from (x + argument y, y): sheared along x about the top left."""
-    x, y = _centres(images)
+    x, y = _centers(images)
     return _resample_x(images, x + _per_image(arguments[:, 0]) * y)
 
 
@@ -29,7 +29,7 @@ def shear_y(images: Tensor, arguments: Tensor) -> Tensor:
 
 def translate_x(images: Tensor, arguments: Tensor) -> Tensor:
     """Take pixel (x, y) from (x + argument W, y): moved to the left for positive arguments."""
-    x, _ = _centres(images)
+    x, _ = _centers(images)
     return _resample_x(images, x + _per_image(arguments[:, 0] * images.shape[2]))
 
 
@@ -39,10 +39,10 @@ def translate_y(images: Tensor, arguments: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, arguments: Tensor) -> Tensor:
-    """Turn about the centre; `arguments` are cosine and sine of the (counter-clockwise negative) angle in radians."""
+    """Turn about the center; `arguments` are cosine and sine of the (counter-clockwise negative) angle in radians."""
     cosine, sine = _per_image(arguments[:, 0]), _per_image(arguments[:, 1])
     height, width = images.shape[1:3]
-    x, y = _centres(images)
+    x, y = _centers(images)
     shift_x = cosine * (-width / 2) + sine * (-height / 2) + width / 2
     shift_y = -sine * (-width / 2) + cosine * (-height / 2) + height / 2
     return _resample(images, cosine * x + sine * y + shift_x, -sine * x + cosine * y + shift_y)
@@ -53,8 +53,8 @@ def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _centres(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel centres x as float64 [1, W] and y as [H, 1]."""
+def _centers(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel centers x as float64 [1, W] and y as [H, 1]."""
     height, width = images.shape[1:3]
     x, y = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5 for side in (width, height))
     return x.unsqueeze(0), y.unsqueeze(1)

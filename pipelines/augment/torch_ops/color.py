@@ -1,7 +1,7 @@
-"""The colour operations in batched torch, equal to Pillow's pixel for pixel.
+"""The color operations in batched torch, equal to Pillow's pixel for pixel.
 
 Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2], of which it reads the first column at
-most, and returns new uint8 images of the same shape on the same device. Nothing synchronises with the host.
+most, and returns new uint8 images of the same shape on the same device. Nothing synchronizes with the host.
 Sources: Pillow's ImageOps.py and ImageEnhance.py, Blend.c, Convert.c and Filter.c.
 """
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LUMA = (19595, 38470, 7471)
-"""Shares of red, green and blue in a grey value, x 65536 (Convert.c, L24)."""
+"""Shares of red, green and blue in a gray value, x 65536 (Convert.c, L24)."""
 
 
 def autocontrast(images: Tensor, arguments: Tensor) -> Tensor:
@@ -54,15 +54,15 @@ def solarize_add(images: Tensor, arguments: Tensor) -> Tensor:
     return torch.where(images < 128, images + _per_image(arguments[:, 0]).to(torch.uint8), images)
 
 
-def colour(images: Tensor, arguments: Tensor) -> Tensor:
-    """Blend from the grey image at factor 0 to the image at 1 and beyond."""
-    return _blend(_grey(images).unsqueeze(-1), images, arguments)
+def color(images: Tensor, arguments: Tensor) -> Tensor:
+    """Blend from the gray image at factor 0 to the image at 1 and beyond."""
+    return _blend(_gray(images).unsqueeze(-1), images, arguments)
 
 
 def contrast(images: Tensor, arguments: Tensor) -> Tensor:
-    """Blend from the grey image's rounded mean at factor 0 to the image at 1 and beyond."""
-    grey = _grey(images)
-    mean = grey.sum((1, 2)).double() / (grey.shape[1] * grey.shape[2])
+    """Blend from the gray image's rounded mean at factor 0 to the image at 1 and beyond."""
+    gray = _gray(images)
+    mean = gray.sum((1, 2)).double() / (gray.shape[1] * gray.shape[2])
     return _blend(_per_image((mean + 0.5).floor()), images, arguments)
 
 
@@ -72,7 +72,7 @@ def brightness(images: Tensor, arguments: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, arguments: Tensor) -> Tensor:
-    """Blend from the smoothed image (3 x 3, centre 5/13, others 1/13) at factor 0; the outermost pixels stay."""
+    """Blend from the smoothed image (3 x 3, center 5/13, others 1/13) at factor 0; the outermost pixels stay."""
     sharpened = images.clone()
     if min(images.shape[1:3]) < 3:
         return sharpened
@@ -113,8 +113,8 @@ def _histograms(images: Tensor) -> Tensor:
     return counts.scatter_add_(-1, planes, planes.new_ones(()).expand_as(planes))
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Grey values as Pillow's convert("L") makes them: int32 [K, H, W]."""
+def _gray(images: Tensor) -> Tensor:
+    """Gray values as Pillow's convert("L") makes them: int32 [K, H, W]."""
     red, green, blue = (images[..., channel].int() * share for channel, share in enumerate(LUMA))
     return (red + green + blue + 0x8000) >> 16
 

@@ -16,7 +16,7 @@ def erase(images: Tensor, boxes: Tensor, samples: Tensor, views: Tensor, spec: A
     The noise is in multiples of 2^-16, bit-equal on every device, and no function of the box (`draws.erase_noise`).
 
     Args:
-        images: normalised float32 [B, S, S, 3].
+        images: normalized float32 [B, S, S, 3].
         boxes: top, left, height, width: int64 [B, 4]; height 0 where nothing is erased.
         samples: int64 [B].
         views: int64 [B].

@@ -1,7 +1,7 @@
-"""The operations of RandAugment, AutoAugment and colour jitter in one table: what argument a magnitude gives, and what
+"""The operations of RandAugment, AutoAugment and color jitter in one table: what argument a magnitude gives, and what
 is done with it.
 
-Drawn magnitudes m are in 0..10, and negative where the sign was drawn negative; colour jitter's are the factor itself.
+Drawn magnitudes m are in 0..10, and negative where the sign was drawn negative; color jitter's are the factor itself.
 The recipe's `rand-m9-mstd0.5-inc1` has the -Increasing and -Rel kinds of timm's operations, AutoAugment's policy the
 others (-Original here). Arguments are computed on the host with timm's own arithmetic (float64), pixels on the device
 with Pillow's.
@@ -31,7 +31,7 @@ class Operation:
     argument: Callable[[np.ndarray], np.ndarray]
     """Signed magnitudes float64 [K] to arguments float64 [K] or, where there are two, [K, 2]."""
     apply: Callable[[Tensor, Tensor], Tensor]
-    """Images uint8 [K, H, W, 3] and arguments float64 [K, 2] to images, without a host synchronisation."""
+    """Images uint8 [K, H, W, 3] and arguments float64 [K, 2] to images, without a host synchronization."""
 
 
 def _none(m: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ TABLE = {
     "Posterize": Operation(_bits, color.posterize),
     "Solarize": Operation(_threshold, color.solarize),
     "SolarizeAdd": Operation(_addend, color.solarize_add),
-    "Color": Operation(_factor, color.colour),
+    "Color": Operation(_factor, color.color),
     "Contrast": Operation(_factor, color.contrast),
     "Brightness": Operation(_factor, color.brightness),
     "Sharpness": Operation(_factor, color.sharpness),
@@ -102,12 +102,12 @@ TABLE = {
     "TranslateY": Operation(_translation, affine.translate_y),
     "PosterizeOriginal": Operation(_bits_original, color.posterize),
     "SolarizeOriginal": Operation(_threshold_original, color.solarize),
-    "ColorOriginal": Operation(_factor_original, color.colour),
+    "ColorOriginal": Operation(_factor_original, color.color),
     "ContrastOriginal": Operation(_factor_original, color.contrast),
     "SharpnessOriginal": Operation(_factor_original, color.sharpness),
     "JitterBrightness": Operation(_itself, color.brightness),
     "JitterContrast": Operation(_itself, color.contrast),
-    "JitterSaturation": Operation(_itself, color.colour),
+    "JitterSaturation": Operation(_itself, color.color),
 }
 """Every operation but 'none' by its name in `pipelines.rng.policies.OPERATIONS`."""
 
@@ -129,7 +129,7 @@ def arguments(name: str, magnitudes: np.ndarray) -> np.ndarray:
 
     Args:
         name: a key of TABLE.
-        magnitudes: signed m in -10..10, or colour jitter's factors, float64 [K].
+        magnitudes: signed m in -10..10, or color jitter's factors, float64 [K].
 
     Returns:
         float64 [K, 2]; the second column is used by Rotate alone.

@@ -3,7 +3,7 @@
 Coordinates and weights are float64 in Pillow's order of operations, for the reasons given there, and must be compiled
 without fused multiply-adds. Differences of pixels are taken as integers, where they are exact: a shear or translation
 costs 6 float64 operations for a channel of a pixel, a rotation 38, and 4 and 16 conversions. On GPUs with few float64
-units (all but the data centre's) expect these to be the slowest kernels, though only a sixth of the images is in them.
+units (all but the data center's) expect these to be the slowest kernels, though only a sixth of the images is in them.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
@@ -44,7 +44,7 @@ def apply_affine(
 ):
     """Write CHUNK pixels of an image after a slot's operation into the workspace, if that is a geometric one.
 
-    Grid: B x ceil(S^2 / CHUNK) programs. Args: as `kernels_colour.make_table`'s.
+    Grid: B x ceil(S^2 / CHUNK) programs. Args: as `kernels_color.make_table`'s.
     """
     CHUNKS: tl.constexpr = (SIZE * SIZE + CHUNK - 1) // CHUNK
     row = tl.program_id(0) // CHUNKS
@@ -94,14 +94,14 @@ def _moved(source, first, step, y, x, operation, argument, inside, SIZE: tl.cons
 
 @triton.jit
 def _rotated(source, first, step, y, x, cosine, sine, inside, SIZE: tl.constexpr):
-    """Return red, green and blue, int32 [BLOCK], of an image turned about its centre."""
+    """Return red, green and blue, int32 [BLOCK], of an image turned about its center."""
     half = tl.full((), SIZE, tl.float64) / 2
     shift_x = cosine * -half + sine * -half + half
     shift_y = -sine * -half + cosine * -half + half
-    centre_x = x.to(tl.float64) + 0.5
-    centre_y = y.to(tl.float64) + 0.5
-    point_x = cosine * centre_x + sine * centre_y + shift_x
-    point_y = -sine * centre_x + cosine * centre_y + shift_y
+    center_x = x.to(tl.float64) + 0.5
+    center_y = y.to(tl.float64) + 0.5
+    point_x = cosine * center_x + sine * center_y + shift_x
+    point_y = -sine * center_x + cosine * center_y + shift_y
     within = (point_x >= 0) & (point_x < SIZE) & (point_y >= 0) & (point_y < SIZE)
     wanted = inside & within
     red = _finished(_turned(source, first, step, point_y, point_x, wanted, SIZE), within, 0)
@@ -163,6 +163,6 @@ def _held(tap, SIZE: tl.constexpr):
 
 @triton.jit
 def _finished(values, within, channel: tl.constexpr):
-    """Truncate float64 values and clip them; the fill colour where the source point is not in the image."""
+    """Truncate float64 values and clip them; the fill color where the source point is not in the image."""
     clipped = tl.minimum(tl.maximum(values.to(tl.int32), 0), 255)
     return tl.where(within, clipped, (FILLS >> (8 * channel)) & 255)

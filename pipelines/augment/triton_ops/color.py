@@ -1,4 +1,4 @@
-"""The colour operations as kernels, equal to `ops_colour` and so to Pillow's pixel for pixel.
+"""The color operations as kernels, equal to `ops_color` and so to Pillow's pixel for pixel.
 
 What changes each channel's values alone (all but Color and Sharpness) is a table of 256 values, made once for an image
 and looked up for its pixels. The kernels must be compiled without fused multiply-adds: Pillow rounds twice.
@@ -14,7 +14,7 @@ from pipelines.augment.torch_ops.color import LUMA
 from pipelines.augment.triton_ops.rows import (
     AUTOCONTRAST,
     BRIGHTNESS,
-    COLOUR,
+    COLOR,
     CONTRAST,
     EQUALIZE,
     INVERT,
@@ -54,7 +54,7 @@ def make_table(
         elif operation == EQUALIZE:
             values = _equalized(levels, pixels + channel, SIZE, BLOCK)
         elif operation == CONTRAST:
-            values = _blended(_mean_grey(pixels, SIZE, BLOCK), levels, argument)
+            values = _blended(_mean_gray(pixels, SIZE, BLOCK), levels, argument)
         elif operation == BRIGHTNESS:
             values = _blended(levels * 0, levels, argument)
         elif operation == INVERT:
@@ -69,7 +69,7 @@ def make_table(
 
 
 @triton.jit(do_not_specialize=["slot", "rows"])
-def apply_colour(
+def apply_color(
     images,
     work,
     drawn,
@@ -82,7 +82,7 @@ def apply_colour(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write CHUNK pixels of an image after a slot's operation into the workspace, if that is one of colour.
+    """Write CHUNK pixels of an image after a slot's operation into the workspace, if that is one of color.
 
     Grid: B x ceil(S^2 / CHUNK) programs. Args: as `make_table`'s, whose `tables` of this slot are read.
     """
@@ -90,7 +90,7 @@ def apply_colour(
     row = tl.program_id(0) // CHUNKS
     begin = tl.program_id(0) % CHUNKS * CHUNK
     operation = drawn_at(drawn, row, OPERATION + slot, SLOTS)
-    if _is_table(operation) | (operation == COLOUR) | (operation == SHARPNESS):
+    if _is_table(operation) | (operation == COLOR) | (operation == SHARPNESS):
         applied = drawn_at(drawn, row, OPERATION + SLOTS + slot, SLOTS)
         source, first, step = stored(images, work, drawn, row, applied, rows, SIZE, SLOTS)
         target = target_of(work, row, applied, rows, SIZE)
@@ -104,8 +104,8 @@ def apply_colour(
             red = tl.load(pixels, mask=inside, other=0).to(tl.int32)
             green = tl.load(pixels + 1, mask=inside, other=0).to(tl.int32)
             blue = tl.load(pixels + 2, mask=inside, other=0).to(tl.int32)
-            if operation == COLOUR:
-                base = _grey(red, green, blue)
+            if operation == COLOR:
+                base = _gray(red, green, blue)
                 red = _blended(base, red, argument)
                 green = _blended(base, green, argument)
                 blue = _blended(base, blue, argument)
@@ -140,8 +140,8 @@ def _blended(base, values, argument):
 
 
 @triton.jit
-def _grey(red, green, blue):
-    """Return grey values as Pillow's convert("L") makes them, from int32 to int32."""
+def _gray(red, green, blue):
+    """Return gray values as Pillow's convert("L") makes them, from int32 to int32."""
     return (red * RED + green * GREEN + blue * BLUE + 0x8000) >> 16
 
 
@@ -180,8 +180,8 @@ def _equalized(levels, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mean_grey(pixels, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the mean of an image's grey values, rounded to the nearest integer, halves up; float64."""
+def _mean_gray(pixels, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the mean of an image's gray values, rounded to the nearest integer, halves up; float64."""
     total = tl.full((BLOCK,), 0, tl.int64)
     for start in range(0, SIZE * SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -189,13 +189,13 @@ def _mean_grey(pixels, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         red = tl.load(pixels + at * 3, mask=inside, other=0).to(tl.int32)
         green = tl.load(pixels + at * 3 + 1, mask=inside, other=0).to(tl.int32)
         blue = tl.load(pixels + at * 3 + 2, mask=inside, other=0).to(tl.int32)
-        total += _grey(red, green, blue).to(tl.int64)
+        total += _gray(red, green, blue).to(tl.int64)
     return tl.floor(tl.sum(total, 0).to(tl.float64) / (SIZE * SIZE) + 0.5)
 
 
 @triton.jit
 def _sharpened(own, channel, inner, factor, SIZE: tl.constexpr):
-    """Return a channel of `ops_colour.sharpness`, int32 [BLOCK], from its values and where they lie."""
+    """Return a channel of `ops_color.sharpness`, int32 [BLOCK], from its values and where they lie."""
     weighted = own * 4
     for below in tl.static_range(3):
         for right in tl.static_range(3):  # of a mirrored image it is the left: the sum is the same

@@ -1,7 +1,7 @@
 """Augmentation on a GPU in Triton: the launches, and what the host prepares for them.
 
 A batch goes through three launches for each slot of operations that any of its rows uses (tables for the operations
-that are one, colours, geometry) and one at the end: normalise, erase, mix, cast and lay out. Every program
+that are one, colors, geometry) and one at the end: normalize, erase, mix, cast and lay out. Every program
 reads what to do from the drawn rows on the device. So the host neither groups rows nor waits, an image is read and
 written only by the operations it gets, and what lies between the passes is uint8.
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from pipelines.augment.torch_ops import ops
 from pipelines.augment.torch_ops.erase import normal_table
 from pipelines.augment.triton_ops.affine import apply_affine
-from pipelines.augment.triton_ops.color import apply_colour, make_table
+from pipelines.augment.triton_ops.color import apply_color, make_table
 from pipelines.augment.triton_ops.model_input import write_input
 from pipelines.augment.triton_ops.rows import words
-from pipelines.device import sent
+from pipelines.device import to_device
 from pipelines.rng.policies import OPERATIONS
 from pipelines.rng.view_params import ViewParams
 
-TABLES, COLOURS, MOVES, LAST = (4096, 16), (1024, 8), (256, 8), (512, 4)
+TABLES, COLORS, MOVES, LAST = (4096, 16), (1024, 8), (256, 8), (512, 4)
 """Pixels that a program of each kernel works on at once, and its warps: a table is made by one program, which waits for
 the whole image; float64 coordinates fill the registers at one pixel a thread; small programs of the last hide more of
 each other's waiting."""
 CHUNK = 4096
-"""Pixels that a program of colours or geometry works on in all: most have nothing to do, so there are few of them."""
+"""Pixels that a program of colors or geometry works on in all: most have nothing to do, so there are few of them."""
 EXACT = {"enable_fp_fusion": False}
 """How every kernel is compiled: a fused multiply-add rounds once where Pillow rounds twice."""
 
@@ -44,7 +44,7 @@ def _canonical() -> np.ndarray:
 
 
 CANONICAL = _canonical()
-"""For each index into OPERATIONS the first that does the same to pixels: flavours differ in their arguments alone."""
+"""For each index into OPERATIONS the first that does the same to pixels: flavors differ in their arguments alone."""
 
 
 def model_input(
@@ -54,7 +54,7 @@ def model_input(
 
     Args:
         images: uint8 [B, S, S, 3]; stay as they are.
-        parameters: what `send` returned; None normalises and does nothing else.
+        parameters: what `send` returned; None normalizes and does nothing else.
         mean: float32 [3], in pixel values.
         scale: float32 [3], what a pixel's distance from the mean is multiplied by.
         seed: of erasing's noise.
@@ -88,7 +88,7 @@ def _operate(images: Tensor, work: Tensor, parameters: Tensor, slots: int) -> No
     for slot in range(slots):
         given = images, work, parameters, arguments
         make_table[3 * rows,](*given, tables, slot, rows, **shape, **_at_once(size, TABLES))
-        apply_colour[grid](*given, tables, slot, rows, **shape, CHUNK=chunk, **_at_once(size, COLOURS))
+        apply_color[grid](*given, tables, slot, rows, **shape, CHUNK=chunk, **_at_once(size, COLORS))
         apply_affine[grid](*given, slot, rows, **shape, CHUNK=chunk, **_at_once(size, MOVES))
 
 
@@ -110,4 +110,6 @@ def send(params: ViewParams, device: torch.device) -> Tensor:
     applied = np.cumsum(operations > 0, axis=1, dtype=np.int32)
     before = np.concatenate([np.zeros((len(params), 1), np.int32), applied], axis=1)
     seen = arguments.reshape(len(params), -1).view(np.int32)
-    return sent(torch.from_numpy(np.concatenate([params.table, CANONICAL[operations], before, seen], axis=1)), device)
+    return to_device(
+        torch.from_numpy(np.concatenate([params.table, CANONICAL[operations], before, seen], axis=1)), device
+    )

@@ -1,4 +1,4 @@
-"""The last pass: normalise, erase, mix, cast, and write what the model reads, as pixels or in patches.
+"""The last pass: normalize, erase, mix, cast, and write what the model reads, as pixels or in patches.
 
 Equal to the reference bit for bit: two roundings where it has two, the noise of `draws.erase_noise`.
 """
@@ -12,10 +12,10 @@ import triton.language as tl
 from pipelines.augment.triton_ops.rows import (
     BOX,
     ERASE,
+    LAM,
+    MIX_INDEX,
     OPERATION,
-    PARTNER,
     SAMPLE,
-    SHARE,
     VIEW,
     drawn_at,
     stored,
@@ -54,7 +54,7 @@ def write_input(
 
     Grid: B x ceil(S^2 / BLOCK) programs. Args: `out` [B, S, S, 3] where PATCH is 0, else [B, (S/p)^2, 3 p p] in the
     order of `cut_patches`; `mean`, `scale` float32 [3] in pixel values; `normal` int32 [4097], `fixed.normal_table()`;
-    `seed` of the noise; the others as `kernels_colour.make_table`'s. Without TRAIN `drawn` is not read.
+    `seed` of the noise; the others as `kernels_color.make_table`'s. Without TRAIN `drawn` is not read.
     """
     BLOCKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // BLOCKS
@@ -76,7 +76,7 @@ def write_input(
         red, green, blue = _mixed(images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside, SIZE, SLOTS)
     else:
         pixels = images + row.to(tl.int64) * (SIZE * SIZE * 3) + (y * SIZE + x) * 3
-        red, green, blue = _normalised(pixels, mean, scale, inside)
+        red, green, blue = _normalized(pixels, mean, scale, inside)
     tl.store(target, red.to(out.dtype.element_ty), mask=inside)
     tl.store(target + step, green.to(out.dtype.element_ty), mask=inside)
     tl.store(target + 2 * step, blue.to(out.dtype.element_ty), mask=inside)
@@ -87,20 +87,20 @@ def _mixed(
     images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside, SIZE: tl.constexpr, SLOTS: tl.constexpr
 ):
     """Return red, green and blue, float32 [BLOCK], of a row mixed with its partner as `chain.mix` does."""
-    share = drawn_at(drawn, row, SHARE, SLOTS)
+    lam = drawn_at(drawn, row, LAM, SLOTS)
     top = drawn_at(drawn, row, BOX, SLOTS)
     left = drawn_at(drawn, row, BOX + 1, SLOTS)
     height = drawn_at(drawn, row, BOX + 2, SLOTS)
     width = drawn_at(drawn, row, BOX + 3, SLOTS)
     boxed = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    theirs = tl.where(height > 0, boxed.to(tl.float32), 1.0 - share.to(tl.float32) * UNITS)
+    theirs = tl.where(height > 0, boxed.to(tl.float32), 1.0 - lam.to(tl.float32) * UNITS)
     ours = 1.0 - theirs
     # what has no weight is not read: CutMix reads every pixel of one image or the other
     red, green, blue = _erased(
         images, work, drawn, mean, scale, normal, seed, row, rows, y, x, inside & (ours > 0), SIZE, SLOTS
     )
-    if (share < ONE) | (height > 0):
-        partner = drawn_at(drawn, row, PARTNER, SLOTS)
+    if (lam < ONE) | (height > 0):
+        partner = drawn_at(drawn, row, MIX_INDEX, SLOTS)
         red2, green2, blue2 = _erased(
             images, work, drawn, mean, scale, normal, seed, partner, rows, y, x, inside & (theirs > 0), SIZE, SLOTS
         )
@@ -114,10 +114,10 @@ def _mixed(
 def _erased(
     images, work, drawn, mean, scale, normal, seed, row, rows, y, x, wanted, SIZE: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Return red, green and blue, float32 [BLOCK], of a row after all its operations, normalised and erased."""
+    """Return red, green and blue, float32 [BLOCK], of a row after all its operations, normalized and erased."""
     applied = drawn_at(drawn, row, OPERATION + 2 * SLOTS, SLOTS)
     source, first, step = stored(images, work, drawn, row, applied, rows, SIZE, SLOTS)
-    red, green, blue = _normalised(source + (y * SIZE + first + step * x) * 3, mean, scale, wanted)
+    red, green, blue = _normalized(source + (y * SIZE + first + step * x) * 3, mean, scale, wanted)
     height = drawn_at(drawn, row, ERASE + 2, SLOTS)
     if height > 0:
         top = drawn_at(drawn, row, ERASE, SLOTS)
@@ -136,8 +136,8 @@ def _erased(
 
 
 @triton.jit
-def _normalised(pixels, mean, scale, wanted):
-    """Return (pixel - mean) scale of three channels, float32 [BLOCK], as `chain.normalise` does."""
+def _normalized(pixels, mean, scale, wanted):
+    """Return (pixel - mean) scale of three channels, float32 [BLOCK], as `chain.normalize` does."""
     red = tl.load(pixels, mask=wanted, other=0).to(tl.float32) - tl.load(mean)
     green = tl.load(pixels + 1, mask=wanted, other=0).to(tl.float32) - tl.load(mean + 1)
     blue = tl.load(pixels + 2, mask=wanted, other=0).to(tl.float32) - tl.load(mean + 2)

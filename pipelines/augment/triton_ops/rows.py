@@ -20,7 +20,7 @@ import triton.language as tl
 from pipelines.rng.policies import OPERATIONS
 from pipelines.rng.view_params import COLUMNS, SLICES
 
-AUTOCONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOUR = (
+AUTOCONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR = (
     tl.constexpr(OPERATIONS.index(name))
     for name in ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color")
 )
@@ -29,8 +29,8 @@ CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = (
     for name in ("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")
 )
 
-SAMPLE, VIEW, FLIP, ERASE, PARTNER, SHARE, BOX = (
-    tl.constexpr(SLICES[name].start) for name in ("sample", "view", "flip", "erase", "partner", "share", "box")
+SAMPLE, VIEW, FLIP, ERASE, MIX_INDEX, LAM, BOX = (
+    tl.constexpr(SLICES[name].start) for name in ("sample", "view", "flip", "erase", "mix_index", "lam", "cutmix_bbox")
 )
 """Columns of the drawn row."""
 OPERATION = tl.constexpr(sum(COLUMNS.values()))

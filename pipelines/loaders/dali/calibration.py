@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.files import whole_file
+from pipelines.files import atomic_write
 
 log = logging.getLogger(__name__)
 SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
@@ -58,7 +58,7 @@ def _remember(key: str, share: float) -> None:
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:  # ranks may write at once: the last one stays, and all say much the same
+        with atomic_write(path) as file:  # ranks may write at once: the last one stays, and all say much the same
             file.write(json.dumps(_remembered() | {key: share}, indent=1).encode())
     except (OSError, RuntimeError) as error:
         log.info("the hardware decoder's share is not remembered: %s", error)

@@ -15,7 +15,7 @@ import numpy as np
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
 
-GEOMETRY = ("window", "resized", "offset")
+GEOMETRY = ("crop_box", "resized", "offset")
 """Columns of `ViewParams` that place a crop: 4, 2 and 2 integers."""
 NOTHING = (0, 0, 1, 1, 1, 1, 0, 0)
 """Geometry of a crop that nobody wants, and of one from an image that cannot be read: one pixel."""

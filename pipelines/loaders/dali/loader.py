@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
-from pipelines.device import naming_memory, out_of_memory, sent
+from pipelines.device import explain_oom, out_of_memory, to_device
 from pipelines.loaders.dali.decode_once import Work, decode_once
 from pipelines.loaders.dali.graph import Graph, GraphSpec, release_memory
 from pipelines.loaders.dali.setup import graph_spec, memory
@@ -104,14 +104,14 @@ class DaliLoader:
             parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in usual.items())
             text = "dali: usually %.2f GB on %s (%s); %.2f GB if the largest images came together"
             log.info(text, sum(usual.values()) / 1e9, self.plan.device, parts, sum(most.values()) / 1e9)
-        with naming_memory("the dali loader's graph", "lower loader.prefetch, loader.workers or train.batch"):
+        with explain_oom("the dali loader's graph", "lower loader.prefetch, loader.workers or train.batch"):
             return Graph(self._spec)
 
     def _take(self, graph: Graph, works: list[Work]) -> list[Tensor]:
         """Return the crops of the first of `works`, all of which are under way; none where it has no images."""
         if not len(works[0].samples):
             return []
-        with naming_memory("the images that the dali loader decodes", "lower loader.prefetch or train.batch"):
+        with explain_oom("the images that the dali loader decodes", "lower loader.prefetch or train.batch"):
             try:
                 return graph.take()
             except RuntimeError as error:
@@ -145,7 +145,7 @@ class _Placing:
         while len(self._begun) <= ahead.max(initial=0):
             self._begun.append((self._canvas(size), []))
         order = np.lexsort((view, ahead))
-        lines, rows = sent(torch.from_numpy(np.stack([line, row])[:, order]), self._plan.device)
+        lines, rows = to_device(torch.from_numpy(np.stack([line, row])[:, order]), self._plan.device)
         pairs, counts = np.unique(np.stack([ahead, view]), axis=1, return_counts=True)  # sorted as `order` is
         parts = zip(*pairs.tolist(), lines.split(counts.tolist()), rows.split(counts.tolist()), strict=True)
         for step, crop, taken, put in parts:

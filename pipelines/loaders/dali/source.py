@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.loaders.dali.decode_once import NOTHING, Work
 from pipelines.loaders.dali.graph import PIXEL
 from pipelines.loaders.host import CHUNK, Plan, refused, undecodable
@@ -34,7 +34,7 @@ class EncodedImages:
             encoded, n arrays uint8 [bytes]; geometry, int64 [R, n, 8]; lost, bool [n].
 
         Raises:
-            Failure: a sample is damaged and nothing is to be skipped.
+            DeitfastError: a sample is damaged and nothing is to be skipped.
         """
         chunks = (work.samples[start : start + CHUNK].tolist() for start in range(0, len(work.samples), CHUNK))
         parts = pool.map(lambda chunk: [self._fetch(sample) for sample in chunk], chunks)
@@ -54,7 +54,7 @@ class EncodedImages:
             if self._kinds[sample] == UNSEEN:
                 self._kinds[sample] = self._look(sample, data)
             return data
-        except Failure as failure:
+        except DeitfastError as failure:
             self._plan.bad.meet(sample, failure)
             return None
 
@@ -72,7 +72,7 @@ class EncodedImages:
         """Find out which of `samples` it was that DALI could not decode, as DALI itself does not say.
 
         Raises:
-            Failure: one of them is broken and nothing is to be skipped, or none is.
+            DeitfastError: one of them is broken and nothing is to be skipped, or none is.
         """
         broken = 0
         for sample in samples[self._reader.modes[samples] != RAW].tolist():
@@ -84,7 +84,7 @@ class EncodedImages:
         if not broken:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             message = next((line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0])
-            raise Failure(
+            raise DeitfastError(
                 f"DALI failed on {self._reader.path}",
                 found=message,
                 remedy="--set loader.name=cpu does without DALI; --debug shows all that DALI said",

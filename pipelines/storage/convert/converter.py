@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import Mistake
-from pipelines.files import locked, whole_file, writing
+from pipelines.errors import UserError
+from pipelines.files import atomic_write, locked, writing
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert.split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
@@ -64,8 +64,8 @@ def convert(
         What was written to dataset.json.
 
     Raises:
-        Mistake: a bad file, a class without images, or `output` holds something else.
-        Failure: the disk is full or a file cannot be read. The same command then goes on where this one stopped.
+        UserError: a bad file, a class without images, or `output` holds something else.
+        DeitfastError: the disk is full or a file cannot be read. The same command then goes on where this one stopped.
     """
     _check_source(source)
     job = Job(
@@ -83,7 +83,7 @@ def convert(
             source=job.described, fingerprint=fingerprint,
         )  # fmt: skip
         if skipped := [line for _, lines in converted.values() for line in lines]:
-            with whole_file(job.output / SKIPPED_FILE) as file:
+            with atomic_write(job.output / SKIPPED_FILE) as file:
                 file.write("".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace"))
             log.info("%d images are left out; %s says which and why", len(skipped), job.output / SKIPPED_FILE)
         write_spec(job.output, spec)
@@ -94,10 +94,12 @@ def convert(
 def _check_source(source: Source) -> None:
     """Refuse a source that cannot become a dataset."""
     if not source.splits or not any(source.splits.values()):
-        raise Mistake(f"{source.origin}: no images found", remedy="see `deitfast convert --help` for what is expected")
+        raise UserError(
+            f"{source.origin}: no images found", remedy="see `deitfast convert --help` for what is expected"
+        )
     for split, entries in source.splits.items():
         if not entries:
-            raise Mistake(f"{source.origin}: no images in split {split}")
+            raise UserError(f"{source.origin}: no images in split {split}")
     counts = np.bincount([entry.label for entry in source.splits.get("train", ())], minlength=len(source.classes))
     if "train" in source.splits:
         check_counts(source, "train", counts)
@@ -118,7 +120,7 @@ def _already_there(job: Job) -> DatasetSpec:
     spec = read_spec(job.output)
     asked = (job.source.kind, job.source.classes, job.codec_spec, job.described)
     if (spec.name, spec.classes, spec.codec, spec.source) != asked:
-        raise Mistake(
+        raise UserError(
             f"{job.output}: holds another dataset already",
             expected=_told(
                 job.source.kind, job.described, job.codec_spec, [job.paths(split)[0].name for split in spec.splits]

@@ -1,4 +1,4 @@
-"""Converts one split: results of the workers in the source's order, journalled, then the index, then the name."""
+"""Converts one split: results of the workers in the source's order, journaled, then the index, then the name."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import __version__ as pillow_version
 from PIL import features
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.files import sync_folder
 from pipelines.spec import SplitSpec
 from pipelines.storage.convert.journal import Journal
@@ -95,7 +95,7 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
         labels = records["label"][records["stored"]]
         check_counts(job.source, split, np.bincount(labels, minlength=len(job.source.classes)))
         if not len(labels):
-            raise Mistake(f"{job.source.origin}: split {split} has no whole image")
+            raise UserError(f"{job.source.origin}: split {split} has no whole image")
         writer.finish(records)
     spec = _read_back(job, split, unfinished, records)
     unfinished.replace(final)
@@ -107,13 +107,15 @@ def _reclaim(job: Job, split: str) -> None:
     """Make room for a split: go on with what a killed run had finished, remove what it had written in another format.
 
     Raises:
-        Mistake: there is a finished split, and nothing that says that it is of an interrupted conversion.
+        UserError: there is a finished split, and nothing that says that it is of an interrupted conversion.
     """
     ours = journal_path(job, split).exists()
     final, unfinished = job.paths(split)
     if final.exists():
         if not ours:
-            raise Mistake(f"{final}: in the way, and not of this conversion", remedy="remove it, or convert elsewhere")
+            raise UserError(
+                f"{final}: in the way, and not of this conversion", remedy="remove it, or convert elsewhere"
+            )
         job.form.remove(unfinished)
         final.replace(unfinished)  # killed after this split and before the last: its index is checked once more
     for other in (beton(), shards()):
@@ -126,7 +128,7 @@ def check_counts(source: Source, split: str, counts: np.ndarray) -> None:
     """Refuse a training split that has no image of some class."""
     empty = [name for name, count in zip(source.classes, counts, strict=True) if count == 0]
     if split == "train" and empty:
-        raise Mistake(
+        raise UserError(
             f"{source.origin}: {len(empty)} of {len(source.classes)} classes have no whole image to train on",
             expected="at least one image of each class",
             found="none of " + ", ".join(empty[:20]) + (", ..." if len(empty) > 20 else ""),
@@ -153,7 +155,7 @@ def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
     try:
         return source.read(entry)
     except OSError as error:
-        raise Failure(
+        raise DeitfastError(
             f"{entry.name}: cannot be read: {error.strerror or error}",
             remedy="make it readable and run the same command again; it goes on where it stopped",
         ) from error
@@ -212,8 +214,8 @@ def _flush(writer: Writer, journal: Journal) -> None:
     journal.flush()
 
 
-def _bad(entry: Entry, reason: str) -> Mistake:
-    return Mistake(
+def _bad(entry: Entry, reason: str) -> UserError:
+    return UserError(
         f"{entry.name}: {reason}",
         expected="a whole image",
         remedy="mend or remove it, or leave out all such files with --skip-bad; what was converted so far is kept",
@@ -241,11 +243,11 @@ def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSp
         wrong = f"{len(damages)} damaged samples, the first: {damages[0]}" if damages else ""
         if not np.array_equal(reader.crcs, stored["crc32"]):
             wrong = wrong or "another index"
-    except Failure as failure:
+    except DeitfastError as failure:
         wrong = str(failure)
     if wrong:
         job.form.remove(path)
-        raise Failure(
+        raise DeitfastError(
             f"{path}: what was written does not read back",
             found=wrong,
             remedy="check the disk and its file system; the same command starts this split anew",
@@ -268,7 +270,7 @@ def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSp
 
 @contextlib.contextmanager
 def _room(job: Job, split: str, path: Path) -> Iterator[None]:
-    """Turn a full disk into a Failure that says how much room the rest of the split needs."""
+    """Turn a full disk into a DeitfastError that says how much room the rest of the split needs."""
     try:
         yield
     except OSError as error:
@@ -278,7 +280,7 @@ def _room(job: Job, split: str, path: Path) -> Iterator[None]:
         files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
         written = sum(file.stat().st_blocks for file in files) * 512
         free = shutil.disk_usage(path.parent).free
-        raise Failure(
+        raise DeitfastError(
             f"{path}: no room to go on writing ({error.strerror})",
             expected=f"about {max(0, planned - written) / 2**20:,.0f} MiB more for split {split}",
             found=f"{free / 2**20:,.0f} MiB free",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.storage.reader import JPEG, RAW, REMEDY, Place, compare_crc
 
 VERSION = 2
@@ -48,7 +48,7 @@ class BetonReader:
         path: the file.
 
     Raises:
-        Failure: the file is missing, cut, longer than its index says, or not a .beton with these three fields.
+        DeitfastError: the file is missing, cut, longer than its index says, or not a .beton with these three fields.
     """
 
     num_samples: int
@@ -94,7 +94,7 @@ class BetonReader:
         return self._bytes[start : start + self.sizes[index]]
 
     def checked_sample(self, index: int) -> np.ndarray:
-        """Return `sample(index)` once its CRC32 is right. Raises Failure."""
+        """Return `sample(index)` once its CRC32 is right. Raises DeitfastError."""
         return compare_crc(self, index, self.sample(index))
 
     def place(self, index: int) -> Place:
@@ -113,14 +113,14 @@ class BetonReader:
             with self.path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise Failure(f"{self.path}: no such file", remedy=REMEDY) from None
+            raise DeitfastError(f"{self.path}: no such file", remedy=REMEDY) from None
         except ValueError:  # mmap's word for a file of no bytes
             raise self._damaged(f"at least {PREAMBLE} bytes", "an empty file") from None
         except OSError as error:
-            raise Failure(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise DeitfastError(f"{self.path}: cannot be read: {error.strerror}") from error
 
-    def _damaged(self, expected: str, found: str) -> Failure:
-        return Failure(f"{self.path}: not a whole .beton file", expected=expected, found=found, remedy=REMEDY)
+    def _damaged(self, expected: str, found: str) -> DeitfastError:
+        return DeitfastError(f"{self.path}: not a whole .beton file", expected=expected, found=found, remedy=REMEDY)
 
     def _require(self, holds: bool, expected: str, found: object) -> None:
         if not holds:

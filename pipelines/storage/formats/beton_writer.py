@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.storage.formats.beton import FIELDS, HEADER, MAX_PAGE, MIN_PAGE, PLACE, SAMPLE, VERSION, index_end
 from pipelines.storage.transcode import Sample
 
@@ -69,7 +69,7 @@ class BetonWriter:
         os.fsync(self._fd)
 
     def finish(self, records: np.ndarray) -> None:
-        """Write header, metadata and allocation table for RECORD [n]; afterwards the file is whole and on the disk."""
+        """Write header, metadata and allocation table for RECORD [n]; afterward the file is whole and on the disk."""
         stored = records[records["stored"]]
         table = _up(self.end, self.page_size)  # whole pages: FFCV reads no less
         header = np.array((VERSION, len(FIELDS), self.page_size, len(stored), table), dtype=HEADER)
@@ -92,7 +92,7 @@ class BetonWriter:
 
     def _grow(self, size: int) -> None:
         if size > MAX_PAGE:
-            raise Failure(
+            raise DeitfastError(
                 f"{self.path}: a sample of {size:,} bytes does not fit the format", expected=f"at most {MAX_PAGE:,}"
             )
         while self.page_size < size:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
 from pipelines.storage.formats.beton import BetonReader
 from pipelines.storage.formats.beton_writer import BetonWriter
@@ -36,7 +36,7 @@ class Writer(Protocol):
         ...
 
     def finish(self, records: np.ndarray) -> None:
-        """Write the index of RECORD [n]; afterwards the split is whole and on the disk."""
+        """Write the index of RECORD [n]; afterward the split is whole and on the disk."""
         ...
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class Format:
     writer: Callable[[Path, Sequence[Entry], np.ndarray], Writer]
     """Open an unfinished split, that may get these entries, for writing behind RECORD [n]."""
     reader: Callable[[Path], Reader]
-    """Open a split; raises Failure where it is not whole."""
+    """Open a split; raises DeitfastError where it is not whole."""
     remove: Callable[[Path], None]
     """Delete a split, if there is one."""
     options: dict[str, int] = field(default_factory=dict)
@@ -83,10 +83,10 @@ def shards(size: int = SHARD_SIZE) -> Format:
         size: bytes of a shard, at most (but for a sample that alone is larger).
 
     Raises:
-        Mistake: shards would be too small.
+        UserError: shards would be too small.
     """
     if size < SMALLEST_SHARD:
-        raise Mistake("shards are too small", expected=f"{SMALLEST_SHARD:,} bytes or more", found=f"{size:,}")
+        raise UserError("shards are too small", expected=f"{SMALLEST_SHARD:,} bytes or more", found=f"{size:,}")
     return Format(
         suffix=".wds",
         stored=with_png,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.storage.formats.wds import (
     BLOCK,
     EXTENSIONS,
@@ -40,7 +40,7 @@ class ShardReader:
         path: the split's folder.
 
     Raises:
-        Failure: the index or a shard is missing, damaged, or not what the index describes.
+        DeitfastError: the index or a shard is missing, damaged, or not what the index describes.
     """
 
     labels: np.ndarray
@@ -77,14 +77,14 @@ class ShardReader:
         """Return a JPEG as a view of its shard, or raw pixels decoded from their PNG: read-only uint8 [size].
 
         Raises:
-            Failure: the PNG is damaged.
+            DeitfastError: the PNG is damaged.
         """
         start = self._offsets[index]
         stored = self._shard(index)[start : start + self._stored[index]]
         return stored if self.modes[index] == JPEG else self._pixels(index, stored)
 
     def checked_sample(self, index: int) -> np.ndarray:
-        """Return `sample(index)` once its CRC32 is right. Raises Failure."""
+        """Return `sample(index)` once its CRC32 is right. Raises DeitfastError."""
         return compare_crc(self, index, self.sample(index))
 
     def place(self, index: int) -> Place:
@@ -96,7 +96,7 @@ class ShardReader:
         """Check the bytes around a sample's image, which this reader does not need but every other one does.
 
         Raises:
-            Failure: its headers or its label are not those that were written.
+            DeitfastError: its headers or its label are not those that were written.
         """
         _, start, size = self.place(index)
         shard = self._shard(index)
@@ -129,7 +129,7 @@ class ShardReader:
     def _parse(self, index: bytes) -> np.ndarray:
         size = len(index) - len(MAGIC)
         if not index.startswith(MAGIC) or size <= 0 or size % ROW.itemsize:
-            raise self._spoilt(f"{MAGIC!r} and rows of {ROW.itemsize} bytes", f"{index[:16]!r} and {size:,} bytes")
+            raise self._spoiled(f"{MAGIC!r} and rows of {ROW.itemsize} bytes", f"{index[:16]!r} and {size:,} bytes")
         return np.frombuffer(index, ROW, offset=len(MAGIC))
 
     def _check_rows(self) -> None:
@@ -142,7 +142,7 @@ class ShardReader:
         laid[0] &= steps[0] == 1
         known = np.isin(rows["mode"], list(EXTENSIONS)) & (rows["height"] > 0) & (rows["width"] > 0)
         if not (laid & known).all():
-            raise self._spoilt("samples one after the other", f"another place for sample {np.argmin(laid & known)}")
+            raise self._spoiled("samples one after the other", f"another place for sample {np.argmin(laid & known)}")
 
     def _take(self) -> None:
         """Keep the index as contiguous columns."""
@@ -154,27 +154,27 @@ class ShardReader:
         self._offsets, self._stored = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
         self.sizes = np.where(self.modes == JPEG, self._stored, self.heights.astype(np.int64) * self.widths * 3)
 
-    def _spoilt(self, expected: str, found: str) -> Failure:
-        return Failure(f"{self.path / INDEX}: not a whole index", expected=expected, found=found, remedy=REMEDY)
+    def _spoiled(self, expected: str, found: str) -> DeitfastError:
+        return DeitfastError(f"{self.path / INDEX}: not a whole index", expected=expected, found=found, remedy=REMEDY)
 
     def _open_shards(self) -> list[np.ndarray]:
         """Return each shard as uint8 [bytes].
 
         Raises:
-            Failure: at least one is not what the index describes; the first is described, the others are named.
+            DeitfastError: at least one is not what the index describes; the first is described, the others are named.
         """
         shards, failures = [], []
         for number in range(len(self.firsts)):
             try:
                 shards.append(self._open_shard(number))
-            except Failure as failure:
+            except DeitfastError as failure:
                 failures.append((shard_file(self.path, number).name, failure))
         if not failures:
             return shards
         first, others = failures[0][1], [name for name, _ in failures[1:]]
         also = f"{len(others)} more wrong: {', '.join(others[:5])}" + (", ..." if len(others) > 5 else "")
         found = "; ".join([first.found] * bool(first.found) + [also] * bool(others))
-        raise Failure(first.problem, expected=first.expected, found=found, remedy=first.remedy)
+        raise DeitfastError(first.problem, expected=first.expected, found=found, remedy=first.remedy)
 
     def _open_shard(self, number: int) -> np.ndarray:
         path, size, sample = shard_file(self.path, number), int(self.shard_sizes[number]), int(self.firsts[number])
@@ -182,7 +182,7 @@ class ShardReader:
         begins = frame(sample, int(row["label"]), int(row["mode"]), int(row["size"]))
         found = content[:FRAME].tobytes()
         if len(content) != size or found != begins:
-            raise Failure(
+            raise DeitfastError(
                 f"{path}: not the shard that {INDEX} describes",
                 expected=f"{size:,} bytes, {_told(begins)}",
                 found=f"{len(content):,} bytes, {_told(found)}",
@@ -201,7 +201,7 @@ def shard_damages(reader: ShardReader) -> list[str]:
             damages.append(f"{shard.name}: does not end as a tar file does")
         try:
             same = _read(dali_file(shard)) == dali_index(rows, first)
-        except Failure as failure:
+        except DeitfastError as failure:
             damages.append(failure.problem)
         else:
             damages += [] if same else [f"{dali_file(shard).name}: not DALI's index of {shard.name}"]
@@ -224,9 +224,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise Failure(f"{path}: no such file", remedy=REMEDY) from None
+        raise DeitfastError(f"{path}: no such file", remedy=REMEDY) from None
     except OSError as error:
-        raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+        raise DeitfastError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _map(path: Path) -> np.ndarray:
@@ -235,11 +235,11 @@ def _map(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except FileNotFoundError:
-        raise Failure(f"{path}: no such file", remedy=REMEDY) from None
+        raise DeitfastError(f"{path}: no such file", remedy=REMEDY) from None
     except ValueError:  # mmap's word for a file of no bytes
-        raise Failure(f"{path}: empty", remedy=REMEDY) from None
+        raise DeitfastError(f"{path}: empty", remedy=REMEDY) from None
     except OSError as error:
         remedy = ""
         if error.errno == errno.EMFILE:
             remedy = "let a process open more files (`ulimit -n`), or convert to larger shards (--shard-size)"
-        raise Failure(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
+        raise DeitfastError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error

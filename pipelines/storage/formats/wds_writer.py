@@ -81,7 +81,7 @@ class ShardWriter:
         os.fsync(self._fd)
 
     def finish(self, records: np.ndarray) -> None:
-        """Close the last shard and write the indices of RECORD [n]; afterwards the folder is whole and on the disk."""
+        """Close the last shard and write the indices of RECORD [n]; afterward the folder is whole and on the disk."""
         stored = records[records["stored"]]
         self._seal()
         starts = _starts(self.path)

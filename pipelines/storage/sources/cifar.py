@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.files import writing
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES, open_tree
@@ -79,8 +79,8 @@ def open_cifar(kind: str, path: Path, workspace: Workspace, val_fraction: float)
     """Open CIFAR-10 or CIFAR-100: an official archive, its folder, a folder that holds either, or an image tree.
 
     Raises:
-        Mistake: none of these, the other CIFAR, or files of the archive are missing.
-        Failure: a file of the archive is damaged.
+        UserError: none of these, the other CIFAR, or files of the archive are missing.
+        DeitfastError: a file of the archive is damaged.
     """
     listing = list_files(_home(kind, path), workspace)
     for layout in LAYOUTS:
@@ -88,12 +88,12 @@ def open_cifar(kind: str, path: Path, workspace: Workspace, val_fraction: float)
         if folder is not None and layout.kind == kind:
             return _open_archive(layout, folder, listing, workspace, val_fraction)
         if folder is not None:
-            raise Mistake(
+            raise UserError(
                 f"{printable(path)} holds {layout.kind}", expected=kind, remedy=f"convert {layout.kind} of it"
             )
     if not any(name.lower().endswith(IMAGE_SUFFIXES) for name in listing.files):
         archives = " or ".join(f"{layout.archive}.tar.gz" for layout in LAYOUTS if layout.kind == kind)
-        raise Mistake(
+        raise UserError(
             f"{printable(path)} holds no {kind}",
             expected=f"{archives}, packed or unpacked, or an image tree train/<class>/* and test/<class>/*",
             found=f"{len(listing.files):,} other files",
@@ -128,7 +128,7 @@ def _open_archive(
     where = printable(listing.origin)
     wanted = (*layout.train, layout.test, layout.meta)
     if missing := [name for name in wanted if folder + name not in listing.files]:
-        raise Mistake(
+        raise UserError(
             f"{where} is incomplete: {', '.join(missing)} missing",
             expected=f"all files of {layout.archive}.tar.gz: {', '.join(wanted)}",
             remedy="fetch the archive again from https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -223,5 +223,7 @@ def _unpickle(data: bytes, where: str, name: str) -> dict[str, Any]:
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
 
 
-def _damaged(where: str, name: str, expected: str, found: str) -> Failure:
-    return Failure(f"{where}: {name} is damaged", expected=expected, found=found, remedy="fetch the archive again")
+def _damaged(where: str, name: str, expected: str, found: str) -> DeitfastError:
+    return DeitfastError(
+        f"{where}: {name} is damaged", expected=expected, found=found, remedy="fetch the archive again"
+    )

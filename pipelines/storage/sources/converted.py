@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry
 from pipelines.storage.reader import JPEG
@@ -23,7 +23,7 @@ class Converted:
     sample: int
 
     def read(self) -> bytes | np.ndarray:
-        """Return the stored JPEG, or raw pixels as uint8 [H, W, 3]. Raises Failure if it is damaged."""
+        """Return the stored JPEG, or raw pixels as uint8 [H, W, 3]. Raises DeitfastError if it is damaged."""
         reader = _opened(self.folder, self.fingerprint).split(self.split)
         data = reader.checked_sample(self.sample)
         if reader.modes[self.sample] == JPEG:
@@ -35,11 +35,11 @@ def open_dataset(folder: Path, val_fraction: float) -> OpenedSource:
     """Open a converted dataset as a source of its own kind, classes, splits and order.
 
     Raises:
-        Mistake: there is no dataset, or a validation split of it is asked for.
-        Failure: it is damaged.
+        UserError: there is no dataset, or a validation split of it is asked for.
+        DeitfastError: it is damaged.
     """
     if val_fraction:
-        raise Mistake("a converted data set keeps the splits it has", remedy="leave the validation fraction out")
+        raise UserError("a converted data set keeps the splits it has", remedy="leave the validation fraction out")
     dataset = Dataset.open(folder)
     spec = dataset.spec
     splits = {}

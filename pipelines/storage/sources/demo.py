@@ -1,7 +1,7 @@
 """The demo data set: ten classes of small JPEGs, drawn by the program as they are read.
 
 Six classes are shapes (cross, disc, ring, square, star, triangle) somewhere on a cluttered ground, four are textures
-(checks, dots, stripes, waves) at any angle. Colours, size, place, turn, light, clutter and noise are drawn and
+(checks, dots, stripes, waves) at any angle. Colors, size, place, turn, light, clutter and noise are drawn and
 say nothing about the class, so a model has to learn what things look like. Each image is a function of (seed, split,
 index).
 """
@@ -76,7 +76,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
 TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "checks": _checks, "dots": _dots, "stripes": _stripes, "waves": _waves,
 }  # fmt: skip
-"""Negative in one colour, positive in the other; the period is about 2 pi."""
+"""Negative in one color, positive in the other; the period is about 2 pi."""
 CLASSES = tuple(sorted(SHAPES | TEXTURES))
 
 
@@ -118,7 +118,7 @@ def draw(class_name: str, rng: np.random.Generator) -> np.ndarray:
     height = int(rng.integers(SIDES[0], SIDES[1] + 1))
     width = int(np.clip(round(height * rng.uniform(0.85, 1.18)), *SIDES))
     side = min(height, width)
-    paper, ink = _two_colours(rng)
+    paper, ink = _two_colors(rng)
     share = rng.uniform(0.1, 0.35)
     canvas = share * _ground(height, width, rng) + (1 - share) * paper
     if class_name in TEXTURES:
@@ -137,10 +137,10 @@ def draw(class_name: str, rng: np.random.Generator) -> np.ndarray:
     return canvas.clip(0, 255).astype(np.uint8)
 
 
-def _turned(height: int, width: int, centre: np.ndarray, scale: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Return coordinates about `centre` (shares of height and width), turned at random, times `scale`."""
+def _turned(height: int, width: int, center: np.ndarray, scale: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
+    """Return coordinates about `center` (shares of height and width), turned at random, times `scale`."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    y, x = (y - centre[0] * height) * scale, (x - centre[1] * width) * scale
+    y, x = (y - center[0] * height) * scale, (x - center[1] * width) * scale
     turn = rng.uniform(0, 2 * np.pi)
     return x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
 
@@ -150,17 +150,17 @@ def _coverage(distance: Plane) -> Plane:
     return (0.5 - distance).clip(0, 1)
 
 
-def _two_colours(rng: np.random.Generator) -> np.ndarray:
-    """Return a dark and a light colour in 0..255 that are easy to tell apart: float64 [2, 3]."""
+def _two_colors(rng: np.random.Generator) -> np.ndarray:
+    """Return a dark and a light color in 0..255 that are easy to tell apart: float64 [2, 3]."""
     while True:
-        colours = rng.uniform(10, 245, (2, 3))
-        luma = colours @ (0.299, 0.587, 0.114)
+        colors = rng.uniform(10, 245, (2, 3))
+        luma = colors @ (0.299, 0.587, 0.114)
         if luma[1] - luma[0] > 70:
-            return colours
+            return colors
 
 
 def _ground(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Return soft patches of colour: float64 [H, W, 3]."""
+    """Return soft patches of color: float64 [H, W, 3]."""
     coarse = rng.uniform(0, 255, (3, 3, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float64)
 

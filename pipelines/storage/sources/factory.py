@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.cifar import open_cifar
 from pipelines.storage.sources.converted import open_dataset
 from pipelines.storage.sources.demo import open_demo
@@ -33,13 +33,15 @@ def open_source(
         progress: told what is being listed, indexed or unpacked, and how far that is.
 
     Raises:
-        Mistake: there is no such source at `path`, or it is not complete.
-        Failure: it is damaged or cannot be read.
+        UserError: there is no such source at `path`, or it is not complete.
+        DeitfastError: it is damaged or cannot be read.
     """
     if not 0 <= val_fraction < 1:
-        raise Mistake("the validation fraction is a share of the images", expected="0 to 1", found=f"{val_fraction:g}")
+        raise UserError(
+            "the validation fraction is a share of the images", expected="0 to 1", found=f"{val_fraction:g}"
+        )
     if path is None and kind in KINDS and kind != "demo":
-        raise Mistake(f"{kind} needs a folder or an archive to read", remedy="name it after the kind")
+        raise UserError(f"{kind} needs a folder or an archive to read", remedy="name it after the kind")
     place = path or Path()
     workspace = Workspace(scratch, progress or (lambda what, done, total: None))
     try:
@@ -55,10 +57,10 @@ def open_source(
             case "dataset":
                 return open_dataset(place, val_fraction)
             case _:
-                raise Mistake(f"there is no kind of source called {kind}", expected=", ".join(KINDS))
+                raise UserError(f"there is no kind of source called {kind}", expected=", ".join(KINDS))
     except OSError as error:
         workspace.close()
-        raise Failure(f"{printable(place)} cannot be read: {error}") from None
+        raise DeitfastError(f"{printable(place)} cannot be read: {error}") from None
     except BaseException:
         workspace.close()
         raise

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.listing import Extent, Listing, ZipMember, is_hidden, list_files, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace, refuse_fraction
@@ -72,7 +72,7 @@ def open_folder(path: Path, workspace: Workspace, val_fraction: float) -> Opened
     """Open a folder, tar or zip of class folders, with or without train and val above them.
 
     Raises:
-        Mistake: no class folders, or named like splits; a class is empty, or val has classes that train has not.
+        UserError: no class folders, or named like splits; a class is empty, or val has classes that train has not.
     """
     return open_tree("folder", list_files(path, workspace), workspace, val_fraction)
 
@@ -83,14 +83,14 @@ def open_tree(kind: str, listing: Listing, workspace: Workspace, val_fraction: f
     trains = [part for part in tree.parts(TRAIN_NAMES) if any(part.classes.values())]
     vals = [part for part in tree.parts(VAL_NAMES) if any(part.classes.values())]
     if not trains and vals:
-        raise Mistake(
+        raise UserError(
             f"{printable(listing.origin)} has no training images",
             expected=LAYOUT,
             found=f"{vals[0].folder}/ with {len(vals[0].classes)} classes, and no train/",
         )
     train, val = trains[0] if trains else tree.part(""), vals[0] if vals else None
     if any(train.classes.values()) and all(map(_is_split, train.classes)):
-        raise Mistake(
+        raise UserError(
             f"{printable(listing.origin)}: the folders that should be classes are named like splits",
             expected=LAYOUT,
             found=some(sorted(train.classes)),
@@ -133,13 +133,13 @@ def assemble(
     """Number the classes of `train` in sorted order and list both splits sorted by class and name.
 
     Raises:
-        Mistake: no images, an empty class, unknown classes in val, or a `val_fraction` where there is a val.
+        UserError: no images, an empty class, unknown classes in val, or a `val_fraction` where there is a val.
     """
     where = printable(origin)
     if not any(train.classes.values()):
-        raise Mistake(f"{where} holds no images in class folders", expected=LAYOUT, found=_contents(train, ignored))
+        raise UserError(f"{where} holds no images in class folders", expected=LAYOUT, found=_contents(train, ignored))
     if empty := sorted(name for name, images in train.classes.items() if not images):
-        raise Mistake(
+        raise UserError(
             f"{where}: {len(empty)} of {len(train.classes)} classes have no images",
             found=some(empty),
             remedy="add their images or remove their folders",
@@ -150,7 +150,7 @@ def assemble(
     splits = {"train": _entries(train, labels)}
     if val is not None:
         if unknown := sorted(name for name, images in val.classes.items() if images and name not in labels):
-            raise Mistake(
+            raise UserError(
                 f"{where}: {val.folder}/ has {len(unknown)} classes that {train.folder}/ has not",
                 found=some(unknown),
                 remedy="name the class folders of both splits alike",

@@ -4,7 +4,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.sources.image_folder import TRAIN_NAMES, Part, Tree, assemble, read_tree, some
 from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
 from pipelines.storage.sources.listing import Extent, Listing, list_files, list_tar, printable
@@ -26,8 +26,8 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
     images by name.
 
     Raises:
-        Mistake: no training images, or validation images whose classes nothing tells.
-        Failure: an archive or a label file is damaged.
+        UserError: no training images, or validation images whose classes nothing tells.
+        DeitfastError: an archive or a label file is damaged.
     """
     if path.name == TRAIN_TAR and path.is_file():
         path = path.parent  # the validation tar and the labels lie beside it
@@ -38,7 +38,7 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
     train = _train(tree, listing, workspace)
     if not any(train.classes.values()):
         outside = f", with {len(tree.images):,} images in none of these" if tree.images else ""
-        raise Mistake(
+        raise UserError(
             f"{printable(path)} holds no ImageNet training images",
             expected=f"{TRAIN_TAR}, or folders train/<wnid>/ such as train/n01440764/",
             found=_some_names(listing) + outside,
@@ -92,7 +92,7 @@ def _tree_train(tree: Tree) -> Part | None:
 
 
 def _packed_val(listing: Listing, workspace: Workspace) -> Part | None:
-    """Return the images of the validation tar, not yet labelled."""
+    """Return the images of the validation tar, not yet labeled."""
     for name in listing.named(VAL_TAR):
         tar = listing.files[name]
         if isinstance(tar, Extent):
@@ -102,7 +102,7 @@ def _packed_val(listing: Listing, workspace: Workspace) -> Part | None:
 
 
 def _tree_val(tree: Tree) -> Part | None:
-    """Return the val folder: class folders, or images side by side that are not yet labelled."""
+    """Return the val folder: class folders, or images side by side that are not yet labeled."""
     return next((part for part in tree.parts(VAL_FOLDERS) if part.loose or any(part.classes.values())), None)
 
 
@@ -114,7 +114,7 @@ def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Pa
         number = NUMBER.search(posixpath.basename(name))
         wnid = labels.get(int(number[1])) if number else None
         if wnid is None:
-            raise Mistake(
+            raise UserError(
                 f"validation image {name} has no label",
                 expected=f"names such as ILSVRC2012_val_00000001.JPEG, numbered 1 to {max(labels):,} as the labels are",
                 remedy=f"check that the label file is complete ({ACCEPTED})",
@@ -127,11 +127,11 @@ def _known_classes(val: Part, train: Part, workspace: Workspace) -> Part:
     """Leave out validation images of classes that a partial training set lacks, with a note.
 
     Raises:
-        Mistake: that would be all of them.
+        UserError: that would be all of them.
     """
     known = {wnid: images for wnid, images in val.classes.items() if wnid in train.classes}
     if not any(known.values()):
-        raise Mistake(
+        raise UserError(
             f"{val.folder}/ has images of no class that the training images have",
             expected="folders of wnids, or images side by side and a file of their labels",
             found=some(sorted(val.classes)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.listing import Listing, printable
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -35,8 +35,8 @@ def validation_labels(listing: Listing, classes: list[str]) -> dict[int, str]:
         classes: wnids of the training set, sorted: what val.txt counts.
 
     Raises:
-        Mistake: there is no label file, or val.txt counts other classes.
-        Failure: a label file cannot be understood.
+        UserError: there is no label file, or val.txt counts other classes.
+        DeitfastError: a label file cannot be understood.
     """
     readers: tuple[tuple[tuple[str, ...], Callable[[Listing, str, list[str]], dict[int, str]]], ...] = (
         ((DEVKIT,), _from_devkit),
@@ -49,7 +49,7 @@ def validation_labels(listing: Listing, classes: list[str]) -> dict[int, str]:
             if labels := reader(listing, name, classes):
                 return labels
     alone = listing.named(GROUND_TRUTH)
-    raise Mistake(
+    raise UserError(
         f"{printable(listing.origin)} has validation images, but nothing that says their classes",
         expected=f"one of {ACCEPTED}",
         found=f"{alone[0]} without the meta.mat that explains its numbers" if alone else "none of them",
@@ -108,7 +108,7 @@ def _from_pairs(listing: Listing, name: str, classes: list[str]) -> dict[int, st
             raise _unclear(name, "an image's name and its class in each line", f"{line[:60]!r} in line {row}")
     places = [label for label in labels.values() if isinstance(label, int)]
     if places and max(places) + 1 != len(classes) and len(classes) != 1000:
-        raise Mistake(
+        raise UserError(
             f"{printable(name)} counts the sorted classes of the whole set, which is not here",
             expected=f"{max(places) + 1:,} training classes",
             found=f"{len(classes):,}",
@@ -170,5 +170,5 @@ def _matrix(content: bytes) -> list[Any]:
     return list(struct.unpack(f"<{len(values) // struct.calcsize(NUMBERS[kind])}{NUMBERS[kind]}", values))
 
 
-def _unclear(name: str, expected: str, found: str) -> Failure:
-    return Failure(f"{printable(name)} cannot be understood", expected=expected, found=found)
+def _unclear(name: str, expected: str, found: str) -> DeitfastError:
+    return DeitfastError(f"{printable(name)} cannot be understood", expected=expected, found=found)

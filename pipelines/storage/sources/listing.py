@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.opened_source import Workspace
 
 Opener = Callable[..., Any]
@@ -97,11 +97,11 @@ def list_files(path: Path, workspace: Workspace, skip: frozenset[str] = frozense
     """Index a folder, tar, compressed tar or zip; folders on disk named in `skip` are not entered.
 
     Raises:
-        Mistake: there is nothing at `path`, or something else.
-        Failure: the archive is damaged, or there is no room to unpack it.
+        UserError: there is nothing at `path`, or something else.
+        DeitfastError: the archive is damaged, or there is no room to unpack it.
     """
     if not path.exists():
-        raise Mistake(f"{printable(path)} does not exist", remedy="give the folder or archive that holds the images")
+        raise UserError(f"{printable(path)} does not exist", remedy="give the folder or archive that holds the images")
     listing = Listing(path)
     if path.is_dir():
         _walk(path, skip, listing, workspace)
@@ -150,7 +150,7 @@ def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspa
             identity = (status.st_dev, status.st_ino)
             children = [] if identity in above else list(os.scandir(folder))
         except OSError as error:
-            raise Failure(f"{printable(folder)} cannot be listed: {error.strerror}") from None
+            raise DeitfastError(f"{printable(folder)} cannot be listed: {error.strerror}") from None
         for child in children:
             name = prefix + child.name
             is_folder, is_file = _leads_to(child)
@@ -208,7 +208,7 @@ def _open_tar(file: IO[bytes], origin: Path) -> tarfile.TarFile:
         return tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError:
         file.seek(start)
-        raise Mistake(
+        raise UserError(
             f"{printable(origin)} is no archive that can be read",
             expected="a folder, .tar, .tar.gz, .tar.bz2, .tar.xz or .zip",
             found=f"a file that begins with {file.read(8)!r}",
@@ -243,7 +243,7 @@ def _index_zip(path: Path, listing: Listing) -> None:
             listing.folders.add(name)
             continue
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise Mistake(
+            raise UserError(
                 f"{printable(path)}: {printable(name)} cannot be read",
                 expected="members that are stored or deflated, without a password",
                 found="a password" if member.flag_bits & 1 else f"compression method {member.compress_type}",
@@ -272,7 +272,7 @@ def _decompress(path: Path, opener: Opener, workspace: Workspace) -> Path:
     except OSError as error:
         if error.errno is None:  # bz2 says "Invalid data stream" this way
             raise _damaged(path, str(error)) from None
-        raise Failure(
+        raise DeitfastError(
             f"{printable(path)} cannot be unpacked to {printable(target)}: {error.strerror}",
             expected="room for the unpacked archive",
             remedy="make room, or extract the archive elsewhere and give the folder",
@@ -289,8 +289,8 @@ def _normal(name: str) -> str:
     return posixpath.normpath("/" + name).lstrip("/")
 
 
-def _damaged(path: Path, found: str) -> Failure:
-    return Failure(
+def _damaged(path: Path, found: str) -> DeitfastError:
+    return DeitfastError(
         f"{printable(path)} is damaged or was not downloaded to its end",
         found=found,
         remedy="compare its size and checksum with the publisher's and fetch it again",

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.files import writing
 from pipelines.storage.entry import Entry, Source
 
@@ -108,9 +108,9 @@ def _clear_leftovers(scratch: Path) -> None:
 
 
 def refuse_fraction(where: str, val_fraction: float, folder: str) -> None:
-    """Raise a Mistake where a validation fraction is asked for although there is a validation split."""
+    """Raise a UserError where a validation fraction is asked for although there is a validation split."""
     if val_fraction:
-        raise Mistake(
+        raise UserError(
             f"{where} has a validation split already",
             expected="a validation fraction only where there is none",
             found=f"{folder} and a fraction of {val_fraction:g}",

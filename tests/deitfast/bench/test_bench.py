@@ -24,8 +24,8 @@ from deitfast.bench.timing import Pace
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
-from deitfast.train.step import Learner
-from pipelines.errors import Failure, Mistake
+from deitfast.train.step import TrainStep
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders import factory, host
 from pipelines.loaders.codecs.pillow import PillowCodec
 from pipelines.storage.dataset import Dataset
@@ -69,7 +69,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch):
                 return super().decode(*arguments)
 
         monkeypatch.setattr(factory, "_pillow_codec", lambda: Slow)
-        monkeypatch.setattr(Learner, "step", lambda *arguments: time.sleep(batch))
+        monkeypatch.setattr(TrainStep, "step", lambda *arguments: time.sleep(batch))
 
     return slow
 
@@ -159,7 +159,7 @@ def test_a_record_of_another_kind_is_refused(tiny_dataset: Path, tmp_path: Path)
         {k: v for k, v in tree.items() if k != "made"},
     ):
         file.write_text(json.dumps(changed))
-        with pytest.raises(Failure):
+        with pytest.raises(DeitfastError):
             load(file)
 
 
@@ -171,15 +171,15 @@ def test_a_page_escapes_what_others_have_named(tiny_dataset: Path) -> None:
 
 def test_what_cannot_be_measured_is_refused(tiny_dataset: Path) -> None:
     for wrong in ({"part": "everything"}, {"tries": ("loader.workers",)}, {"part": "step", "tries": ("a.b=1",)}):
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             Wish(**wrong)
-    with closing(Dataset.open(tiny_dataset)) as dataset, pytest.raises(Mistake, match="one process"):
+    with closing(Dataset.open(tiny_dataset)) as dataset, pytest.raises(UserError, match="one process"):
         run_session(dataset, recipe(), replace(CPU, world=2), QUICK, Display(Console(), quiet=True))
 
 
 @pytest.mark.parametrize(("arch", "width", "heads"), [("deit_ti", 192, 1), ("deit_s", 384, 2)])
 def test_flops_are_those_of_the_formula(arch: str, width: int, heads: int) -> None:
-    chosen = recipes.choose(recipes.known_arch(arch), "imagenet", 400)
+    chosen = recipes.choose(recipes.check_arch(arch), "imagenet", 400)
     if heads == 2:
         chosen = recipes.override(chosen, ["model.token=on"])
     tokens, prefix, depth, classes = 196 + heads, heads, 12, 1000
@@ -234,7 +234,7 @@ def test_peers_that_are_not_there_are_named(tiny_dataset: Path, monkeypatch) -> 
 def test_stock_pipelines_that_crop_have_no_place_beside_padding(bench_of_crops: Workbench) -> None:
     padded = bench_of_crops.changed(["augment.crop=padded"])
     for opener in (peer_loaders.ffcv_stock, peer_loaders.dali_stock):
-        with pytest.raises(peer.LeftOut, match="pads"):
+        with pytest.raises(peer.SkipError, match="pads"):
             opener(padded, None)  # pyright: ignore[reportArgumentType]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -46,11 +46,11 @@ def test_a_file_holds_what_differs_from_the_recipe_it_extends(tmp_path) -> None:
     assert "extends" not in recipes.dump(recipes.load(str(file)))
     for base in ("deit_s_imagenet", "nowhere", "mine", 3):
         file.write_text(f"extends = {base!r}")
-        with pytest.raises(Mistake, match=f"cannot extend {base}") as caught:
+        with pytest.raises(UserError, match=f"cannot extend {base}") as caught:
             recipes.load(str(file))
         assert "deit_ti_imagenet" in caught.value.expected
     file.write_text('extends = "deit_ti_cifar10"\n[augment]\nsise = 32')
-    with pytest.raises(Mistake, match=r"augment\.sise: unknown key"):
+    with pytest.raises(UserError, match=r"augment\.sise: unknown key"):
         recipes.load(str(file))
 
 
@@ -90,29 +90,29 @@ def test_every_field_is_in_the_digest_and_among_the_differences(key: str) -> Non
     ],
 )
 def test_bad_settings_are_refused_by_name(setting: str, named: str) -> None:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         recipes.override(Recipe(), [setting])
     assert named in str(caught.value)
 
 
 def test_distillation_needs_a_head_to_listen() -> None:
-    with pytest.raises(Mistake, match="no distillation token"):
+    with pytest.raises(UserError, match="no distillation token"):
         recipes.override(Recipe(), ["model.arch=vit_ti", "distill.mode=hard"])
     through_class = recipes.override(Recipe(), ["model.arch=vit_ti", "distill.mode=hard", "distill.head=class"])
     assert not through_class.distilled
-    with pytest.raises(Mistake, match="needs a deit_"):
+    with pytest.raises(UserError, match="needs a deit_"):
         recipes.override(recipes.load("resnet18_cifar10"), ["distill.mode=hard"])
 
 
 def test_files_with_errors_are_refused_by_name(tmp_path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[augment\nsize = 3")
-    with pytest.raises(Mistake, match="is not TOML"):
+    with pytest.raises(UserError, match="is not TOML"):
         recipes.load(str(file))
     file.write_text("[augment]\nsise = 32")
-    with pytest.raises(Mistake, match=r"augment\.sise: unknown key"):
+    with pytest.raises(UserError, match=r"augment\.sise: unknown key"):
         recipes.load(str(file))
-    with pytest.raises(Mistake, match="there is no recipe missing"):
+    with pytest.raises(UserError, match="there is no recipe missing"):
         recipes.load("missing")
 
 

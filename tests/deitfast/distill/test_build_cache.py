@@ -19,9 +19,9 @@ import torch
 from deitfast.config import recipe as recipes
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import MANIFEST, PARTS, TARGETS
-from deitfast.distill.targets import Cached
+from deitfast.distill.targets import CachedTargets
 from deitfast.run_folder import RunFolder
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.loaders.factory import available
 from pipelines.spec import LoaderName
 from pipelines.storage.dataset import Dataset
@@ -118,14 +118,14 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
 ) -> None:
     recipe = distilled("train.checkpoint_minutes=0", "train.epochs=1")
     run(tiny_small, tmp_path / "whole", with_cache(recipe, tmp_path / "a"))
-    original = Cached.of
+    original = CachedTargets.of
 
     def dying(self, inputs, skipped=0):
         if self.asked >= 32:
             raise ZeroDivisionError
         return original(self, inputs, skipped)
 
-    monkeypatch.setattr(Cached, "of", dying)
+    monkeypatch.setattr(CachedTargets, "get", dying)
     with pytest.raises(ZeroDivisionError):
         run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"))
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_nothing_is_kept_of_images_that_cannot_be_read(
     lost = 1 if targets == "per_image" else 4  # each view of it, and of its partner there
     assert cache.answers() == cache.manifest.views * 80 - lost
     assert row["teacher_asked"] == 0
-    with pytest.raises(Failure, match="sample 3"):
+    with pytest.raises(DeitfastError, match="sample 3"):
         taught(data, tmp_path / "strict", distilled("train.epochs=2", mode=mode))
 
 

@@ -22,7 +22,7 @@ from deitfast.distill.cache_files import (
     read_manifest,
     require_same,
 )
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 
 HARD, SOFT = TargetSpec("hard"), TargetSpec("soft", 3, "float16", 3.0)
 VIEWS, SAMPLES, REPEATS = 6, 20, 3
@@ -180,7 +180,7 @@ def test_a_flipped_byte_in_the_targets_is_found_and_its_view_named(tmp_path: Pat
     flip(tmp_path / "cache" / TARGETS, header + 2 * SAMPLES * 4 + 7)
     cache = TeacherCache.open(tmp_path / "cache")
     cache.rows(0)
-    with pytest.raises(Failure, match=r"targets\.npy: damaged") as caught:
+    with pytest.raises(DeitfastError, match=r"targets\.npy: damaged") as caught:
         cache.rows(3)
     assert "of view 4" in str(caught.value)
     assert [done for done, problem in cache.check() if problem] == [6]
@@ -192,7 +192,7 @@ def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, 
     fill(cache, answers(HARD), np.arange(50), flushes=1)
     part = next((tmp_path / "cache" / PARTS).iterdir())
     flip(part, place)
-    with pytest.raises(Failure, match=part.name):
+    with pytest.raises(DeitfastError, match=part.name):
         TeacherCache.open(tmp_path / "cache").rows(0)
 
 
@@ -202,14 +202,14 @@ def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
     fill(cache, answers(HARD), np.arange(50), flushes=1)
     part = next((tmp_path / "part" / PARTS).iterdir())
     part.write_bytes(part.read_bytes()[:left])
-    with pytest.raises(Failure, match=part.name):
+    with pytest.raises(DeitfastError, match=part.name):
         cache.rows(0)
     complete(tmp_path / "table")
     path = tmp_path / "table" / TARGETS
     whole = path.read_bytes()
     for kept in (left, 120 + left):
         path.write_bytes(whole[:kept])
-        with pytest.raises(Failure, match=r"targets\.npy: damaged"):
+        with pytest.raises(DeitfastError, match=r"targets\.npy: damaged"):
             TeacherCache.open(tmp_path / "table")
 
 
@@ -219,11 +219,11 @@ def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
     fill(cache, answers(HARD, seed=1), np.arange(6 * 18))
     assert cache.finish()
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "other" / TARGETS).read_bytes())
-    with pytest.raises(Failure, match="CRC32"):
+    with pytest.raises(DeitfastError, match="CRC32"):
         TeacherCache.open(tmp_path / "one").rows(0)
     complete(tmp_path / "soft", spec=SOFT)
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "soft" / TARGETS).read_bytes())
-    with pytest.raises(Failure, match="another cache's"):
+    with pytest.raises(DeitfastError, match="another cache's"):
         TeacherCache.open(tmp_path / "one")
 
 
@@ -234,7 +234,7 @@ def test_a_part_of_another_shape_is_refused(tmp_path: Path) -> None:
     TeacherCache.create(tmp_path / "cache", manifest())
     part = next((tmp_path / "wide" / PARTS).iterdir())
     part.rename(tmp_path / "cache" / PARTS / part.name)
-    with pytest.raises(Failure, match="targets of 20 images"):
+    with pytest.raises(DeitfastError, match="targets of 20 images"):
         TeacherCache.open(tmp_path / "cache").rows(0)
 
 
@@ -243,15 +243,15 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, edit: tuple[str,
     complete(tmp_path / "cache")
     path = tmp_path / "cache" / MANIFEST
     path.write_text(path.read_text().replace(*edit, 1))
-    with pytest.raises(Failure, match=r"manifest\.json: damaged"):
+    with pytest.raises(DeitfastError, match=r"manifest\.json: damaged"):
         TeacherCache.open(tmp_path / "cache")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"precious")
-    with pytest.raises(Mistake, match="is not empty and no teacher cache"):
+    with pytest.raises(UserError, match="is not empty and no teacher cache"):
         TeacherCache.create(tmp_path, manifest())
-    with pytest.raises(Mistake, match="there is no teacher cache"):
+    with pytest.raises(UserError, match="there is no teacher cache"):
         TeacherCache.open(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
@@ -285,7 +285,7 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipelines.files.os.fsync", full)
-    with pytest.raises(Failure, match="cannot write the teacher cache") as caught:
+    with pytest.raises(DeitfastError, match="cannot write the teacher cache") as caught:
         fill(cache, answers(HARD), np.arange(50, 108))
     assert "No space left" in str(caught.value)
     monkeypatch.undo()
@@ -293,19 +293,19 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, monkeypa
 
 
 def test_views_that_are_no_whole_passes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="a cache of 7 views"):
+    with pytest.raises(UserError, match="a cache of 7 views"):
         TeacherCache.create(tmp_path / "cache", manifest(views=7))
-    with pytest.raises(Mistake, match="a cache of 65538 views"):
+    with pytest.raises(UserError, match="a cache of 65538 views"):
         TeacherCache.create(tmp_path / "cache", manifest(views=65538))
 
 
 def test_every_differing_field_is_named_with_both_values(tmp_path: Path) -> None:
     kept = {"data": "abc", "augment.erasing": 0.25, "augment.scale": [0.08, 1.0], "teacher.digest": "ff"}
     require_same(tmp_path, kept, {**kept, "augment.scale": (0.08, 1.0), "teacher.digest": None})
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         require_same(tmp_path, kept, {**kept, "augment.erasing": 0.1, "data": "abd"})
     assert str(caught.value).splitlines()[0].endswith("another data, augment.erasing")
     assert caught.value.expected == "data 'abd', augment.erasing 0.1"
     assert caught.value.found.startswith("data 'abc', augment.erasing 0.25")
-    with pytest.raises(Mistake, match=r"augment\.new"):
+    with pytest.raises(UserError, match=r"augment\.new"):
         require_same(tmp_path, kept, {**kept, "augment.new": 1})

@@ -11,9 +11,9 @@ import torch
 from deitfast.config import recipe as recipes
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import TARGETS
-from deitfast.distill.cache_key import known_teacher, needed_manifest
+from deitfast.distill.cache_key import needed_manifest, teacher_fingerprint
 from pipelines.augment.chain import augment
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.spec import AugmentSpec
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
@@ -35,7 +35,7 @@ def test_another_value_of_any_field_that_makes_a_view_is_refused(tiny_small: Pat
     opened(tiny_small, tmp_path / "cache", recipe)
     value = OTHER.get(field, 0.4)
     assert value != getattr(recipe.augment, field)
-    with pytest.raises(Mistake, match=rf"another .*augment\.{field}") as caught:
+    with pytest.raises(UserError, match=rf"another .*augment\.{field}") as caught:
         opened(tiny_small, tmp_path / "cache", recipes.override(recipe, [f"augment.{field}={value}"]))
     assert f"augment.{field} {value!r}" in str(caught.value.expected)
 
@@ -47,11 +47,11 @@ def test_what_evaluation_alone_reads_is_no_reason_to_refuse(tiny_small: Path, tm
 
 def test_another_share_of_the_images_or_other_targets_are_refused(tiny_small: Path, tmp_path: Path) -> None:
     opened(tiny_small, tmp_path / "cache", distilled())
-    with pytest.raises(Mistake, match="another fraction"):
+    with pytest.raises(UserError, match="another fraction"):
         opened(tiny_small, tmp_path / "cache", distilled("train.fraction=0.5"))
-    with pytest.raises(Mistake, match=r"targets\.kind, targets\.k, targets\.dtype"):
+    with pytest.raises(UserError, match=r"targets\.kind, targets\.k, targets\.dtype"):
         opened(tiny_small, tmp_path / "cache", distilled(mode="soft"))
-    with pytest.raises(Mistake, match=r"another .*seen"):
+    with pytest.raises(UserError, match=r"another .*seen"):
         opened(tiny_small, tmp_path / "cache", distilled("distill.cache=auto", "distill.targets=per_image"))
 
 
@@ -90,7 +90,7 @@ def test_two_swapped_images_and_other_images_of_the_same_names_are_refused(tmp_p
     opened(converted(first, tmp_path / "copy"), tmp_path / "cache", recipe)
     for name, contents_ in {"swapped": swapped, "other": other}.items():
         data = converted(contents_, tmp_path / name)
-        with pytest.raises(Mistake, match="was filled for another data") as caught:
+        with pytest.raises(UserError, match="was filled for another data") as caught:
             opened(data, tmp_path / "cache", recipe)
         with closing(Dataset.open(data)) as dataset:
             assert dataset.spec.fingerprint in str(caught.value.expected)
@@ -103,14 +103,14 @@ def test_a_teacher_with_one_other_weight_is_refused(tiny_small: Path, tmp_path: 
     cache = tmp_path / "cache"
     recipe = with_cache(tiny_recipe("distill.mode=hard", f"distill.teacher={out}"), cache)
     taught(tiny_small, cache, recipe)
-    known, loaded = known_teacher(recipe, tuple("abcdefghij"))
+    known, loaded = teacher_fingerprint(recipe, tuple("abcdefghij"))
     assert loaded
     opened(tiny_small, cache, recipe, loaded)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     weight = state["model"]["head.weight"]
     weight[3, 7] = torch.nextafter(weight[3, 7], torch.tensor(9.0))
     torch.save(state, out / "checkpoint.pt")
-    with pytest.raises(Mistake, match=r"another teacher\.digest"):
+    with pytest.raises(UserError, match=r"another teacher\.digest"):
         run(tiny_small, tmp_path / "student", recipe)
     assert known["teacher.digest"] == TeacherCache.open(cache).manifest.identity["teacher.digest"]
 
@@ -122,7 +122,7 @@ def test_a_complete_cache_needs_no_teacher_and_an_incomplete_one_does(tiny_small
     row = run(tiny_small, tmp_path / "run", alone)
     assert row["teacher_asked"] == 0
     (folder / TARGETS).unlink()
-    with pytest.raises(Failure, match=r"targets\.npy"):
+    with pytest.raises(DeitfastError, match=r"targets\.npy"):
         run(tiny_small, tmp_path / "again", alone)
 
 
@@ -132,7 +132,7 @@ def test_a_flipped_byte_of_the_last_epoch_is_found_before_the_first(tiny_small: 
     content = bytearray((folder / TARGETS).read_bytes())
     content[-10] ^= 4
     (folder / TARGETS).write_bytes(content)
-    with pytest.raises(Failure, match=r"targets\.npy: damaged") as caught:
+    with pytest.raises(DeitfastError, match=r"targets\.npy: damaged") as caught:
         run(tiny_small, tmp_path / "run", with_cache(recipe, folder))
     assert "of view 4" in str(caught.value.expected)
     assert not (tmp_path / "run").exists()
@@ -140,7 +140,7 @@ def test_a_flipped_byte_of_the_last_epoch_is_found_before_the_first(tiny_small: 
 
 def test_an_incomplete_cache_without_a_teacher_is_refused(tiny_small: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("distill.mode=hard", "distill.teacher=nowhere", f"distill.cache={tmp_path / 'cache'}")
-    with pytest.raises(Mistake, match="no teacher of that name"):
+    with pytest.raises(UserError, match="no teacher of that name"):
         run(tiny_small, tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
@@ -148,7 +148,7 @@ def test_an_incomplete_cache_without_a_teacher_is_refused(tiny_small: Path, tmp_
 def test_more_epochs_than_views_are_refused_and_the_way_out_named(tiny_small: Path, tmp_path: Path) -> None:
     opened(tiny_small, tmp_path / "cache", distilled("train.epochs=4"))
     opened(tiny_small, tmp_path / "cache", distilled("train.epochs=3"))
-    with pytest.raises(Mistake, match="fewer views") as caught:
+    with pytest.raises(UserError, match="fewer views") as caught:
         opened(tiny_small, tmp_path / "cache", distilled("train.epochs=5"))
     assert "--views 4" in str(caught.value.remedy)
     reused = distilled("train.epochs=5", "distill.targets=reused", "distill.views=4")
@@ -166,7 +166,7 @@ def test_the_spot_check_finds_views_that_are_made_otherwise(tiny_small: Path, tm
         return replace(made, pixels=made.pixels.flip(1))  # red and blue exchanged
 
     monkeypatch.setattr("deitfast.distill.build_cache.augment", otherwise)
-    with pytest.raises(Failure, match="does not say what the teacher says now") as caught:
+    with pytest.raises(DeitfastError, match="does not say what the teacher says now") as caught:
         taught(tiny_small, tmp_path / "cache", recipe)
     assert "of image" in str(caught.value.expected)
 

@@ -13,7 +13,7 @@ from deitfast.distill.cache import TeacherCache
 from deitfast.distill.targets import PerImage
 from deitfast.distill.teacher import Teacher
 from pipelines.augment.chain import augment
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import CPU, run, tiny_recipe
 from tests.helpers.small_teachers import (
@@ -57,13 +57,13 @@ def test_per_image_targets_are_the_images_own_mixed_like_labels(
         targets = PerImage(cache, recipe, classes, torch.device("cpu"))
         with closing(open_training(dataset, recipe, CPU)) as loader:
             inputs = augment(next(iter(loader.epoch(0))), recipe.augment, dtype=torch.float32, train=True)
-        found = targets.of(inputs)
+        found = targets.get(inputs)
     own = logits[inputs.params.sample]
-    partner = own[inputs.params.partner]
+    partner = own[inputs.params.mix_index]
     if mode == "hard":
         assert torch.equal(found, torch.stack([own.argmax(-1), partner.argmax(-1)], 1))
         return
-    tau, share = recipe.distill.tau, inputs.share[:, None]
+    tau, share = recipe.distill.tau, inputs.lam[:, None]
     expected = share * F.softmax(own / tau, -1) + (1 - share) * F.softmax(partner / tau, -1)
     assert torch.allclose(F.softmax(found / tau, -1), expected, atol=1e-3)
 
@@ -86,7 +86,7 @@ def test_per_image_targets_are_asked_for_the_images_that_are_used(tiny_small: Pa
 
 
 def test_modes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(Mistake, match=r"distill\.views goes with"):
+    with pytest.raises(UserError, match=r"distill\.views goes with"):
         tiny_recipe("distill.views=2")
-    with pytest.raises(Mistake, match=r"no multiple of augment\.repeats"):
+    with pytest.raises(UserError, match=r"no multiple of augment\.repeats"):
         tiny_recipe("distill.targets=reused", "distill.views=2", "augment.repeats=3")

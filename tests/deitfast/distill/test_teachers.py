@@ -15,7 +15,7 @@ from deitfast.config.recipe import DistillSpec
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.models.class_names import imagenet_synsets, outputs_of
 from deitfast.weights import torchvision as published
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
 from tests.helpers.sample_images import MemorySource, drawn, entries
 from tests.helpers.small_runs import CPU, run, tiny_recipe
@@ -55,7 +55,7 @@ def test_a_published_network_says_what_torchvisions_own_does(resnet18: Path) -> 
     assert (loaded.size, loaded.mean) == (224, (0.485, 0.456, 0.406))
 
 
-def test_a_student_of_another_size_and_normalisation_is_seen_as_the_teacher_was_trained(resnet18: Path) -> None:
+def test_a_student_of_another_size_and_normalization_is_seen_as_the_teacher_was_trained(resnet18: Path) -> None:
     loaded = load_teacher(spec("resnet18", resnet18), SYNSETS)
     recipe = tiny_recipe("augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.25, 0.25, 0.25]")
     images = torch.rand(2, 3, 32, 32)
@@ -88,7 +88,7 @@ def test_some_of_the_classes_are_found_by_name_whatever_their_order(resnet18: Pa
 
 def test_classes_may_be_called_by_torchvisions_words(resnet18: Path) -> None:
     assert load_teacher(spec("resnet18", resnet18), ("goldfish", "tench")).outputs == (1, 0)
-    with pytest.raises(Mistake, match="does not know class unicorn"):
+    with pytest.raises(UserError, match="does not know class unicorn"):
         load_teacher(spec("resnet18", resnet18), ("tench", "unicorn"))
 
 
@@ -106,18 +106,18 @@ def test_the_digest_follows_every_weight_and_the_order_of_classes(resnet18: Path
 
 
 def test_weights_of_another_network_are_refused(resnet18: Path, tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="holds no resnet50"):
+    with pytest.raises(UserError, match="holds no resnet50"):
         load_teacher(spec("resnet50", resnet18), SYNSETS)
-    with pytest.raises(Mistake, match="there is no file"):
+    with pytest.raises(UserError, match="there is no file"):
         load_teacher(spec("resnet18", tmp_path / "nowhere.pth"), SYNSETS)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(Mistake, match="cannot be read as weights"):
+    with pytest.raises(UserError, match="cannot be read as weights"):
         load_teacher(spec("resnet18", tmp_path / "text.pth"), SYNSETS)
 
 
 def test_weights_of_other_classes_without_names_are_refused(tmp_path: Path) -> None:
     save_file(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "seven.safetensors")
-    with pytest.raises(Mistake, match="does not tell what its 7 classes are"):
+    with pytest.raises(UserError, match="does not tell what its 7 classes are"):
         load_teacher(spec("resnet18", tmp_path / "seven.safetensors"), ("a",) * 7)
 
 
@@ -126,7 +126,7 @@ def test_without_a_network_the_file_to_fetch_is_named(monkeypatch) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
-    with pytest.raises(Failure, match="weights of teacher regnet_y_16gf cannot be fetched") as caught:
+    with pytest.raises(DeitfastError, match="weights of teacher regnet_y_16gf cannot be fetched") as caught:
         load_teacher(spec("regnet_y_16gf"), SYNSETS)
     assert "regnet_y_16gf-3e4a00f9.pth" in str(caught.value.expected)  # the one with 82.9 %
     assert "--teacher-weights" in str(caught.value.remedy)
@@ -134,12 +134,12 @@ def test_without_a_network_the_file_to_fetch_is_named(monkeypatch) -> None:
 
 def test_every_published_classifier_knows_imagenets_thousand() -> None:
     for name in ("regnet_y_16gf", "resnet50", "vit_b_16", "convnext_tiny", "efficientnet_b0"):
-        assert published.is_published(name)
-        weights = published.publication(name)
+        assert published.is_torchvision_model(name)
+        weights = published.torchvision_weights(name)
         assert len(weights.meta["categories"]) == 1000
         assert len(weights.transforms().mean) == 3
-    assert not published.is_published("inception_v3")
-    assert not published.is_published("deit_ti")
+    assert not published.is_torchvision_model("inception_v3")
+    assert not published.is_torchvision_model("deit_ti")
 
 
 def test_a_run_whose_classes_are_in_another_order_teaches_by_their_names(tmp_path: Path) -> None:
@@ -159,12 +159,12 @@ def test_a_run_whose_classes_are_in_another_order_teaches_by_their_names(tmp_pat
 
 def test_outputs_are_matched_by_name() -> None:
     assert outputs_of("t", ("a", "b", "c"), ("c", "a")) == (2, 0)
-    with pytest.raises(Mistake, match="t does not know class d"):
+    with pytest.raises(UserError, match="t does not know class d"):
         outputs_of("t", ("a", "b", "c"), ("d",))
-    with pytest.raises(Mistake, match="t has more than one class crane"):
+    with pytest.raises(UserError, match="t has more than one class crane"):
         outputs_of("t", ("crane", "b", "crane"), ("b", "crane"))
 
 
 def test_a_file_beside_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="--teacher-weights goes with"):
+    with pytest.raises(UserError, match="--teacher-weights goes with"):
         load_teacher(spec(tmp_path, "weights.pth"), SYNSETS)

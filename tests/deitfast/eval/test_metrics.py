@@ -18,7 +18,7 @@ from torch import nn
 from deitfast.eval.evaluate import Agreement, agreement, evaluate, final_head
 from deitfast.eval.metrics import measure
 from pipelines.batch import Batch
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.rng.view_params import COLUMNS, ViewParams
 from tests.helpers.small_runs import CPU, tiny_recipe
 
@@ -112,9 +112,9 @@ def test_the_summary_is_plain():
 
 
 def test_labels_outside_the_classes_are_refused():
-    with pytest.raises(Failure, match="labels 0 to 3 do not fit a model of 3 classes"):
+    with pytest.raises(DeitfastError, match="labels 0 to 3 do not fit a model of 3 classes"):
         measure(torch.randn(4, 3), torch.arange(4))
-    with pytest.raises(Failure, match="no image"):
+    with pytest.raises(DeitfastError, match="no image"):
         measure(torch.randn(0, 3), torch.zeros(0, dtype=torch.int64))
 
 
@@ -128,7 +128,7 @@ def test_all_of_imagenet_takes_seconds():
 
 
 class TwoHeads(nn.Module):
-    """Logits that are functions of each image's mean colour."""
+    """Logits that are functions of each image's mean color."""
 
     def __init__(self, heads=2, classes=7):
         super().__init__()
@@ -199,9 +199,9 @@ def test_evaluation_under_autocast_measures_in_float32():
 
 
 def test_models_of_other_widths_and_empty_splits_are_refused():
-    with pytest.raises(Mistake, match="tells 7 classes apart, the data set has 10"):
+    with pytest.raises(UserError, match="tells 7 classes apart, the data set has 10"):
         run(TwoHeads(), Images(), classes=10)
-    with pytest.raises(Failure, match="no image"):
+    with pytest.raises(DeitfastError, match="no image"):
         run(TwoHeads(), SimpleNamespace(epoch=lambda epoch: iter(()), steps_per_epoch=0))
 
 

@@ -8,7 +8,7 @@ import torchvision
 from deitfast.config.recipe import ModelSpec
 from deitfast.models.vit import build_model, drop_path, joint
 from pipelines.augment.patches import cut_patches
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 
 TIMM = {"ti": "deit_tiny", "s": "deit_small", "b": "deit_base"}
 PUBLISHED = {
@@ -105,7 +105,7 @@ def test_a_vit_is_a_deit_without_its_token(size):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_initialisation_is_the_recipes():
+def test_initialization_is_the_recipes():
     torch.manual_seed(0)
     model = build("deit_ti", size=64, patch=8, classes=10, distilled=True)
     for name, value in model.state_dict().items():
@@ -154,7 +154,7 @@ def test_drop_path_rises_linearly_over_the_blocks():
 
 
 @pytest.mark.parametrize("fields", [{"drop_path": 0.5}, {"drop_path": 0.0, "dropout": 0.5}])
-def test_regularisation_acts_in_training_only(fields):
+def test_regularization_acts_in_training_only(fields):
     model, pixels = build("deit_ti", 32, 10, True, patch=8, **fields), torch.randn(4, 3, 32, 32)
     torch.manual_seed(0)
     assert not torch.equal(model.train()(pixels)[0], model(pixels)[0])
@@ -180,13 +180,13 @@ def test_compiles_without_a_graph_break():
 
 
 def test_sizes_that_the_patches_do_not_tile_are_refused():
-    with pytest.raises(Mistake, match="patches of 16 px do not tile an image of 40 px"):
+    with pytest.raises(UserError, match="patches of 16 px do not tile an image of 40 px"):
         build("deit_ti", 40)
 
 
 @pytest.mark.parametrize("arch", ["vit_ti", "resnet18"])
 def test_only_deit_has_a_distillation_token(arch):
-    with pytest.raises(Mistake, match="no distillation token"):
+    with pytest.raises(UserError, match="no distillation token"):
         build(arch, distilled=True)
 
 

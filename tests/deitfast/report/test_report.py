@@ -20,7 +20,7 @@ from deitfast.report.live import LiveReport
 from deitfast.report.read import read_run
 from deitfast.report.write import write_report
 from pipelines.augment.chain import augment
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.storage.dataset import Dataset
 from tests.helpers.report_runs import Outline, fake, page_of
 from tests.helpers.small_runs import CPU, run, tiny_recipe
@@ -97,8 +97,8 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     row = {pair: n for n, pair in enumerate(zip(whole.params.sample, whole.params.view, strict=True))}
     rows = [row[pair] for pair in zip(few.params.sample[shown], few.params.view[shown], strict=True)]
     assert torch.equal(few.pixels[shown], whole.pixels[rows])
-    assert torch.equal(few.share[shown], whole.share[rows])
-    assert torch.equal(few.partner_labels[shown], whole.partner_labels[rows])
+    assert torch.equal(few.share[shown], whole.lam[rows])
+    assert torch.equal(few.mix_labels[shown], whole.mix_labels[rows])
     teacher = Teacher(load_teacher(recipe.distill, tuple("abcdefghij")), recipe, CPU)
     labels = teacher.logits(whole.pixels).argmax(1)[rows]
     assert answers == ["abcdefghij"[label] for label in labels.tolist()]
@@ -113,9 +113,9 @@ def read_recipe(folder: Path) -> Recipe:
     return recipes.load(str(folder / "recipe.toml"))
 
 
-def test_pictures_are_the_pixels_before_normalisation(tiny_small: Path, trained: Path) -> None:
+def test_pictures_are_the_pixels_before_normalization(tiny_small: Path, trained: Path) -> None:
     recipe = recipes.override(read_recipe(trained), ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.erasing=0.0"])
-    spec = replace(recipe.augment, policy="none", colour_jitter=0.0, flip=0.0, padding=0)
+    spec = replace(recipe.augment, policy="none", color_jitter=0.0, flip=0.0, padding=0)
     with closing(Dataset.open(tiny_small)) as dataset:
         inputs, shown = samples.first_inputs(dataset, replace(recipe, augment=spec))
         stored = dataset.split("train").sample(int(inputs.params.sample[shown[0]])).reshape(32, 32, 3)
@@ -187,7 +187,7 @@ def test_a_report_that_fails_costs_a_warning_not_the_run(tiny_small: Path, tmp_p
     assert "the report could not be written: RuntimeError: no font" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("error", [Failure("disk gone"), OSError("disk gone")])
+@pytest.mark.parametrize("error", [DeitfastError("disk gone"), OSError("disk gone")])
 def test_images_that_cannot_be_had_are_a_sentence(trained: Path, monkeypatch, error: Exception) -> None:
     def gone(*arguments: object) -> None:
         raise error

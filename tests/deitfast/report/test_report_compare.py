@@ -9,7 +9,7 @@ import pytest
 from deitfast.report import summary
 from deitfast.report.compare import differences, efficiency, lessons
 from deitfast.report.read import distinct, read_run, read_runs
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.report_runs import Outline, fake, page_of
 
@@ -87,7 +87,7 @@ def test_reports_suit_the_number_of_classes(tmp_path: Path, count: int, drawn: i
     page = page_of(folder)
     outline = Outline(page)
     assert outline.tags.count("svg") == 8 + drawn
-    assert ("Recognised worst" in outline.text) == listed
+    assert ("Recognized worst" in outline.text) == listed
     assert "Taken for each other most often" in outline.text
     assert len(page) < 300_000
 
@@ -140,5 +140,5 @@ def test_fields_of_later_versions_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_any_file_of_a_run_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="there is no run in"):
+    with pytest.raises(UserError, match="there is no run in"):
         read_run(tmp_path)

@@ -13,8 +13,8 @@ from deitfast.train import callbacks
 from deitfast.train import step as step_module
 from deitfast.train.callbacks import TensorBoard
 from deitfast.train.trainer import TrainJob, train
-from pipelines.errors import Mistake
-from tests.helpers.small_runs import CPU, Crash, crash_after, tiny_recipe
+from pipelines.errors import UserError
+from tests.helpers.small_runs import CPU, CrashError, crash_after, tiny_recipe
 
 
 def watched(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> None:
@@ -38,7 +38,7 @@ def test_a_resumed_run_has_every_point_once(tiny_small: Path, tmp_path: Path, mo
     watched(tiny_small, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         crash_after(patch, 8)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             watched(tiny_small, tmp_path / "cut", recipe)
     assert [step for step, _ in points(tmp_path / "cut")["running/loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     watched(tiny_small, tmp_path / "cut", recipe, resume=True)
@@ -51,20 +51,20 @@ def test_a_resumed_run_has_every_point_once(tiny_small: Path, tmp_path: Path, mo
 
 
 def test_going_back_to_a_checkpoint_replaces_points(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
-    original, calls = step_module.Learner.step, []
+    original, calls = step_module.TrainStep.step, []
 
     def bad_once(self, *arguments):
         calls.append(None)
         return original(self, *arguments) * (math.nan if len(calls) == 8 else 1)
 
-    monkeypatch.setattr(step_module.Learner, "step", bad_once)
+    monkeypatch.setattr(step_module.TrainStep, "step", bad_once)
     watched(tiny_small, tmp_path / "run", tiny_recipe("train.checkpoint_minutes=1000", "train.ema=0"))
     assert [step for step, _ in points(tmp_path / "run")["running/loss"]] == list(range(1, 11))
 
 
 def test_without_tensorboard_nothing_is_started(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    with pytest.raises(Mistake, match="TensorBoard is not installed") as caught:
+    with pytest.raises(UserError, match="TensorBoard is not installed") as caught:
         watched(tiny_small, tmp_path / "run", tiny_recipe())
     assert "pip install" in caught.value.remedy
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
 from deitfast.distill.encoding import from_records
 from deitfast.runtime import Runtime
-from deitfast.train.step import Learner
+from deitfast.train.step import TrainStep
 from pipelines.augment.chain import ModelInput, augment
 from pipelines.batch import Batch
 from pipelines.loaders.factory import why_not
@@ -121,7 +121,7 @@ def test_a_compiled_step_learns_what_an_eager_one_does(compiled: str, monkeypatc
     for how in ("off", compiled):
         torch.compiler.reset()
         recipe = tiny_recipe("model.drop_path=0.0", f"train.compile={how}", "distill.mode=hard", "distill.teacher=x")
-        learner = Learner(recipe, 10, HERE.under(replace(recipe.train, amp="off")))
+        learner = TrainStep(recipe, 10, HERE.with_precision(replace(recipe.train, amp="off")))
         total = torch.zeros(3, device=GPU)
         for seed in range(6):
             inputs, teacher = inputs_on(recipe, GPU), targets("hard")
@@ -138,7 +138,7 @@ def test_a_compiled_step_learns_what_an_eager_one_does(compiled: str, monkeypatc
 def test_training_never_makes_the_host_wait(tiny_small: Path) -> None:
     """As torch sees it, in every thread, from the loader's batch to the update."""
     recipe = tiny_recipe("loader.name=resident", "optim.clip=1.0", "train.accumulate=2")
-    learner = Learner(recipe, 10, HERE)
+    learner = TrainStep(recipe, 10, HERE)
     with closing(Dataset.open(tiny_small)) as dataset, closing(open_training(dataset, recipe, HERE)) as loader:
 
         def train(epoch: int) -> None:

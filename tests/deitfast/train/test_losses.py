@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deitfast.config.recipe import DistillSpec
 from deitfast.train.losses import PARTS, distilled_loss, hard_distillation, mixed_cross_entropy, soft_distillation
 from pipelines.augment.chain import ModelInput
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.rng.view_params import COLUMNS, ViewParams
 
 CLASSES, BATCH = 7, 6
@@ -24,15 +24,15 @@ def sample(seed, batch=BATCH, classes=CLASSES, heads=2):
     draw = torch.Generator().manual_seed(seed)
     logits = [torch.randn(batch, classes, generator=draw, dtype=torch.float64) * 3 for _ in range(heads)]
     labels, partners = torch.randint(0, classes, (2, batch), generator=draw)
-    share = torch.rand(batch, generator=draw)
-    share[0] = 1
+    lam = torch.rand(batch, generator=draw)
+    lam[0] = 1
     teacher = torch.randn(batch, classes, generator=draw) * 3
     width = sum(COLUMNS.values())
     inputs = ModelInput(
         pixels=torch.zeros(batch, 3, 2, 2),
         labels=labels,
-        partner_labels=partners,
-        share=share,
+        mix_labels=partners,
+        lam=lam,
         valid=torch.ones(batch, dtype=torch.bool),
         params=ViewParams(np.zeros((batch, width), np.int32)),
     )
@@ -43,9 +43,9 @@ def dense_cross_entropy(logits, inputs, smoothing):
     """timm's Mixup targets, written out: smoothed one-hot rows, mixed, then soft-target cross-entropy."""
     classes = logits.shape[1]
     off, on = smoothing / classes, 1 - smoothing + smoothing / classes
-    own, partner = (F.one_hot(labels, classes) * (on - off) + off for labels in (inputs.labels, inputs.partner_labels))
-    share = inputs.share[:, None].double()
-    targets = own * share + partner * (1 - share)
+    own, partner = (F.one_hot(labels, classes) * (on - off) + off for labels in (inputs.labels, inputs.mix_labels))
+    lam = inputs.lam[:, None].double()
+    targets = own * lam + partner * (1 - lam)
     return torch.sum(-targets * torch.log_softmax(logits, dim=1), dim=1).mean()
 
 
@@ -72,14 +72,14 @@ def assert_agree(ours, expected, *logits):
 def test_mixed_cross_entropy_is_the_dense_formula(seed, smoothing, batch, classes):
     case = sample(seed, batch, classes, heads=1)
     logits, inputs = case.logits[0].requires_grad_(), case.inputs
-    ours = mixed_cross_entropy(logits, inputs.labels, inputs.partner_labels, inputs.share, smoothing)
+    ours = mixed_cross_entropy(logits, inputs.labels, inputs.mix_labels, inputs.lam, smoothing)
     assert ours.dtype == torch.float32
     assert_agree(ours, dense_cross_entropy(logits, inputs, smoothing), logits)
 
 
 def test_an_unmixed_row_is_torchs_smoothed_cross_entropy():
     case = sample(1)
-    labels, others = case.inputs.labels, case.inputs.partner_labels
+    labels, others = case.inputs.labels, case.inputs.mix_labels
     ours = mixed_cross_entropy(case.logits[0], labels, others, torch.ones(BATCH), 0.1)
     expected = F.cross_entropy(case.logits[0].float(), labels, label_smoothing=0.1)
     torch.testing.assert_close(ours, expected)
@@ -91,7 +91,7 @@ def test_losses_of_half_precision_logits_are_float32(dtype):
     low = case.logits[0].to(dtype)
     inputs = case.inputs
     values = [
-        (z, mixed_cross_entropy(z, inputs.labels, inputs.partner_labels, inputs.share, 0.1),
+        (z, mixed_cross_entropy(z, inputs.labels, inputs.mix_labels, inputs.lam, 0.1),
          hard_distillation(z, inputs.labels), soft_distillation(z, case.teacher, 3.0, "batch"))
         for z in (low, low.float())
     ]  # fmt: skip
@@ -101,12 +101,12 @@ def test_losses_of_half_precision_logits_are_float32(dtype):
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-@pytest.mark.parametrize(("normalisation", "divisor"), [("batch", BATCH), ("batch_classes", BATCH * CLASSES)])
-def test_soft_distillation_is_the_dense_divergence(tau, normalisation, divisor):
+@pytest.mark.parametrize(("normalization", "divisor"), [("batch", BATCH), ("batch_classes", BATCH * CLASSES)])
+def test_soft_distillation_is_the_dense_divergence(tau, normalization, divisor):
     case = sample(3)
     logits = case.logits[0].requires_grad_()
     teacher = case.teacher.requires_grad_()
-    ours = soft_distillation(logits, teacher, tau, normalisation)
+    ours = soft_distillation(logits, teacher, tau, normalization)
     assert_agree(ours, dense_kl(logits, teacher, tau) / divisor, logits)
     assert torch.autograd.grad(ours, teacher, allow_unused=True) == (None,)
 
@@ -162,9 +162,9 @@ def test_the_reference_agrees_for_hard_distillation():
 
 def test_missing_head_and_missing_teacher_are_named():
     case = sample(8)
-    with pytest.raises(Mistake, match="model that has none"):
+    with pytest.raises(UserError, match="model that has none"):
         distilled_loss((case.logits[0],), case.inputs, case.teacher, DistillSpec(mode="soft"), 0.1)
-    with pytest.raises(Mistake, match="no teacher's target"):
+    with pytest.raises(UserError, match="no teacher's target"):
         distilled_loss(tuple(case.logits), case.inputs, None, DistillSpec(mode="hard"), 0.1)
 
 
@@ -172,7 +172,7 @@ def test_missing_head_and_missing_teacher_are_named():
 def test_rows_that_are_not_valid_count_for_nothing(mode):
     case, kept = sample(9), torch.tensor([True, False, True, True, False, True])
     teacher = {"none": None, "hard": case.teacher.argmax(1), "soft": case.teacher}[mode]
-    names = ("pixels", "labels", "partner_labels", "share", "valid")
+    names = ("pixels", "labels", "mix_labels", "lam", "valid")
     fewer = replace(case.inputs, **{name: getattr(case.inputs, name)[kept] for name in names})
     logits = [z.requires_grad_() for z in case.logits]
     spec = DistillSpec(mode=mode)

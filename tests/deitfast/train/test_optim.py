@@ -1,4 +1,4 @@
-"""The optimiser's groups and rates, and the averaged weights."""
+"""The optimizer's groups and rates, and the averaged weights."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from deitfast.config.recipe import ModelSpec, OptimSpec
 from deitfast.models.vit import build_model
 from deitfast.train.ema import Ema
-from deitfast.train.optim import build_optimiser, peak_lr
+from deitfast.train.optim import build_optimizer, peak_lr
 
 
 def deit():
@@ -26,7 +26,7 @@ def test_groups_are_timms(decay_dist_token):
     model = deit()
     exempt = ["pos_embed", "cls_token", *([] if decay_dist_token else ["dist_token"])]
     others, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=exempt)
-    groups = build_optimiser(model, OptimSpec(decay_dist_token=decay_dist_token), 1024).param_groups
+    groups = build_optimizer(model, OptimSpec(decay_dist_token=decay_dist_token), 1024).param_groups
     assert names(model, groups[0]["params"]) == names(model, decayed["params"])
     assert names(model, groups[1]["params"]) == names(model, others["params"])
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
@@ -35,16 +35,16 @@ def test_groups_are_timms(decay_dist_token):
 def test_wrapped_models_have_the_same_groups():
     model = deit()
     wrapped = nn.ModuleDict({"module": model})
-    expected = [names(model, group["params"]) for group in build_optimiser(model, OptimSpec(), 8).param_groups]
+    expected = [names(model, group["params"]) for group in build_optimizer(model, OptimSpec(), 8).param_groups]
     assert [
-        names(model, group["params"]) for group in build_optimiser(wrapped, OptimSpec(), 8).param_groups
+        names(model, group["params"]) for group in build_optimizer(wrapped, OptimSpec(), 8).param_groups
     ] == expected
 
 
 def test_frozen_parameters_are_left_alone():
     model = deit()
     model.patch_embed.requires_grad_(False)
-    groups = build_optimiser(model, OptimSpec(), 8).param_groups
+    groups = build_optimizer(model, OptimSpec(), 8).param_groups
     found = set().union(*(names(model, group["params"]) for group in groups))
     assert found == {name for name, _ in model.named_parameters() if not name.startswith("patch_embed")}
 
@@ -60,15 +60,15 @@ def test_adamw_updates_as_its_paper_says():
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)
     spec = OptimSpec(lr=0.01, lr_batch=0, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3)
-    optimiser = build_optimiser(layer, spec, 64)
-    assert optimiser.defaults["fused"]
+    optimizer = build_optimizer(layer, spec, 64)
+    assert optimizer.defaults["fused"]
     weights = {name: value.detach().double().clone() for name, value in layer.named_parameters()}
     first = second = dict.fromkeys(weights, 0.0)
     for step in range(1, 4):
         gradients = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
         for name, parameter in layer.named_parameters():
             parameter.grad = gradients[name]
-        optimiser.step()
+        optimizer.step()
         for name, g in gradients.items():
             g = g.double()
             first = first | {name: 0.8 * first[name] + 0.2 * g}
@@ -83,18 +83,18 @@ def test_adamw_updates_as_its_paper_says():
 def test_sgd_is_nesterovs():
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
-    optimiser = build_optimiser(layer, OptimSpec(name="sgd", lr=0.1, lr_batch=0, weight_decay=0, momentum=0.5), 64)
+    optimizer = build_optimizer(layer, OptimSpec(name="sgd", lr=0.1, lr_batch=0, weight_decay=0, momentum=0.5), 64)
     for _ in range(2):
         layer.weight.grad = torch.ones(1, 1)
-        optimiser.step()
+        optimizer.step()
     # velocities 1 and 1.5; Nesterov steps by gradient + momentum x velocity: 1.5, then 1.75
     assert layer.weight.item() == pytest.approx(1 - 0.1 * (1.5 + 1.75))
 
 
 def test_sgd_without_momentum_is_plain():
     layer = nn.Linear(1, 1, bias=False)
-    optimiser = build_optimiser(layer, OptimSpec(name="sgd", momentum=0), 64)
-    assert not optimiser.param_groups[0]["nesterov"]
+    optimizer = build_optimizer(layer, OptimSpec(name="sgd", momentum=0), 64)
+    assert not optimizer.param_groups[0]["nesterov"]
 
 
 def fill(model, value):

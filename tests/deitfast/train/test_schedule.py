@@ -19,11 +19,11 @@ BY_EPOCH = ScheduleSpec(per="epoch")
 
 def reference(epochs, peak=PEAK):
     """Every epoch's rate as facebookresearch/deit's main.py has it: the scheduler is stepped after each epoch."""
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = CosineLRScheduler(optimiser, t_initial=epochs, lr_min=1e-5, warmup_lr_init=1e-6, warmup_t=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = CosineLRScheduler(optimizer, t_initial=epochs, lr_min=1e-5, warmup_lr_init=1e-6, warmup_t=5)
     rates = []
     for epoch in range(epochs):
-        rates.append(optimiser.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(epoch)
     return rates
 

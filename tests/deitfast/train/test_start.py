@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deitfast.run_folder import RunFolder
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.published_weights import hugging_face, timm_model
-from tests.helpers.small_runs import Crash, crash_after, run, tiny_recipe, weights
+from tests.helpers.small_runs import CrashError, crash_after, run, tiny_recipe, weights
 
 STILL = ("optim.lr=1e-12", "schedule.warmup_epochs=0", "schedule.min_lr=0.0", "train.epochs=1", "model.patch=8")
 """A run that learns nothing to speak of: what it ends with is what it began with."""
@@ -54,7 +54,7 @@ def test_fine_tuning_a_run_keeps_its_head_for_the_same_classes_only(
     start = RunFolder(tmp_path / "second").info().start
     assert start["fitted"] == "positions 4^2 -> 6^2, " + ("heads kept" if kept else "new: head")
     if not kept:
-        with pytest.raises(Mistake, match="was trained on other classes"):
+        with pytest.raises(UserError, match="was trained on other classes"):
             run(tiny_small, tmp_path / "third", tiny_recipe(*STILL, f"model.weights={tmp_path / 'first'}"))
 
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_neither_needs_nor_applies_its_weights(
     run(tiny_small, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         crash_after(patch, 3)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run(tiny_small, tmp_path / "cut", recipe)
     official.unlink()
     run(tiny_small, tmp_path / "cut", recipe, resume=True)
@@ -86,7 +86,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_same_weights_only(
     other = timm_model(classes=10)
     torch.nn.init.zeros_(other.head.weight)
     torch.save({"model": other.state_dict()}, official)
-    with pytest.raises(Mistake, match=r"is not what .* was started from"):
+    with pytest.raises(UserError, match=r"is not what .* was started from"):
         run(tiny_small, tmp_path / "run", recipe, resume=True)
 
 

@@ -12,9 +12,9 @@ from deitfast.config.recipe import Recipe, override
 from deitfast.eval.evaluate import predict
 from deitfast.models.vit import reads_patches
 from deitfast.runtime import Runtime
-from deitfast.train.step import Learner, takes_graphs
+from deitfast.train.step import TrainStep, takes_graphs
 from pipelines.augment.chain import ModelInput, augment
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, ROWS, NoWaiting, batch_for, targets
 
@@ -55,7 +55,7 @@ def test_patches_teach_what_pixels_teach() -> None:
     recipe = recipe_of("none", "model.drop_path=0.0")
     losses, learned = [], []
     for read in (False, True):
-        learner = Learner(recipe, CLASSES, CPU)
+        learner = TrainStep(recipe, CLASSES, CPU)
         patch = reads_patches(learner.model)
         assert patch == 16
         inputs = inputs_for(recipe, patch if read else 0)
@@ -72,7 +72,7 @@ def test_forward_and_loss_are_one_graph_each(mode: str, monkeypatch: pytest.Monk
     """Tracing with fullgraph raises at the first break; the eager backend computes what it traced."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     recipe = recipe_of(mode, "train.accumulate=2")
-    plain, compiled = (Learner(recipe, CLASSES, replace(CPU, compile=on)) for on in (False, True))
+    plain, compiled = (TrainStep(recipe, CLASSES, replace(CPU, compile=on)) for on in (False, True))
     assert compiled.loss is not plain.loss
     inputs, teacher = inputs_for(recipe, 16), targets(mode)
     for seed in range(2):
@@ -106,7 +106,7 @@ def test_evaluation_lets_go_of_logits_before_the_next_batch() -> None:
 def test_other_networks_are_one_graph(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     recipe = recipe_of("none", f"model.arch={arch}")
-    learner = Learner(recipe, CLASSES, replace(CPU, compile=True))
+    learner = TrainStep(recipe, CLASSES, replace(CPU, compile=True))
     inputs = inputs_for(recipe, reads_patches(learner.model))
     assert learner.step(inputs, None, 1e-3, 0).isfinite().all()
 
@@ -115,10 +115,10 @@ def test_other_networks_are_one_graph(arch: str, monkeypatch: pytest.MonkeyPatch
 def test_a_step_never_waits_for_the_device(mode: str, amp: torch.dtype | None) -> None:
     recipe = recipe_of(mode, "optim.clip=1.0", "train.accumulate=2")
     runtime = replace(CPU, amp=amp)
-    learner, batch, teacher = Learner(recipe, CLASSES, runtime), batch_for(recipe), targets(mode)
+    learner, batch, teacher = TrainStep(recipe, CLASSES, runtime), batch_for(recipe), targets(mode)
     with NoWaiting():
         for seed in range(2):
-            inputs = augment(batch, recipe.augment, dtype=runtime.pixels, train=True, patch=16)
+            inputs = augment(batch, recipe.augment, dtype=runtime.input_dtype, train=True, patch=16)
             learner.step(inputs, teacher, 1e-3, seed)
 
 
@@ -144,5 +144,5 @@ def test_graphs_are_for_small_inputs_on_one_gpu(settings: list[str], world: int,
 
 
 def test_graphs_keep_one_gradient_at_a_time() -> None:
-    with pytest.raises(Mistake, match=r"set train\.accumulate to 1"):
+    with pytest.raises(UserError, match=r"set train\.accumulate to 1"):
         override(tiny_recipe(), ["train.compile=graphs", "train.accumulate=2"])

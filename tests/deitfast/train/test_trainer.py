@@ -11,8 +11,8 @@ from deitfast.progress import LOGGERS
 from deitfast.run_folder import RunFolder
 from deitfast.train import step as step_module
 from deitfast.weights.load import load_run
-from pipelines.errors import Failure, Mistake
-from tests.helpers.small_runs import Crash, crash_after, run, tiny_recipe, weights
+from pipelines.errors import DeitfastError, UserError
+from tests.helpers.small_runs import CrashError, crash_after, run, tiny_recipe, weights
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     undisturbed = run(tiny_small, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         crash_after(patch, steps)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run(tiny_small, tmp_path / "cut", recipe)
     resumed = run(tiny_small, tmp_path / "cut", recipe, resume=True)
     timing = {"seconds", "images_per_second", "waited_seconds"}
@@ -86,11 +86,11 @@ def test_accumulation_changes_memory_not_what_is_learned(tiny_small: Path, tmp_p
 def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("train.epochs=1")
     run(tiny_small, tmp_path / "run", recipe)
-    with pytest.raises(Mistake, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(tiny_small, tmp_path / "run", recipe)
-    with pytest.raises(Mistake, match=r"optim\.lr 0\.001 -> 0\.002"):
+    with pytest.raises(UserError, match=r"optim\.lr 0\.001 -> 0\.002"):
         run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "optim.lr=0.002"), resume=True)
-    with pytest.raises(Mistake, match="another data set"):
+    with pytest.raises(UserError, match="another data set"):
         run(tiny_dataset, tmp_path / "run", recipe, resume=True)
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "loader.prefetch=1"), resume=True)
 
@@ -99,7 +99,7 @@ def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_pa
 def test_a_run_that_does_not_say_what_it_is_of_is_named(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "run.json"
     file.mkdir() if content is None else file.write_bytes(content)
-    with pytest.raises(Failure, match=r"run\.json is damaged") as raised:
+    with pytest.raises(DeitfastError, match=r"run\.json is damaged") as raised:
         RunFolder(tmp_path).info()
     assert raised.value.remedy
 
@@ -109,7 +109,7 @@ def test_two_runs_in_one_folder_are_refused(tiny_small: Path, tmp_path: Path, mo
 
     def again(folder: RunFolder, row: dict) -> None:
         monkeypatch.undo()
-        with pytest.raises(Mistake, match="another run is writing here"):
+        with pytest.raises(UserError, match="another run is writing here"):
             run(tiny_small, tmp_path / "run", recipe, resume=True)
         refused.append(row)
 
@@ -127,13 +127,13 @@ def test_a_log_that_finds_no_room_costs_no_run(tiny_small: Path, tmp_path: Path,
         (tmp_path / name / "log.txt").symlink_to(file)
     run(tiny_small, tmp_path / "full", recipe)
     assert "Traceback" not in capsys.readouterr().err
-    with pytest.raises(Failure, match=r"cannot write .*log.txt"):
+    with pytest.raises(DeitfastError, match=r"cannot write .*log.txt"):
         run(tiny_small, tmp_path / "gone", recipe)
 
 
 def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Path, teacher: Path) -> None:
     recipe = tiny_recipe("distill.mode=hard", f"distill.teacher={teacher}")
-    with pytest.raises(Mistake, match="does not know class ant") as caught:
+    with pytest.raises(UserError, match="does not know class ant") as caught:
         run(tiny_dataset, tmp_path / "run", recipe)
     assert "10 classes: a, b, c" in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -141,13 +141,13 @@ def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Pat
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tiny_small: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("optim.name=sgd", "optim.lr=1e30", "schedule.warmup_epochs=0")
-    with pytest.raises(Failure, match="the loss is not finite"):
+    with pytest.raises(DeitfastError, match="the loss is not finite"):
         run(tiny_small, tmp_path / "run", recipe)
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
 def test_a_loss_that_was_not_finite_once_costs_no_run(tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
-    original, calls = step_module.Learner.step, []
+    original, calls = step_module.TrainStep.step, []
 
     def sometimes_bad(self, *arguments):
         calls.append(None)
@@ -155,7 +155,7 @@ def test_a_loss_that_was_not_finite_once_costs_no_run(tiny_small: Path, tmp_path
         return losses * math.nan if len(calls) == 7 else losses
 
     undisturbed = run(tiny_small, tmp_path / "good", tiny_recipe())
-    monkeypatch.setattr(step_module.Learner, "step", sometimes_bad)
+    monkeypatch.setattr(step_module.TrainStep, "step", sometimes_bad)
     recovered = run(tiny_small, tmp_path / "bad", tiny_recipe())
     assert recovered["loss"] == undisturbed["loss"]
     good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")

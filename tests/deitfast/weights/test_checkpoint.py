@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deitfast.weights import checkpoint
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipelines.files.os.fsync", full)
-    with pytest.raises(Failure, match="No space left"):
+    with pytest.raises(DeitfastError, match="No space left"):
         checkpoint.save(file, {"epoch": 2})
     monkeypatch.undo()
     assert checkpoint.load(file, CPU)["epoch"] == 1
@@ -42,7 +42,7 @@ def test_a_disk_that_is_full_when_a_run_is_to_stop_is_told(tmp_path) -> None:
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
-        with pytest.raises(Failure, match="No space left"):
+        with pytest.raises(DeitfastError, match="No space left"):
             checkpoint.save(tmp_path / "checkpoint.pt", {"epoch": 1, "model": {"weight": torch.zeros(100_000)}})
     assert not list(tmp_path.iterdir())
 
@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_when_a_run_is_to_stop_is_told(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("met", "told", "says"),
     [
-        (OSError(28, "No space left on device"), Failure, "No space left on device"),
+        (OSError(28, "No space left on device"), DeitfastError, "No space left on device"),
         (KeyboardInterrupt("a second Ctrl-C"), KeyboardInterrupt, "a second Ctrl-C"),
     ],
 )
@@ -76,21 +76,21 @@ def test_what_ends_writing_in_its_middle_is_told_and_leaves_the_old_checkpoint(
 
 def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path) -> None:
     file = tmp_path / "checkpoint.pt"
-    with pytest.raises(Mistake, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load(file, CPU)
     checkpoint.save(file, {"epoch": 1, "model": {"weight": torch.zeros(1000)}})
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Failure, match="is damaged"):
+    with pytest.raises(DeitfastError, match="is damaged"):
         checkpoint.load(file, CPU)
     file.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(Failure, match="is damaged"):
+    with pytest.raises(DeitfastError, match="is damaged"):
         checkpoint.load(file, CPU)
     file.write_bytes(b"")  # as a power cut leaves it on some file systems
-    with pytest.raises(Failure, match="is damaged"):
+    with pytest.raises(DeitfastError, match="is damaged"):
         checkpoint.load(file, CPU)
     torch.save({"epoch": 1}, file)
-    with pytest.raises(Mistake, match="another format"):
+    with pytest.raises(UserError, match="another format"):
         checkpoint.load(file, CPU)
 
 
@@ -103,21 +103,21 @@ def test_a_flipped_bit_is_found(tmp_path) -> None:
         content = bytearray(whole)
         content[position] ^= 1
         file.write_bytes(content)
-        with pytest.raises(Failure, match=r"is damaged\n  found: .* CRC32"):
+        with pytest.raises(DeitfastError, match=r"is damaged\n  found: .* CRC32"):
             checkpoint.load(file, CPU)
 
 
 def test_nobody_is_told_to_run_what_is_in_a_file(tmp_path) -> None:
     file = tmp_path / "checkpoint.pt"
     torch.save({"epoch": CPU, "model": nn.Linear(2, 2)}, file)
-    with pytest.raises(Failure, match=r"found: Unsupported global: GLOBAL .*Linear") as raised:
+    with pytest.raises(DeitfastError, match=r"found: Unsupported global: GLOBAL .*Linear") as raised:
         checkpoint.load(file, CPU)
     assert not any(word in str(raised.value) for word in ("weights_only", "safe_globals"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path) -> None:
     state = {"model": nn.Linear(3, 2).state_dict(), "ema": None}
-    with pytest.raises(Mistake, match="belongs to another model"):
+    with pytest.raises(UserError, match="belongs to another model"):
         checkpoint.restore_model(nn.Linear(4, 2), state, tmp_path)
-    with pytest.raises(Mistake, match="no averaged weights"):
+    with pytest.raises(UserError, match="no averaged weights"):
         checkpoint.restore_model(nn.Linear(3, 2), state, tmp_path, ema=True)

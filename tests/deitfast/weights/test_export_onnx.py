@@ -12,7 +12,7 @@ from deitfast.models.vit import build_model, joint
 from deitfast.weights.export import export_onnx
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.read import METADATA
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.small_runs import tiny_recipe
 
@@ -58,6 +58,6 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise ModuleNotFoundError("No module named 'onnxscript'")
 
     monkeypatch.setattr(torch.onnx, "export", export)
-    with pytest.raises(Mistake, match=r"pip install onnx onnxscript"):
+    with pytest.raises(UserError, match=r"pip install onnx onnxscript"):
         export_onnx(untrained(), tmp_path / "net.onnx")
     assert not (tmp_path / "net.onnx").exists()

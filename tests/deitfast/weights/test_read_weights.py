@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from deitfast.config.recipe import ModelSpec
 from deitfast.models.vit import build_model, joint
 from deitfast.run_folder import RunFolder
-from deitfast.weights.adapt import fit_weights, load_weights, resize_positions
+from deitfast.weights.adapt import adapt_pretrained, load_weights, resize_positions
 from deitfast.weights.export import export_timm
 from deitfast.weights.huggingface import to_timm
 from deitfast.weights.load import load_file, load_run
 from deitfast.weights.read import read_weights
-from pipelines.errors import Mistake
-from tests.helpers.published_weights import hugging_face, randomised, timm_model
+from pipelines.errors import UserError
+from tests.helpers.published_weights import hugging_face, randomized, timm_model
 from tests.helpers.small_runs import run, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -69,12 +69,12 @@ def test_official_and_timm_files_give_their_networks_logits(tmp_path: Path, layo
 
 
 def test_averaged_weights_are_taken_where_asked(tmp_path: Path) -> None:
-    plain, average = timm_model().state_dict(), randomised(timm_model(), 9).state_dict()
+    plain, average = timm_model().state_dict(), randomized(timm_model(), 9).state_dict()
     torch.save({"model": plain, "model_ema": average}, tmp_path / "run.pth")
     assert torch.equal(read_weights(tmp_path / "run.pth").tensors["head.weight"], plain["head.weight"])
     assert torch.equal(read_weights(tmp_path / "run.pth", ema=True).tensors["head.weight"], average["head.weight"])
     torch.save({"model": plain}, tmp_path / "plain.pth")
-    with pytest.raises(Mistake, match="no averaged weights"):
+    with pytest.raises(UserError, match="no averaged weights"):
         read_weights(tmp_path / "plain.pth", ema=True)
 
 
@@ -127,7 +127,7 @@ def test_torchvisions_files_give_their_networks_logits(tmp_path: Path) -> None:
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     with torch.no_grad():
         assert_logits(tmp_path / "resnet18.pth", theirs(PIXELS), "resnet18")
-    with pytest.raises(Mistake, match="does not tell which network"):
+    with pytest.raises(UserError, match="does not tell which network"):
         load_file(tmp_path / "resnet18.pth", None, (), CPU)
 
 
@@ -148,7 +148,7 @@ def without(state: dict, *names: str) -> dict:
 )
 def test_files_of_other_networks_are_refused_by_name(tmp_path: Path, change, says: str) -> None:
     torch.save({"model": change(timm_model().state_dict())}, tmp_path / "weights.pth")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load_file(tmp_path / "weights.pth", "deit_ti", (), CPU)
     assert says in str(caught.value)
     assert "weights.pth" in str(caught.value) or "square" in says
@@ -156,13 +156,13 @@ def test_files_of_other_networks_are_refused_by_name(tmp_path: Path, change, say
 
 def test_other_networks_names_settings_and_sizes_are_refused(tmp_path: Path) -> None:
     torch.save({"model": timm_model(distilled=True).state_dict()}, file := tmp_path / "weights.pth")
-    with pytest.raises(Mistake, match="is no deit_s"):
+    with pytest.raises(UserError, match="is no deit_s"):
         load_file(file, "deit_s", (), CPU)
-    with pytest.raises(Mistake, match="no distillation token"):
+    with pytest.raises(UserError, match="no distillation token"):
         load_file(file, "vit_ti", (), CPU)
-    with pytest.raises(Mistake, match="--set changes the network"):
+    with pytest.raises(UserError, match="--set changes the network"):
         load_file(file, None, ("augment.size=64",), CPU)
-    with pytest.raises(Mistake, match=r"shapes: pos_embed 1 x 18 x 192 instead of 1 x 66 x 192"):
+    with pytest.raises(UserError, match=r"shapes: pos_embed 1 x 18 x 192 instead of 1 x 66 x 192"):
         load_weights(deit(64, distilled=True), read_weights(file))
     assert load_file(file, None, ("augment.mean=[0.5, 0.5, 0.5]",), CPU).recipe.augment.mean == (0.5, 0.5, 0.5)
 
@@ -179,16 +179,16 @@ class Trap:
 
 def test_files_that_would_run_code_or_are_cut_short_are_refused(tmp_path: Path) -> None:
     torch.save({"model": timm_model().state_dict(), "extra": Trap(tmp_path / "sprung")}, file := tmp_path / "trap.pth")
-    with pytest.raises(Mistake, match="cannot be read as weights"):
+    with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(file)
     assert not (tmp_path / "sprung").exists()
     save_file(timm_model().state_dict(), whole := tmp_path / "whole.safetensors")
     for name in ("cut.safetensors", "cut.pth"):
         (tmp_path / name).write_bytes(whole.read_bytes()[:5000])
-        with pytest.raises(Mistake, match="cut"):
+        with pytest.raises(UserError, match="cut"):
             read_weights(tmp_path / name)
     for missing in (tmp_path / "nothing.pth", tmp_path):
-        with pytest.raises(Mistake, match=r"there (is no file|are no weights)"):
+        with pytest.raises(UserError, match=r"there (is no file|are no weights)"):
             read_weights(missing)
 
 
@@ -205,7 +205,7 @@ def test_positions_are_resized_as_timm_does_without_antialiasing(old: int, new: 
 
 
 def test_positions_are_resized_as_the_reference_writes_it() -> None:
-    """Position (y, x) of the file is row prefix + y n + x; interpolation keeps y a row and x a column."""
+    """TrainState (y, x) of the file is row prefix + y n + x; interpolation keeps y a row and x a column."""
     prefix, old, new = 2, 14, 24
     positions = torch.randn(1, prefix + old * old, 12)
     resized = resize_positions(positions, prefix, new)
@@ -225,26 +225,26 @@ def test_fine_tuning_keeps_what_fits_and_draws_the_rest(tmp_path: Path) -> None:
     theirs = timm_model(distilled=True)
     weights = read_weights(file_of(tmp_path, theirs))
     same = deit(64, distilled=True)
-    fitted = fit_weights(same, weights, tuple("abcdefg"))
+    fitted = adapt_pretrained(same, weights, tuple("abcdefg"))
     assert (fitted.new, fitted.positions) == ((), (4, 8))
     assert torch.equal(same.head_dist.weight, theirs.head_dist.weight)
     torch.testing.assert_close(same.pos_embed[:, :2], theirs.pos_embed[:, :2])
     other = deit(classes=11, distilled=True)
     drawn = other.head.weight.clone()
-    fitted = fit_weights(other, weights, tuple("abcdefghijk"))
+    fitted = adapt_pretrained(other, weights, tuple("abcdefghijk"))
     assert (fitted.new, fitted.positions) == (("head", "head_dist"), (4, 4))
     assert torch.equal(other.head.weight, drawn)
     assert torch.equal(other.blocks[11].attn.qkv.weight, theirs.blocks[11].attn.qkv.weight)
-    with pytest.raises(Mistake, match="unexpected: dist_token"):
-        fit_weights(deit(), weights, tuple("abcdefg"))
-    with pytest.raises(Mistake, match=r"patch_embed\.proj\.weight 192 x 3 x 8 x 8 instead of 192 x 3 x 4 x 4"):
-        fit_weights(deit(patch=4, distilled=True), weights, tuple("abcdefg"))
+    with pytest.raises(UserError, match="unexpected: dist_token"):
+        adapt_pretrained(deit(), weights, tuple("abcdefg"))
+    with pytest.raises(UserError, match=r"patch_embed\.proj\.weight 192 x 3 x 8 x 8 instead of 192 x 3 x 4 x 4"):
+        adapt_pretrained(deit(patch=4, distilled=True), weights, tuple("abcdefg"))
 
 
 def test_a_token_without_a_head_gets_one_in_fine_tuning(tmp_path: Path) -> None:
     hugging_face("deit").save_pretrained(tmp_path)
     model = deit(distilled=True)
-    assert fit_weights(model, read_weights(tmp_path), tuple("abcdefg")).new == ("head_dist",)
+    assert adapt_pretrained(model, read_weights(tmp_path), tuple("abcdefg")).new == ("head_dist",)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_exports_load_into_timm(student: Path, tmp_path: Path, ema: bool) -> Non
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_exports_and_runs_read_back_with_classes_and_normalisation(student: Path, tmp_path: Path) -> None:
+def test_exports_and_runs_read_back_with_classes_and_normalization(student: Path, tmp_path: Path) -> None:
     trained = load_run(student, CPU)
     (file,) = export_timm(trained, tmp_path / "deit.safetensors")
     for source in (file, student):

@@ -49,7 +49,7 @@ def assert_same(batch: Batch, spec: AugmentSpec, dtype: torch.dtype = torch.floa
     assert not off, f"rows {off[:9]} differ, of operations {named[:9]}"
     assert got.pixels.shape == pixels.shape
     assert got.pixels.stride() == expected.pixels.stride()
-    for name in ("labels", "partner_labels", "share"):
+    for name in ("labels", "mix_labels", "lam"):
         assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
 
 
@@ -85,7 +85,7 @@ def test_everything_at_once_is_the_references(size: int, patch: int, dtype: torc
 
 
 def test_an_image_may_be_cut_into_any_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, most in (("TABLES", (64, 4)), ("COLOURS", (64, 4)), ("MOVES", (128, 4)), ("LAST", (128, 4))):
+    for name, most in (("TABLES", (64, 4)), ("COLORS", (64, 4)), ("MOVES", (128, 4)), ("LAST", (128, 4))):
         monkeypatch.setattr(launch, name, most)
     monkeypatch.setattr(launch, "CHUNK", 256)
     batch = drawn_batch(4, rows=3, size=21)
@@ -107,8 +107,8 @@ def test_boxes_and_shares_may_be_extreme() -> None:
     params = drawn_batch(1).params
     boxes = [(0, 0, 1, 1), (0, 31, 1, 1), (31, 0, 1, 1), (31, 31, 1, 1), (0, 0, 32, 32), (5, 0, 1, 32)]
     params.erase[:], params.jitter[:], params.operation[:] = [*boxes, *boxes[::-1]], 0, 0
-    params.box[:] = [*boxes, *[(0, 0, 0, 0)] * 6]
-    params.share[6:] = 0, 1, 32768, 65535, 65536, 65536
+    params.cutmix_bbox[:] = [*boxes, *[(0, 0, 0, 0)] * 6]
+    params.lam[6:] = 0, 1, 32768, 65535, 65536, 65536
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     assert_same(batch_of(images, params), AugmentSpec(size=32, mean=(0.0, 0.5, 1.0), std=(1.0, 0.01, 0.5)))
 

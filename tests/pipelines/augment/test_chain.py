@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.augment.chain import ModelInput, augment, mix, normalise
+from pipelines.augment.chain import ModelInput, augment, mix, normalize
 from pipelines.augment.torch_ops import ops
 from pipelines.batch import Batch
 from pipelines.rng.policies import OPERATIONS
@@ -23,7 +23,7 @@ def taken(batch: Batch, rows: np.ndarray) -> Batch:
     """The batch's rows in another order, with partners renumbered to match."""
     params = ViewParams(batch.params.table[rows])
     new_row = np.argsort(rows)
-    params.partner[:] = new_row[params.partner]
+    params.mix_index[:] = new_row[params.mix_index]
     return Batch(batch.images[rows], batch.labels[rows], batch.valid[rows], params)
 
 
@@ -59,8 +59,8 @@ def test_boxes_and_shares_may_be_extreme():
     params = drawn_batch(1).params
     boxes = [(0, 0, 1, 1), (0, 31, 1, 1), (31, 0, 1, 1), (31, 31, 1, 1), (0, 0, 32, 32), (5, 0, 1, 32)]
     params.erase[:] = [*boxes, *boxes[::-1]]
-    params.box[:] = [*boxes, *[(0, 0, 0, 0)] * 6]
-    params.share[6:] = 0, 1, 32768, 65535, 65536, 65536
+    params.cutmix_bbox[:] = [*boxes, *[(0, 0, 0, 0)] * 6]
+    params.lam[6:] = 0, 1, 32768, 65535, 65536, 65536
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     assert_plain(batch_of(images, params))
     assert_plain(batch_of(images, params), AugmentSpec(size=32, mean=(0.0, 0.5, 1.0), std=(1.0, 0.01, 0.5)))
@@ -79,7 +79,7 @@ def test_an_operation_inside_the_chain_is_the_operation_alone(name, indices, mag
     alone = torch.from_numpy(images.copy())
     ops.apply(name, alone, torch.tensor([0, 2]), torch.from_numpy(ops.arguments(name, np.array([9.0, -8.0]))))
     got = train(batch_of(images, params)).pixels
-    assert torch.equal(got, normalise(alone, SPEC).permute(0, 3, 1, 2))
+    assert torch.equal(got, normalize(alone, SPEC).permute(0, 3, 1, 2))
     assert torch.equal(alone[1], torch.from_numpy(images[1]))
 
 
@@ -92,7 +92,7 @@ def test_jitter_works_in_its_order():
     images = np.tile(np.array([40, 200], np.uint8).reshape(1, 1, 2, 1), (2, 32, 16, 3))
     got = train(batch_of(images, params)).pixels[:, :, 0, :2].permute(0, 2, 1)
     expected = torch.tensor([[(80 + 168) // 2, (255 + 168) // 2], [80 * 2, 255]])  # the mean is 168, or 120
-    assert torch.equal(got, normalise(expected.unsqueeze(-1).expand(2, 2, 3), SPEC))
+    assert torch.equal(got, normalize(expected.unsqueeze(-1).expand(2, 2, 3), SPEC))
 
 
 def test_the_second_operation_sees_the_first():
@@ -102,7 +102,7 @@ def test_the_second_operation_sees_the_first():
     params.operation[:] = [(first, second), (second, first)]
     params.magnitude[:] = 9 * 65536
     got = train(batch_of(np.full((2, 32, 32, 3), 200, np.uint8), params)).pixels[:, 0, 0, 0]
-    expected = normalise(torch.tensor([55 + 99, 255 - 200], dtype=torch.uint8).view(2, 1, 1, 1), SPEC)[:, 0, 0, 0]
+    expected = normalize(torch.tensor([55 + 99, 255 - 200], dtype=torch.uint8).view(2, 1, 1, 1), SPEC)[:, 0, 0, 0]
     assert torch.equal(got, expected)
 
 
@@ -114,21 +114,21 @@ def test_input_has_the_asked_dtype_channels_last_and_targets():
     assert got.pixels.dtype == torch.bfloat16
     assert got.pixels.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(got.pixels, train(batch).pixels.to(torch.bfloat16)), "cast before it was mixed"
-    assert torch.equal(got.partner_labels, batch.labels[batch.params.partner])
-    assert np.array_equal(got.share.numpy(), batch.params.share / 65536)
+    assert torch.equal(got.mix_labels, batch.labels[batch.params.mix_index])
+    assert np.array_equal(got.lam.numpy(), batch.params.lam / 65536)
     assert got.valid is batch.valid
     assert got.params is batch.params
     assert torch.equal(batch.images, images), "the loader's images were written to"
     assert np.array_equal(batch.params.table, table)
 
 
-def test_evaluation_only_normalises():
+def test_evaluation_only_normalizes():
     batch = drawn_batch(6)
     got = augment(batch, SPEC, dtype=torch.float32, train=False)
     expected = (batch.images.numpy() / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
     np.testing.assert_allclose(got.pixels.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(got.share, torch.ones(12))
-    assert torch.equal(got.partner_labels, batch.labels)
+    assert torch.equal(got.lam, torch.ones(12))
+    assert torch.equal(got.mix_labels, batch.labels)
 
 
 @settings(max_examples=15, deadline=None)
@@ -139,8 +139,8 @@ def test_rows_may_stand_in_any_order(seed, rows):
     whole, again, shuffled = train(batch), train(batch), train(taken(batch, order))
     assert torch.equal(whole.pixels, again.pixels)
     assert torch.equal(whole.pixels[order], shuffled.pixels)
-    assert torch.equal(whole.partner_labels[order], shuffled.partner_labels)
-    assert torch.equal(whole.share[order], shuffled.share)
+    assert torch.equal(whole.mix_labels[order], shuffled.mix_labels)
+    assert torch.equal(whole.lam[order], shuffled.lam)
 
 
 def erased_whole(rows: int, seed: int, size: int = 32) -> torch.Tensor:
@@ -203,7 +203,7 @@ def test_nothing_waits_for_the_device():
     away = Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.valid.to("meta"), batch.params)
     got = train(away, dtype=torch.bfloat16)
     assert got.pixels.shape == (80, 3, 32, 32)
-    assert got.pixels.device == got.partner_labels.device == got.share.device == torch.device("meta")
+    assert got.pixels.device == got.mix_labels.device == got.lam.device == torch.device("meta")
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.augment.chain import kernels_run
 from pipelines.batch import Batch
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec
 from tests.helpers.drawn_batches import drawn_batch
 from tools.gpu_check.kernel_times import augment_times
@@ -26,7 +26,7 @@ TYPES = {
     **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i32", "seed": "i64", "out": "*bf16"},
 }
 SHAPE = {"SIZE": 224, "SLOTS": 2}
-MOST_REGISTERS = {"make_table": 64, "apply_colour": 64, "apply_affine": 80, "write_input": 80}
+MOST_REGISTERS = {"make_table": 64, "apply_color": 64, "apply_affine": 80, "write_input": 80}
 """For a thread, at the blocks and warps that are launched: 24 to 32 warps then share a multiprocessor."""
 
 
@@ -51,13 +51,13 @@ def test_kernels_compile_without_fused_multiply_adds_or_spills(capability: int, 
     """Ahead of time, for GPUs that need not be there: through PTX to machine code."""
     from pipelines.augment.triton_ops import launch
     from pipelines.augment.triton_ops.affine import apply_affine
-    from pipelines.augment.triton_ops.color import apply_colour, make_table
+    from pipelines.augment.triton_ops.color import apply_color, make_table
     from pipelines.augment.triton_ops.model_input import write_input
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel, (block, warps), constants in (
         (make_table, launch.TABLES, {}),
-        (apply_colour, launch.COLOURS, {"CHUNK": launch.CHUNK}),
+        (apply_color, launch.COLORS, {"CHUNK": launch.CHUNK}),
         (apply_affine, launch.MOVES, {"CHUNK": launch.CHUNK}),
         (write_input, launch.LAST, {"TRAIN": True, "PATCH": 16}),
         (write_input, launch.LAST, {"TRAIN": True, "PATCH": 0}),
@@ -94,17 +94,17 @@ def test_kernels_run_where_they_can_and_are_asked_to(monkeypatch: pytest.MonkeyP
     assert kernels_run("on", CUDA)
     assert not kernels_run("auto", CPU)
     assert not kernels_run("off", CUDA)
-    with pytest.raises(Mistake, match="cannot run here") as caught:
+    with pytest.raises(UserError, match="cannot run here") as caught:
         kernels_run("on", CPU)
     assert "device cpu, Triton" in caught.value.found
     monkeypatch.setattr("pipelines.augment.chain.find_spec", lambda name: None)
     assert not kernels_run("auto", CUDA)
-    with pytest.raises(Mistake, match="cannot run here"):
+    with pytest.raises(UserError, match="cannot run here"):
         kernels_run("on", CUDA)
 
 
 def test_only_a_gpu_is_timed() -> None:
-    with pytest.raises(Mistake, match="only a CUDA device"):
+    with pytest.raises(UserError, match="only a CUDA device"):
         augment_times(drawn_batch(0), AugmentSpec(size=32))
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from deitfast.config.recipe import override
 from deitfast.run_folder import RunFolder
-from deitfast.train.step import Learner
+from deitfast.train.step import TrainStep
 from pipelines.batch import Batch
-from pipelines.device import naming_memory
-from pipelines.errors import Failure
+from pipelines.device import explain_oom
+from pipelines.errors import DeitfastError
 from pipelines.loaders import prefetch
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import Reader
@@ -53,7 +53,7 @@ def garbage(tmp_path: Path, suffix: str) -> Reader:
 @pytest.mark.parametrize("suffix", [".beton", ".wds"], indirect=True)
 def test_a_damaged_sample_is_named(name: str, hurt: Reader) -> None:
     error = within(60, lambda: list(open_eval(name, hurt, PADDED).epoch(0)))
-    assert isinstance(error, Failure)
+    assert isinstance(error, DeitfastError)
     assert f"sample {BAD}" in str(error)
     assert str(hurt.place(BAD).file) in str(error)
 
@@ -62,14 +62,14 @@ def test_a_damaged_sample_is_named(name: str, hurt: Reader) -> None:
 @pytest.mark.parametrize("suffix", [".beton", ".wds"], indirect=True)
 def test_a_jpeg_that_is_none_is_named(name: str, garbage: Reader) -> None:
     error = within(60, lambda: list(open_eval(name, garbage, PADDED).epoch(0)))
-    assert isinstance(error, Failure)
+    assert isinstance(error, DeitfastError)
     assert "sample 2 " in str(error)
 
 
 def everything(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
     """Images, valid, samples and partners of batches; partners as rows of the whole."""
     starts = np.cumsum([0, *(len(batch.valid) for batch in batches[:-1])])
-    partners = [start + batch.params.partner for start, batch in zip(starts, batches, strict=True)]
+    partners = [start + batch.params.mix_index for start, batch in zip(starts, batches, strict=True)]
     images, valid = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "valid"))
     return images, valid, np.concatenate([batch.params.sample for batch in batches]), np.concatenate(partners)
 
@@ -105,7 +105,7 @@ def test_what_only_the_decoder_refuses_is_skipped_too(name: str, garbage: Reader
     assert not images[~valid].any()
 
 
-class Planted(Exception):
+class PlantedError(Exception):
     """Raised inside a worker by a test."""
 
 
@@ -117,7 +117,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
     def raising(*arguments: object, **more: object) -> object:
         calls.append(None)
         if len(calls) >= 2:
-            raise Planted
+            raise PlantedError
         return original(*arguments, **more)
 
     monkeypatch.setattr(owner, name, raising)
@@ -140,7 +140,7 @@ def test_an_exception_in_a_worker_ends_the_run_and_is_the_one_raised(
     owner, function = WORKERS[name]
     reader = small if name == "resident" else photos
     plant(monkeypatch, pkgutil.resolve_name(owner), function)
-    assert isinstance(within(20, lambda: list(open_train(name, reader, PADDED).epoch(0))), Planted)
+    assert isinstance(within(20, lambda: list(open_train(name, reader, PADDED).epoch(0))), PlantedError)
 
 
 def test_training_counts_what_it_skips(tiny_small: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_training_counts_what_it_skips(tiny_small: Path, tmp_path: Path) -> None
         file.seek(int(reader.offsets[3]))
         file.write(b"\0\1\2\3")
     recipe = tiny_recipe("augment.repeats=1", "train.epochs=1", "train.ema=0", "train.batch=80")
-    with pytest.raises(Failure, match="sample 3 is damaged"):
+    with pytest.raises(DeitfastError, match="sample 3 is damaged"):
         run(data, tmp_path / "run", recipe)
     run(data, tmp_path / "skipping", override(recipe, ["loader.skip_bad=true"]))
     folder = RunFolder(tmp_path / "skipping")
@@ -167,17 +167,19 @@ def out_of_memory(*arguments: object, **more: object) -> None:
 def test_running_out_of_memory_in_the_step_says_so(
     tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learner, "step", out_of_memory)
-    with pytest.raises(Failure, match=r"out of GPU memory for the training step(.|\n)*20.00 GiB(.|\n)*train.batch"):
+    monkeypatch.setattr(TrainStep, "step", out_of_memory)
+    with pytest.raises(
+        DeitfastError, match=r"out of GPU memory for the training step(.|\n)*20.00 GiB(.|\n)*train.batch"
+    ):
         run(tiny_small, tmp_path / "run", tiny_recipe())
 
 
 def test_running_out_of_memory_in_a_loader_says_so(small: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "sent", out_of_memory)
-    with pytest.raises(Failure, match=r"out of GPU memory for the batches(.|\n)*loader.prefetch"):
+    monkeypatch.setattr(prefetch, "to_device", out_of_memory)
+    with pytest.raises(DeitfastError, match=r"out of GPU memory for the batches(.|\n)*loader.prefetch"):
         list(open_train("reference", small, PADDED).epoch(0))
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shape"), naming_memory("a buffer", "nothing"):
+    with pytest.raises(RuntimeError, match="shape"), explain_oom("a buffer", "nothing"):
         raise RuntimeError("shape mismatch")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.loaders import factory
 from pipelines.loaders.factory import choose, open_loader
 from pipelines.loaders.prefetch import QUEUED
@@ -46,7 +46,7 @@ def failing(graph: graph.Graph) -> list[torch.Tensor]:
 
 
 def test_an_image_that_only_dali_meets_as_broken_is_named(cut_short: Reader) -> None:
-    with pytest.raises(Failure, match=r"sample 20 of .*short.beton cannot be decoded"):
+    with pytest.raises(DeitfastError, match=r"sample 20 of .*short.beton cannot be decoded"):
         list(open_eval("dali", cut_short, RESIZED).epoch(0))
 
 
@@ -67,7 +67,7 @@ def test_what_was_skipped_before_is_not_blamed_again(cut_short: Reader, monkeypa
     list(loader.epoch(0))
     monkeypatch.setattr(graph.Graph, "take", failing)
     error = within(20, lambda: list(loader.epoch(0)))
-    assert isinstance(error, Failure)
+    assert isinstance(error, DeitfastError)
     assert "DALI failed on" in str(error)
 
 
@@ -75,7 +75,7 @@ def test_dalis_own_trouble_is_told_as_such(small: Reader, monkeypatch: pytest.Mo
     loader = open_train("dali", small, PADDED)
     list(loader.epoch(0))
     monkeypatch.setattr(graph.Graph, "take", failing)
-    with pytest.raises(Failure, match=r"DALI failed on .*\n.*launch failure\n.*loader.name=cpu"):
+    with pytest.raises(DeitfastError, match=r"DALI failed on .*\n.*launch failure\n.*loader.name=cpu"):
         list(loader.epoch(0))
 
 
@@ -96,14 +96,16 @@ def test_running_out_of_memory_names_the_buffer(
     loader = open_train("dali", small, PADDED)
     list(loader.epoch(0))
     monkeypatch.setattr(graph.Graph, "take", full)
-    with pytest.raises(Failure, match=r"out of GPU memory for the images that the dali loader decodes(.|\n)*prefetch"):
+    with pytest.raises(
+        DeitfastError, match=r"out of GPU memory for the images that the dali loader decodes(.|\n)*prefetch"
+    ):
         list(loader.epoch(0))
 
 
 def test_a_header_of_another_size_is_named(tmp_path: Path) -> None:
     image, other = (photo(np.random.default_rng(3), side, side) for side in (40, 64))
     reader = write_split(tmp_path / "sizes.beton", [(image, jpeg(image)), (image, jpeg(other))])
-    with pytest.raises(Failure, match=r"sample 1 of (.|\n)*one of 64 x 64"):
+    with pytest.raises(DeitfastError, match=r"sample 1 of (.|\n)*one of 64 x 64"):
         list(open_eval("dali", reader, RESIZED).epoch(0))
 
 
@@ -124,7 +126,7 @@ def test_an_image_that_is_skipped_is_one_black_pixel_to_dali(tmp_path: Path, sma
 def test_batches_before_a_damaged_one_still_come(tmp_path: Path, small: Reader) -> None:
     batches = open_eval("dali", damaged(small, tmp_path, BATCH), PADDED).epoch(0)
     assert next(batches).valid.all()
-    with pytest.raises(Failure, match=f"sample {BATCH} is damaged"):
+    with pytest.raises(DeitfastError, match=f"sample {BATCH} is damaged"):
         next(batches)
 
 

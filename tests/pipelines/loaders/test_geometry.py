@@ -18,7 +18,7 @@ def test_every_valid_row_is_cut_once_from_the_smallest_window_that_holds_its_ima
     for image in images:
         rows = [crop.row for crop in image.crops]
         assert set(samples[rows].tolist()) == {image.sample}
-        windows = geometry.window[rows]
+        windows = geometry.crop_box[rows]
         top, left = windows[:, :2].min(0)
         bottom, right = (windows[:, :2] + windows[:, 2:]).max(0)
         assert image.window == (top, left, bottom - top, right - left)

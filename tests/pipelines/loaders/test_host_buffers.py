@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.loaders.factory import open_loader
-from pipelines.loaders.host import KEPT_CANVASES, Canvases
+from pipelines.loaders.host import KEPT_CANVASES, BufferPool
 from pipelines.rng.sampler import EvalSampler, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.formats.beton import BetonReader
@@ -16,7 +16,7 @@ SAMPLERS = {"train": TrainSampler(32, 8, 0, 1, 1), "val": EvalSampler(32, 12)}
 
 
 def test_memory_is_taken_again_only_when_nothing_of_the_batch_is_held() -> None:
-    canvases = Canvases()
+    canvases = BufferPool()
     first = canvases.take(SHAPE).fill_(1)
     at, row = first.data_ptr(), first[1]
     del first

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.batch import Batch
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.loaders import factory
 from pipelines.loaders.factory import available, choose, open_loader
 from pipelines.loaders.geometry import Geometry
@@ -149,7 +149,7 @@ def test_reference_is_pillow(photos: Reader) -> None:
     """The oracle itself, against the recipe spelled out: crop, bicubic resize (width first), nothing else."""
     for batch in open_train("reference", photos, RESIZED).epoch(0):
         for row, sample in enumerate(batch.params.sample):
-            top, left, height, width = batch.params.window[row].tolist()
+            top, left, height, width = batch.params.crop_box[row].tolist()
             if photos.modes[sample] == 1:
                 size = (int(photos.heights[sample]), int(photos.widths[sample]), 3)
                 image = Image.fromarray(photos.sample(sample).reshape(size))
@@ -249,7 +249,7 @@ def test_ffcv_leaves_torchs_threads_alone(name: str, small: Reader) -> None:
 def test_ffcv_refuses_shards(tmp_path: Path) -> None:
     image = photo(np.random.default_rng(0), 32, 32)
     reader = write_split(tmp_path / "train.wds", [(image, None)] * 4)
-    with pytest.raises(Mistake, match=r"one \.beton file(.|\n)*loader\.name=cpu(.|\n)*deitfast convert dataset"):
+    with pytest.raises(UserError, match=r"one \.beton file(.|\n)*loader\.name=cpu(.|\n)*deitfast convert dataset"):
         open_eval("ffcv", reader, PADDED)
 
 
@@ -262,7 +262,7 @@ def test_a_resident_batch_asks_the_device_nothing(small: Reader) -> None:
 
 
 def test_resident_refuses_images_of_several_sizes(photos: Reader) -> None:
-    with pytest.raises(Mistake, match=r"images of one size(.|\n)*loader.name=cpu"):
+    with pytest.raises(UserError, match=r"images of one size(.|\n)*loader.name=cpu"):
         open_train("resident", photos, RESIZED)
 
 
@@ -289,5 +289,5 @@ def test_a_loader_that_does_not_work_says_why(small: Reader, monkeypatch: pytest
     monkeypatch.setitem(factory.NEEDS, "ffcv", ("no_such_package", ""))
     assert available()["ffcv"] == "no_such_package is not installed"
     assert available()["reference"] == ""
-    with pytest.raises(Mistake, match="no_such_package is not installed"):
+    with pytest.raises(UserError, match="no_such_package is not installed"):
         open_train("ffcv", small, PADDED)

@@ -116,7 +116,7 @@ def test_windows_are_timms(height, width):
     image = Image.new("L", (width, height))
     get = RandomResizedCropAndInterpolation.get_params
     theirs = np.array([get(image, DEIT.scale, DEIT.ratio) for _ in range(VIEWS)])
-    assert_like(with_shape(draw(DEIT, VIEWS, height, width).window), with_shape(theirs))
+    assert_like(with_shape(draw(DEIT, VIEWS, height, width).crop_box), with_shape(theirs))
 
 
 def test_flips_are_torchvisions():
@@ -129,11 +129,11 @@ class Canvas:
     """Stands for an image, and notes which box is written to."""
 
     def __init__(self) -> None:
-        self.box = (0, 0, 0, 0)
+        self.cutmix_bbox = (0, 0, 0, 0)
 
     def __setitem__(self, place, value) -> None:
         _, rows, columns = place
-        self.box = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+        self.cutmix_bbox = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
 
 
 def test_erased_boxes_are_timms():
@@ -141,7 +141,7 @@ def test_erased_boxes_are_timms():
     canvases = [Canvas() for _ in range(VIEWS)]
     for canvas in canvases:
         eraser._erase(canvas, 3, DEIT.size, DEIT.size, torch.float32)
-    theirs, ours = np.array([canvas.box for canvas in canvases]), draw(DEIT, VIEWS).erase
+    theirs, ours = np.array([canvas.cutmix_bbox for canvas in canvases]), draw(DEIT, VIEWS).erase
     assert_as_often(ours[:, 2] > 0, theirs[:, 2] > 0)
     assert_like(with_shape(ours[ours[:, 2] > 0]), with_shape(theirs[theirs[:, 2] > 0]))
 
@@ -153,10 +153,10 @@ def test_mixing_is_timms():
     theirs = np.array([(top, left, bottom - top, right - left) for (top, bottom, left, right), _ in drawn])
     theirs[(theirs[:, 2:] == 0).any(1)] = 0
     params = draw(DEIT, 2 * VIEWS, group=2)
-    ours, shares = params.box[::2], params.share[::2] / 65536
+    ours, shares = params.cutmix_bbox[::2], params.lam[::2] / 65536
     cut = ours[:, 2] > 0
     assert_as_often(cut, np.concatenate([theirs[:, 2] > 0, np.zeros((~cuts).sum(), bool)]))
     assert_like(with_shape(ours[cut]), with_shape(theirs[theirs[:, 2] > 0]))
     assert_like(shares[cut, None], np.array([[share] for (_, share), box in zip(drawn, theirs, strict=True) if box[2]]))
     alone = draw(replace(DEIT, cutmix=0.0), 2 * VIEWS, group=2)
-    assert_like(alone.share[::2, None] / 65536, lams[~cuts, None])
+    assert_like(alone.lam[::2, None] / 65536, lams[~cuts, None])

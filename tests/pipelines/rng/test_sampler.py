@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.rng.sampler import EvalSampler, TrainSampler, group_size, stratified_subset
 from pipelines.spec import AugmentSpec
 
@@ -215,7 +215,7 @@ def test_a_subset_is_all_that_is_trained_on(subset):
 )
 def test_numbers_that_do_not_fit_are_refused_with_a_remedy(change, message):
     arguments = {"samples": 100, "batch": 8, "seed": 0, "repeats": 1, "group": 8} | change
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         TrainSampler(**arguments)
 
 
@@ -228,7 +228,7 @@ def test_a_step_outside_the_epoch_is_an_error():
 def test_groups_matter_only_where_something_is_mixed():
     assert group_size(AugmentSpec(mix_group=16), 64) == 16
     assert group_size(AugmentSpec(mixup=0, cutmix=0), 7) == 1
-    with pytest.raises(Mistake, match=r"augment\.mix_group to 50"):
+    with pytest.raises(UserError, match=r"augment\.mix_group to 50"):
         group_size(AugmentSpec(), 100)
     assert TrainSampler(50, 7, 0, repeats=2, group=1).steps_per_epoch == 7
 

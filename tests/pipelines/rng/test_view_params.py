@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.rng import draws
 from pipelines.rng.packed_spec import Tables, pack, tables_for
 from pipelines.rng.sampler import EvalSampler, Rows, TrainSampler
@@ -44,10 +44,10 @@ def everywhere(name, numbers, *rest) -> set[tuple[int, ...]]:
 def test_windows_agree_everywhere_and_with_the_table(index, height, width, spec, train):
     sample, view = index
     packed, tables = pack(spec, train), tables_for(spec)
-    drawn = everywhere("window", (sample, view, height, width), packed, tables)
+    drawn = everywhere("crop_box", (sample, view, height, width), packed, tables)
     function = draw_train if train else draw_eval
     table = function(spec, rows_of([sample], view), np.array([height]), np.array([width])).table
-    start = SLICES["window"].start
+    start = SLICES["crop_box"].start
     assert drawn == {tuple(table[0, start : start + 8].tolist())}
 
 
@@ -65,7 +65,7 @@ def test_everything_else_agrees_everywhere_and_with_the_table(index, spec):
     assert everywhere("erase_box", index, packed, tables) == {tuple(params.erase[0].tolist())}
     group = Rows(**{**vars(rows_of([0])), "groups": np.array([sample]), "passes": np.array([view])})
     mixed = draw_train(spec, group, np.array([300]), np.array([300]))
-    assert everywhere("mix", index, packed, tables) == {(mixed.share[0], *mixed.box[0].tolist())}
+    assert everywhere("mix", index, packed, tables) == {(mixed.lam[0], *mixed.cutmix_bbox[0].tolist())}
 
 
 def test_trying_one_after_the_other_gives_the_same_boxes():
@@ -73,8 +73,8 @@ def test_trying_one_after_the_other_gives_the_same_boxes():
     rows, packed, tables = rows_of(np.arange(3000)), pack(HARD), tables_for(HARD)
     sides = np.full(3000, 300), np.full(3000, 500)
     params = draw_train(HARD, rows, *sides)
-    window = draws.window(rows.samples, rows.views, *sides, packed, tables)[:4]
-    assert (np.stack(window, 1) == params.window).all()
+    window = draws.crop_box(rows.samples, rows.views, *sides, packed, tables)[:4]
+    assert (np.stack(window, 1) == params.crop_box).all()
     assert (np.stack(draws.erase_box(rows.samples, rows.views, packed, tables), 1) == params.erase).all()
     assert 0 < (params.erase[:, 2] == 0).mean() < 0.9
 
@@ -111,17 +111,17 @@ def test_every_part_of_the_key_matters():
         draw(replace(DEIT, seed=DEIT.seed - 2**61), 64),
         draw(DEIT, 64, views=1),
     ):
-        assert (other.window == base.window).all(1).mean() < 0.1
+        assert (other.crop_box == base.crop_box).all(1).mean() < 0.1
         assert (other.operation == base.operation).all(1).mean() < 0.6
-    assert (draw(DEIT, 64, views=1).share == base.share).all()  # mixing is the group's own ...
-    assert (draw(DEIT, 64, number=1).share != base.share).any()
-    assert (draw(DEIT, 64, number=1).window == base.window).all()  # ... and nothing else is
+    assert (draw(DEIT, 64, views=1).lam == base.lam).all()  # mixing is the group's own ...
+    assert (draw(DEIT, 64, number=1).lam != base.lam).any()
+    assert (draw(DEIT, 64, number=1).crop_box == base.crop_box).all()  # ... and nothing else is
 
 
 @pytest.mark.parametrize(
     ("spec", "columns", "expected"),
     [
-        (DEIT, 25, "34499194a5a784ed"),  # as before colour jitter came with six columns
+        (DEIT, 25, "34499194a5a784ed"),  # as before color jitter came with six columns
         (DEIT, 31, "4b3872ebfba91e12"),
         (AUTO, 31, "2fa88b09285c7328"),
         (JITTER, 31, "acca9b10b459c33c"),
@@ -156,7 +156,7 @@ def test_the_table_is_int32_and_names_its_rows():
     assert params.table.dtype == np.int32
     assert params.sample.tolist() == [5, 9, 2, 7]
     assert params.view.tolist() == [11] * 4
-    assert params.partner.tolist() == [1, 0, 3, 2]
+    assert params.mix_index.tolist() == [1, 0, 3, 2]
 
 
 def test_an_empty_batch_is_an_empty_table():
@@ -166,13 +166,13 @@ def test_an_empty_batch_is_an_empty_table():
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 65536)])
 def test_sizes_out_of_range_are_refused(height, width):
-    with pytest.raises(Failure, match="1 to 65535"):
+    with pytest.raises(DeitfastError, match="1 to 65535"):
         draw(DEIT, 2, height, width)
 
 
 @pytest.mark.parametrize("change", [{"ratio": (0.001, 2.0)}, {"erasing_ratio": (0.5, 65.0)}, {"magnitude_std": 1e9}])
 def test_specs_that_do_not_fit_the_integers_are_refused(change):
-    with pytest.raises(Mistake, match=f"augment.{next(iter(change))}"):
+    with pytest.raises(UserError, match=f"augment.{next(iter(change))}"):
         pack(replace(DEIT, **change))
 
 
@@ -183,7 +183,7 @@ def test_specs_that_do_not_fit_the_integers_are_refused(change):
 @settings(deadline=None, max_examples=100)
 def test_random_windows_lie_inside_the_image(seed, height, width, spec):
     params = draw(replace(spec, seed=seed), 20, height, width)
-    top, left, h, w = params.window.astype(np.int64).T
+    top, left, h, w = params.crop_box.astype(np.int64).T
     assert min(top.min(), left.min()) >= 0
     assert min(h.min(), w.min()) >= 1
     assert ((top + h <= height) & (left + w <= width)).all()
@@ -196,7 +196,7 @@ def test_random_windows_are_distributed_as_those_of_torchvision(height, width):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
-    ours = draw(DEIT, 20_000, height, width).window
+    ours = draw(DEIT, 20_000, height, width).crop_box
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
     ratios = [windows[:, 3] / windows[:, 2] for windows in (ours, theirs)]
@@ -211,7 +211,7 @@ def test_windows_of_tiny_images_are_as_frequent_as_those_of_torchvision(ratio):
     torch.manual_seed(2)
     image = torch.empty(3, 4, 5)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], list(ratio)) for _ in range(8000)])
-    assert frequencies(draw(replace(DEIT, ratio=ratio), 40_000, 4, 5).window, theirs) > 1e-3
+    assert frequencies(draw(replace(DEIT, ratio=ratio), 40_000, 4, 5).crop_box, theirs) > 1e-3
 
 
 @given(side, side, st.sampled_from([(3 / 4, 4 / 3), (0.5, 1.5), (2 / 3, 2.0), (1.0, 1.0)]))
@@ -220,18 +220,18 @@ def test_the_fallback_is_that_of_torchvision(height, width, ratio):
     image = torch.empty(1).expand(1, height, width)  # of a size, without its pixels
     theirs = RandomResizedCrop.get_params(image, [50.0, 51.0], list(ratio))  # an area that never fits
     spec = replace(DEIT, ratio=ratio)
-    ours = draws.window_fallback(height, width, pack(spec))
+    ours = draws.crop_fallback(height, width, pack(spec))
     expected = (theirs[0], theirs[1], max(theirs[2], 1), max(theirs[3], 1))
     assert ours == expected
 
 
-def test_long_images_fall_back_to_their_centre():
-    assert (draw(DEIT, 100, 10, 4000).window == [0, 1993, 10, 13]).all()  # 8 % of the area is 57 pixels high
+def test_long_images_fall_back_to_their_center():
+    assert (draw(DEIT, 100, 10, 4000).crop_box == [0, 1993, 10, 13]).all()  # 8 % of the area is 57 pixels high
 
 
 def test_padded_crops_reach_over_the_edge_evenly():
     params = draw(SMALL, 20_000, 32, 32)
-    assert (params.window == [0, 0, 32, 32]).all()
+    assert (params.crop_box == [0, 0, 32, 32]).all()
     assert (params.resized == 32).all()
     for axis in (0, 1):
         values, counts = np.unique(params.offset[:, axis], return_counts=True)
@@ -241,14 +241,14 @@ def test_padded_crops_reach_over_the_edge_evenly():
 
 def test_padded_crops_scale_the_short_side():
     params = draw(SMALL, 4000, 97, 150)
-    assert (params.window == [0, 0, 97, 150]).all()
+    assert (params.crop_box == [0, 0, 97, 150]).all()
     assert (params.resized == [32, int(32 * 150 / 97)]).all()
     assert np.unique(params.offset[:, 1]).tolist() == list(range(-4, 49 - 32 + 4 + 1))
 
 
 @pytest.mark.parametrize("spec", [DEIT, replace(DEIT, size=384), replace(DEIT, eval_crop=0.9), SMALL])
 @pytest.mark.parametrize(("height", "width"), [(500, 375), (333, 500), (1, 7), (224, 224), (32, 32), (257, 256)])
-def test_evaluation_takes_the_centre_as_torchvision_does(spec, height, width):
+def test_evaluation_takes_the_center_as_torchvision_does(spec, height, width):
     rows = EvalSampler(1, 1).rows(0, 0)
     params = draw_eval(spec, rows, np.array([height]), np.array([width]))
     image = Image.fromarray((np.arange(height * width) % 251).astype(np.uint8).reshape(height, width))
@@ -258,12 +258,12 @@ def test_evaluation_takes_the_centre_as_torchvision_does(spec, height, width):
     assert (resized_h, resized_w) == (resized.height, resized.width)
     ours = np.asarray(resized)[top : top + spec.size, left : left + spec.size]
     assert (ours == np.asarray(CenterCrop(spec.size)(resized))).all()
-    assert params.window[0].tolist() == [0, 0, height, width]
+    assert params.crop_box[0].tolist() == [0, 0, height, width]
 
 
 def test_evaluation_draws_nothing_else():
     params = draw_eval(DEIT, EvalSampler(3, 4).rows(0, 0), np.full(4, 300), np.full(4, 200))
-    for name in ("flip", "operation", "magnitude", "erase", "box", "jitter", "factor"):
+    for name in ("flip", "operation", "magnitude", "erase", "cutmix_bbox", "jitter", "factor"):
         assert not params[name].any()
-    assert (params.share == 65536).all()
-    assert params.partner.tolist() == [0, 1, 2, 3]
+    assert (params.lam == 65536).all()
+    assert params.mix_index.tolist() == [0, 1, 2, 3]

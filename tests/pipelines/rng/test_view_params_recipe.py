@@ -45,9 +45,9 @@ def test_operations_follow_the_recipe():
 
 def test_a_view_has_nothing_in_one_draw_that_tells_another():
     params = draw(replace(DEIT, erasing=0.5), 40_000)
-    area = params.window[:, 2] * params.window[:, 3]
+    area = params.crop_box[:, 2] * params.crop_box[:, 3]
     applied, which, magnitude = params.operation > 0, params.operation % 3, params.magnitude
-    numbers = [area, params.window[:, 0], params.flip, params.erase[:, 2] > 0, *applied.T, *which.T, *magnitude.T]
+    numbers = [area, params.crop_box[:, 0], params.flip, params.erase[:, 2] > 0, *applied.T, *which.T, *magnitude.T]
     between = np.corrcoef(numbers)
     stream = np.array([0, 0, 1, 2, 3, 4, 3, 4, 3, 4])  # what one stream and slot draw may well be related
     unrelated = stream[:, None] != stream
@@ -68,7 +68,7 @@ def test_magnitudes_are_normal_and_clipped():
 
 
 def test_operations_can_be_switched_off():
-    off = draw(replace(DEIT, policy="none", colour_jitter=0.0), 1000)
+    off = draw(replace(DEIT, policy="none", color_jitter=0.0), 1000)
     for name in ("operation", "magnitude", "jitter", "factor"):
         assert not off[name].any()
     assert draw(replace(DEIT, operation_probability=1.0), 1000).operation.all()
@@ -109,10 +109,10 @@ def test_jitter_is_torchvisions():
 
 
 def test_jitter_gives_way_to_a_policy():
-    """timm's rule: colour jitter is for runs without RandAugment and AutoAugment."""
+    """timm's rule: color jitter is for runs without RandAugment and AutoAugment."""
     assert not draw(replace(JITTER, policy="randaugment"), 100).jitter.any()
     assert not draw(replace(JITTER, policy="autoaugment"), 100).jitter.any()
-    assert draw(replace(JITTER, colour_jitter=1.0), 4000).factor.min() < 0.01 * 65536
+    assert draw(replace(JITTER, color_jitter=1.0), 4000).factor.min() < 0.01 * 65536
 
 
 # --- erasing ---------------------------------------------------------------------------------------------------------
@@ -173,24 +173,24 @@ def test_boxes_that_never_fit_are_given_up():
 
 def test_rows_of_a_group_share_their_mixing_and_groups_differ():
     params = draw(DEIT, 64 * 40, group=64)
-    mixing = params.table[:, SLICES["share"].start : SLICES["box"].stop].reshape(40, 64, 5)
+    mixing = params.table[:, SLICES["lam"].start : SLICES["cutmix_bbox"].stop].reshape(40, 64, 5)
     assert (mixing == mixing[:, :1]).all()
     assert len(np.unique(mixing[:, 0], axis=0)) > 30
 
 
 def test_modes_are_mixed_as_asked():
-    cut = draw(DEIT, 20_000).box[::2, 2] > 0
+    cut = draw(DEIT, 20_000).cutmix_bbox[::2, 2] > 0
     assert cut.mean() == pytest.approx(0.5, abs=0.02)
-    assert (draw(replace(DEIT, mixup=0.0), 400).share < 65536).mean() > 0.9
-    assert not draw(replace(DEIT, cutmix=0.0), 400).box.any()
-    assert (draw(replace(DEIT, cutmix=0.0, mixup=0.0), 400).share == 65536).all()
-    assert (draw(replace(DEIT, mix_probability=0.0), 400).share == 65536).all()
-    half = draw(replace(DEIT, mix_probability=0.5, cutmix=0.0), 8000).share[::2] < 65536
+    assert (draw(replace(DEIT, mixup=0.0), 400).lam < 65536).mean() > 0.9
+    assert not draw(replace(DEIT, cutmix=0.0), 400).cutmix_bbox.any()
+    assert (draw(replace(DEIT, cutmix=0.0, mixup=0.0), 400).lam == 65536).all()
+    assert (draw(replace(DEIT, mix_probability=0.0), 400).lam == 65536).all()
+    half = draw(replace(DEIT, mix_probability=0.5, cutmix=0.0), 8000).lam[::2] < 65536
     assert half.mean() == pytest.approx(0.5, abs=0.035)
 
 
 def test_mixup_shares_are_beta():
-    shares = draw(replace(DEIT, cutmix=0.0), 40_000).share[::2] / 65536
+    shares = draw(replace(DEIT, cutmix=0.0), 40_000).lam[::2] / 65536
     assert stats.kstest(shares, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
@@ -200,17 +200,17 @@ def test_cutmix_boxes_and_shares_are_distributed_as_those_of_timm():
     params = draw(replace(DEIT, mixup=0.0), 20_000)
     drawn = [cutmix_bbox_and_lam((224, 224), lam) for lam in rng.beta(1, 1, 4000)]
     theirs = np.array([(y, x, y1 - y, x1 - x) if y1 - y and x1 - x else (0,) * 4 for (y, y1, x, x1), _ in drawn])
-    ours = params.box[::2]
+    ours = params.cutmix_bbox[::2]
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
-    assert stats.ks_2samp(params.share[::2] / 65536, [share for _, share in drawn]).pvalue > 1e-3
+    assert stats.ks_2samp(params.lam[::2] / 65536, [share for _, share in drawn]).pvalue > 1e-3
 
 
 def test_cutmix_boxes_in_a_tiny_output_are_as_frequent_as_those_of_timm():
     np.random.seed(1)
     drawn = [cutmix_bbox_and_lam((8, 8), lam)[0] for lam in np.random.default_rng(1).beta(1, 1, 20_000)]
     theirs = np.array([(y, x, y1 - y, x1 - x) if y1 > y and x1 > x else (0,) * 4 for y, y1, x, x1 in drawn])
-    ours = draw(replace(DEIT, size=8, mixup=0.0), 80_000).box[::2]
+    ours = draw(replace(DEIT, size=8, mixup=0.0), 80_000).cutmix_bbox[::2]
     assert frequencies(ours, theirs) > 1e-3
 
 
@@ -218,7 +218,7 @@ def test_cutmix_boxes_in_a_tiny_output_are_as_frequent_as_those_of_timm():
 @settings(deadline=None, max_examples=30)
 def test_cutmix_shares_are_what_the_box_leaves(seed, size):
     params = draw(replace(DEIT, seed=seed, size=size, mixup=0.0), 200)
-    top, left, h, w = params.box.astype(np.int64).T
+    top, left, h, w = params.cutmix_bbox.astype(np.int64).T
     assert ((top >= 0) & (left >= 0) & (top + h <= size) & (left + w <= size)).all()
-    assert np.abs(params.share / 65536 - (1 - h * w / size**2)).max() <= 2**-17
-    assert ((params.share == 65536) <= (h * w <= size**2 / 65536)).all()
+    assert np.abs(params.lam / 65536 - (1 - h * w / size**2)).max() <= 2**-17
+    assert ((params.lam == 65536) <= (h * w <= size**2 / 65536)).all()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.formats.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
@@ -94,7 +94,7 @@ def test_a_flipped_byte_is_found_by_its_sample_only(beton):
     beton.write_bytes(content)
     reader = BetonReader(beton)
     reader.checked_sample(3)
-    with pytest.raises(Failure, match=r"x\.beton: sample 4 is damaged"):
+    with pytest.raises(DeitfastError, match=r"x\.beton: sample 4 is damaged"):
         reader.checked_sample(4)
 
 
@@ -110,7 +110,7 @@ def test_a_flipped_index_byte_is_refused_or_changes_the_index_crc(tmp_path_facto
     path.write_bytes(content)
     try:
         crc = BetonReader(path).index_crc32
-    except Failure as failure:
+    except DeitfastError as failure:
         crc = str(failure) if "x.beton" in str(failure) else whole.index_crc32
     assert crc != whole.index_crc32
 
@@ -119,21 +119,21 @@ def test_a_flipped_index_byte_is_refused_or_changes_the_index_crc(tmp_path_facto
 def test_cut_files_are_refused(beton, size):
     content = beton.read_bytes()
     beton.write_bytes(content[:size])
-    with pytest.raises(Failure, match="not a whole"):
+    with pytest.raises(DeitfastError, match="not a whole"):
         BetonReader(beton)
 
 
 def test_overlong_garbage_and_missing_files_are_refused(beton):
     with beton.open("ab") as file:
         file.write(bytes(24))
-    with pytest.raises(Failure, match="not a whole"):
+    with pytest.raises(DeitfastError, match="not a whole"):
         BetonReader(beton)
     for seed in range(20):
         beton.write_bytes(np.random.default_rng(seed).bytes(5000))
-        with pytest.raises(Failure, match="version"):
+        with pytest.raises(DeitfastError, match="version"):
             BetonReader(beton)
     beton.unlink()
-    with pytest.raises(Failure, match="no such file"):
+    with pytest.raises(DeitfastError, match="no such file"):
         BetonReader(beton)
 
 
@@ -141,7 +141,7 @@ def test_samples_outside_the_file_are_refused(beton):
     content = bytearray(beton.read_bytes())
     content[-8:] = (2**63).to_bytes(8, "little")
     beton.write_bytes(content)
-    with pytest.raises(Failure, match="inside the file"):
+    with pytest.raises(DeitfastError, match="inside the file"):
         BetonReader(beton)
 
 
@@ -152,7 +152,7 @@ def test_overlapping_samples_are_refused(beton):
     place = len(content) - 8 * 24 + 8
     content[place : place + 8] = same
     beton.write_bytes(content)
-    with pytest.raises(Failure, match="sample 1 overlaps"):
+    with pytest.raises(DeitfastError, match="sample 1 overlaps"):
         BetonReader(beton)
 
 
@@ -163,7 +163,7 @@ def test_dataset_opens_and_names_its_splits(tiny_dataset):
     assert train.num_samples == dataset.spec.splits["train"].samples == 32
     assert tuple(np.bincount(train.labels)) == dataset.spec.splits["train"].counts
     assert set(train.modes) == {JPEG}
-    with pytest.raises(Mistake, match=r"no split 'test'\n.*train, val"):
+    with pytest.raises(UserError, match=r"no split 'test'\n.*train, val"):
         dataset.split("test")
     dataset.close()
 
@@ -178,13 +178,13 @@ def damaged_json(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda d: d.update(format=99), Mistake, "format 99"),
-        (lambda d: d.pop("format"), Mistake, "no format"),
-        (lambda d: d.update(colour="red"), Failure, "colour"),
-        (lambda d: d["splits"]["train"].update(colour="red"), Failure, r"splits\.train\.colour"),
-        (lambda d: d["splits"]["train"].update(samples=31), Failure, "31 samples"),
-        (lambda d: d["classes"].reverse(), Failure, "fingerprint"),
-        (lambda d: d["splits"]["train"].update(file="../x"), Failure, "name of a file"),
+        (lambda d: d.update(format=99), UserError, "format 99"),
+        (lambda d: d.pop("format"), UserError, "no format"),
+        (lambda d: d.update(color="red"), DeitfastError, "color"),
+        (lambda d: d["splits"]["train"].update(color="red"), DeitfastError, r"splits\.train\.color"),
+        (lambda d: d["splits"]["train"].update(samples=31), DeitfastError, "31 samples"),
+        (lambda d: d["classes"].reverse(), DeitfastError, "fingerprint"),
+        (lambda d: d["splits"]["train"].update(file="../x"), DeitfastError, "name of a file"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tiny_dataset, tmp_path, change, error, message):
@@ -196,12 +196,12 @@ def test_a_wrong_dataset_json_is_refused(tiny_dataset, tmp_path, change, error, 
 
 
 def test_folders_without_a_dataset_are_mistakes(tmp_path):
-    with pytest.raises(Mistake, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         Dataset.open(tmp_path / "nowhere")
-    with pytest.raises(Mistake, match="not a converted dataset"):
+    with pytest.raises(UserError, match="not a converted dataset"):
         Dataset.open(tmp_path)
     (tmp_path / "dataset.json").write_text('{"format": 1')
-    with pytest.raises(Failure, match="JSON"):
+    with pytest.raises(DeitfastError, match="JSON"):
         Dataset.open(tmp_path)
 
 
@@ -211,13 +211,13 @@ def test_a_split_file_that_was_swapped_or_cut_is_refused(tiny_dataset, tmp_path)
     content = bytearray(train.read_bytes())
     content[PREAMBLE + 16] ^= 1  # the first label
     train.write_bytes(content)
-    with pytest.raises(Failure, match="index is damaged"):
+    with pytest.raises(DeitfastError, match="index is damaged"):
         Dataset.open(folder).split("train")
     val.write_bytes(val.read_bytes()[:-24])
-    with pytest.raises(Failure, match="bytes"):
+    with pytest.raises(DeitfastError, match="bytes"):
         Dataset.open(folder).split("val")
     val.unlink()
-    with pytest.raises(Failure, match="no such file"):
+    with pytest.raises(DeitfastError, match="no such file"):
         Dataset.open(folder).split("val")
 
 
@@ -245,9 +245,9 @@ def test_verify_collects_all_damage(tiny_dataset, tmp_path):
     assert any("CRC32 of the index" in damage.reason for damage in report.damages)
     assert any("pixels, decoded" in damage.reason for damage in report.damages)
     assert any(damage.split == "val" and "empty file" in damage.reason for damage in report.damages)
-    damaged_json(folder, lambda data: data.update(colour="red"))
-    assert "colour" in verify(folder).damages[0].reason
-    with pytest.raises(Mistake):
+    damaged_json(folder, lambda data: data.update(color="red"))
+    assert "color" in verify(folder).damages[0].reason
+    with pytest.raises(UserError):
         verify(tmp_path / "nowhere")
 
 

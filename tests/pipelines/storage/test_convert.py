@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset, content_fingerprint, read_spec
@@ -18,7 +18,7 @@ def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):
     train = spec.splits["train"]
     assert (train.samples, train.counts) == (40, (20, 20))
     assert train.converted == {
-        "passed through": 12, "re-encoded": 18, "stored raw": 10, "grey": 9, "CMYK": 3, "16-bit": 3,
+        "passed through": 12, "re-encoded": 18, "stored raw": 10, "gray": 9, "CMYK": 3, "16-bit": 3,
         "palette": 3, "transparent": 3, "EXIF-rotated": 3, "named JPEG but not one": 21,
     }  # fmt: skip
     dataset = Dataset.open(tmp_path / "d")
@@ -43,7 +43,7 @@ def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path, caplog):
     files = list(odd.values())[:4]
     contents = [files[0], files[1][:-50], files[2], b"", files[3], b"text"]
     source = MemorySource(splits={"train": entries(contents, labels=[0, 0, 0, 0, 1, 1])})
-    with pytest.raises(Mistake, match=r"1\.JPEG: the JPEG stops before its end(.|\n)*--skip-bad"):
+    with pytest.raises(UserError, match=r"1\.JPEG: the JPEG stops before its end(.|\n)*--skip-bad"):
         convert(source, tmp_path / "d", workers=1)
     assert not (tmp_path / "d" / "dataset.json").exists()
     with caplog.at_level(logging.INFO, logger="pipelines"):
@@ -62,11 +62,11 @@ def test_going_on_without_skip_bad_does_not_keep_what_was_skipped(tmp_path, monk
     monkeypatch.setattr(split, "FLUSH_BYTES", 0)
     contents = [jpeg(30, 30), b"", jpeg(30, 31), OSError(5, "broken disk")]
     source = MemorySource(splits={"train": entries(contents)})
-    with pytest.raises(Failure, match=r"3\.JPEG: cannot be read: broken disk"):
+    with pytest.raises(DeitfastError, match=r"3\.JPEG: cannot be read: broken disk"):
         convert(source, tmp_path / "d", workers=1, skip_bad=True)
     seen = []
     for skip_bad in (False, True):  # the digest of the listing goes by name, label and size: this is the same source
-        with pytest.raises(Failure) as raised:
+        with pytest.raises(DeitfastError) as raised:
             convert(source, tmp_path / "d", workers=1, skip_bad=skip_bad, progress=lambda *step: seen.append(step))
         assert ("1.JPEG: the file is empty" in str(raised.value)) == (not skip_bad)
     assert seen[0] == ("train", 3, 4, 0)
@@ -74,13 +74,13 @@ def test_going_on_without_skip_bad_does_not_keep_what_was_skipped(tmp_path, monk
 
 def test_classes_without_images_are_mistakes(tmp_path):
     image = jpeg(20, 20)
-    with pytest.raises(Mistake, match=r"1 of 2 classes(.|\n)*none of b"):
+    with pytest.raises(UserError, match=r"1 of 2 classes(.|\n)*none of b"):
         convert(MemorySource(splits={"train": entries([image], labels=[0])}), tmp_path / "d", workers=1)
     assert not (tmp_path / "d").exists()
     source = MemorySource(splits={"train": entries([image, b""], labels=[0, 1])})
-    with pytest.raises(Mistake, match="none of b"):
+    with pytest.raises(UserError, match="none of b"):
         convert(source, tmp_path / "d", workers=1, skip_bad=True)
-    with pytest.raises(Mistake, match="no images found"):
+    with pytest.raises(UserError, match="no images found"):
         convert(MemorySource(splits={"train": []}), tmp_path / "e", workers=1)
 
 
@@ -91,22 +91,22 @@ def test_a_finished_dataset_is_left_alone(odd, tmp_path):
     assert convert(source, tmp_path, workers=1) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     for other, options in ((source, {"max_side": 50}), (mixed_source(odd, copies=2), {})):
-        with pytest.raises(Mistake, match="holds another dataset already"):
+        with pytest.raises(UserError, match="holds another dataset already"):
             convert(other, tmp_path, workers=1, **options)
 
 
 def test_what_is_in_the_way_is_not_overwritten(odd, tmp_path):
     (tmp_path / "train.beton").write_bytes(b"precious")
-    with pytest.raises(Mistake, match="in the way"):
+    with pytest.raises(UserError, match="in the way"):
         convert(mixed_source(odd), tmp_path, workers=1)
     assert (tmp_path / "train.beton").read_bytes() == b"precious"
-    with pytest.raises(Mistake, match="cannot be the output folder"):
+    with pytest.raises(UserError, match="cannot be the output folder"):
         convert(mixed_source(odd), tmp_path / "train.beton", workers=1)
 
 
 def test_two_conversions_into_one_folder_are_refused(odd, tmp_path):
     def again(*_):
-        with pytest.raises(Mistake, match="another conversion"):
+        with pytest.raises(UserError, match="another conversion"):
             convert(mixed_source(odd), tmp_path, workers=1)
 
     convert(mixed_source(odd, copies=1), tmp_path, workers=1, progress=again)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import Failure
+from pipelines.errors import DeitfastError
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.formats.format import Format, beton, shards
@@ -139,7 +139,7 @@ def convert_until(source: MemorySource, folder: Path, images: int, split: str = 
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Small batches, each one journalled."""
+    """Small batches, each one journaled."""
     monkeypatch.setattr(split, "BATCH_IMAGES", 4)
     monkeypatch.setattr(split, "FLUSH_BYTES", 1)
 
@@ -210,7 +210,7 @@ def test_data_lost_behind_the_journal_is_written_again(odd, tmp_path, eager, for
 def spoil(path: Path, place: int) -> None:
     with path.open("r+b") as file:
         file.seek(place)
-        file.write(b"spoilt")
+        file.write(b"spoiled")
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def spoil(path: Path, place: int) -> None:
     ],
     ids=["beton", "image", "header", "cut"],
 )
-def test_data_spoilt_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path, eager, form, harm):
+def test_data_spoiled_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path, eager, form, harm):
     convert_until(mixed_source(odd), tmp_path, 30, form=form)
     harm(tmp_path / f"train{form.suffix}.partial")
-    with pytest.raises(Failure, match="does not read back"):
+    with pytest.raises(DeitfastError, match="does not read back"):
         convert(mixed_source(odd), tmp_path, workers=1, form=form)
     assert not (tmp_path / f"train{form.suffix}").exists()
     assert convert(mixed_source(odd), tmp_path, workers=1, form=form).splits["train"].samples == 40
@@ -243,9 +243,9 @@ def test_a_disk_that_is_full_for_the_last_names_is_a_failure(odd, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(Failure, match=r"cannot write .*\n.*No space left") as raised:
+        with pytest.raises(DeitfastError, match=r"cannot write .*\n.*No space left") as raised:
             convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
-        assert type(raised.value) is Failure
+        assert type(raised.value) is DeitfastError
     assert not (tmp_path / "d" / "dataset.json").exists()
     convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
     convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
@@ -260,9 +260,9 @@ def test_a_full_disk_is_a_failure_and_the_rest_is_kept(tmp_path, eager, form):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(Failure, match=r"no room to go on(.|\n)*MiB more(.|\n)*MiB free") as raised:
+        with pytest.raises(DeitfastError, match=r"no room to go on(.|\n)*MiB more(.|\n)*MiB free") as raised:
             convert(source, tmp_path / "d", workers=1, form=form)
-        assert type(raised.value) is Failure
+        assert type(raised.value) is DeitfastError
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     seen = []

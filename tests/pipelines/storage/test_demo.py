@@ -1,4 +1,4 @@
-"""The drawn set: deterministic, balanced, odd in size, and not to be told apart by colour."""
+"""The drawn set: deterministic, balanced, odd in size, and not to be told apart by color."""
 
 import pickle
 from io import BytesIO
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.sources.demo import CLASSES, SIDES, draw, open_demo
 from pipelines.storage.sources.factory import open_source
 
@@ -27,7 +27,7 @@ def test_default_set() -> None:
     for entries in source.splits.values():
         assert set(np.bincount([entry.label for entry in entries]).tolist()) == {len(entries) // 10}
         assert len({entry.name for entry in entries}) == len(entries)
-    with pytest.raises(Mistake, match="has a validation split already"):
+    with pytest.raises(UserError, match="has a validation split already"):
         open_source("demo", None, val_fraction=0.1)
     source.close()
 
@@ -69,21 +69,21 @@ def nearest_mean(train: np.ndarray, labels: np.ndarray, val: np.ndarray, val_lab
     """Accuracy of the nearest class mean, features scaled to unit variance."""
     mean, std = train.mean(0), train.std(0)
     train, val = (train - mean) / std, (val - mean) / std
-    centres = np.stack([train[labels == label].mean(0) for label in range(10)])
-    return float((((val[:, None] - centres) ** 2).sum(2).argmin(1) == val_labels).mean())
+    centers = np.stack([train[labels == label].mean(0) for label in range(10)])
+    return float((((val[:, None] - centers) ** 2).sum(2).argmin(1) == val_labels).mean())
 
 
-def test_colour_says_nothing_and_structure_does() -> None:
+def test_color_says_nothing_and_structure_does() -> None:
     train, labels = resampled("train", 500)
     val, val_labels = resampled("val", 300)
-    by_colour = nearest_mean(train.mean((1, 2)), labels, val.mean((1, 2)), val_labels)
-    assert by_colour < 0.2  # chance is .1
+    by_color = nearest_mean(train.mean((1, 2)), labels, val.mean((1, 2)), val_labels)
+    assert by_color < 0.2  # chance is .1
 
     def structure(images: np.ndarray) -> np.ndarray:
-        """Log power over spatial frequency rings of the grey image: blind to place, turn and colour."""
-        grey = images.mean(3)
-        grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
-        power = np.abs(np.fft.fft2(grey)) ** 2
+        """Log power over spatial frequency rings of the gray image: blind to place, turn and color."""
+        gray = images.mean(3)
+        gray = (gray - gray.mean((1, 2), keepdims=True)) / gray.std((1, 2), keepdims=True)
+        power = np.abs(np.fft.fft2(gray)) ** 2
         rings = np.hypot(*np.meshgrid(np.fft.fftfreq(32, 1 / 32), np.fft.fftfreq(32, 1 / 32))).astype(int)
         return np.log(np.stack([power[:, rings == ring].mean(1) for ring in range(1, 16)], axis=1))
 

@@ -1,4 +1,4 @@
-"""The journal of a conversion, torn and spoilt."""
+"""The journal of a conversion, torn and spoiled."""
 
 import pytest
 

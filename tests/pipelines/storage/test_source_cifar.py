@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.sources.opened_source import OpenedSource
 from tests.helpers.archives import contents, tar_bytes, write_tree
@@ -143,7 +143,7 @@ class Evil:
 def test_pickles_that_name_functions_are_refused(tmp_path: Path, dangerous: object, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = python_archive("cifar10") | {"data_batch_2": pickle.dumps({"data": dangerous, "labels": [1]})}
-    with pytest.raises(Failure, match=r"(?s)data_batch_2 is damaged.*which no CIFAR archive does"):
+    with pytest.raises(DeitfastError, match=r"(?s)data_batch_2 is damaged.*which no CIFAR archive does"):
         open_source("cifar10", write_tree(tmp_path / "py", files))
     assert not (tmp_path / "owned").exists()
 
@@ -165,7 +165,7 @@ def test_pickles_that_name_functions_are_refused(tmp_path: Path, dangerous: obje
 )
 def test_damaged_batches_are_named(tmp_path: Path, name: str, data: bytes, words: str) -> None:
     files = binary_archive("cifar10") if name.endswith(".bin") else python_archive("cifar10")
-    with pytest.raises(Failure, match=f"(?s){words}"):
+    with pytest.raises(DeitfastError, match=f"(?s){words}"):
         open_source("cifar10", write_tree(tmp_path / "c", files | {name: data}), scratch=tmp_path / "scratch")
     assert not any((tmp_path / "scratch").glob("*"))
 
@@ -173,12 +173,14 @@ def test_damaged_batches_are_named(tmp_path: Path, name: str, data: bytes, words
 def test_incomplete_and_confused_archives(tmp_path: Path) -> None:
     files = python_archive("cifar10")
     del files["data_batch_4"], files["batches.meta"]
-    with pytest.raises(Mistake, match=r"incomplete: data_batch_4, batches\.meta missing"):
+    with pytest.raises(UserError, match=r"incomplete: data_batch_4, batches\.meta missing"):
         open_source("cifar10", write_tree(tmp_path / "ten", files))
     hundred = write_tree(tmp_path / "hundred", binary_archive("cifar100"))
-    with pytest.raises(Mistake, match=r"(?s)holds cifar100.*expected: cifar10"):
+    with pytest.raises(UserError, match=r"(?s)holds cifar100.*expected: cifar10"):
         open_source("cifar10", hundred)
-    with pytest.raises(Mistake, match="has a validation split already"):
+    with pytest.raises(UserError, match="has a validation split already"):
         open_source("cifar100", hundred, val_fraction=0.1)
-    with pytest.raises(Mistake, match=r"(?s)holds no cifar100.*cifar-100-python\.tar\.gz or cifar-100-binary\.tar\.gz"):
+    with pytest.raises(
+        UserError, match=r"(?s)holds no cifar100.*cifar-100-python\.tar\.gz or cifar-100-binary\.tar\.gz"
+    ):
         open_source("cifar100", write_tree(tmp_path / "other", {"train": b"a file", "b.txt": b""}))

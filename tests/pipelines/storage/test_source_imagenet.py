@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.sources.imagenet_labels import read_meta
 from pipelines.storage.sources.opened_source import OpenedSource
@@ -169,35 +169,39 @@ def test_meta_mat_as_scipy_reads_it() -> None:
 @pytest.mark.parametrize(
     ("files", "error", "words"),
     [
-        (FLAT_VAL, Mistake, r"nothing that says their classes.*devkit_t12\.tar\.gz.*val_synset_labels.*found: none"),
+        (FLAT_VAL, UserError, r"nothing that says their classes.*devkit_t12\.tar\.gz.*val_synset_labels.*found: none"),
         (
             FLAT_VAL | {"ILSVRC2012_validation_ground_truth.txt": ground_truth()},
-            Mistake,
+            UserError,
             r"found: ILSVRC2012_validation_ground_truth\.txt without the meta\.mat",
         ),
-        (FLAT_VAL | {"val_synset_labels.txt": b"n01440764\nfish\n"}, Failure, "'fish' in line 2"),
-        (FLAT_VAL | {"val_synset_labels.txt": b"n01440764\n" * 4}, Mistake, "00000005.JPEG has no label"),
-        (FLAT_VAL | {"val.txt": b"ILSVRC2012_val_00000001.JPEG 999\n"}, Mistake, "expected: 1,000 training classes"),
-        (FLAT_VAL | {"val.txt": b"hello\n"}, Failure, "'hello' in line 1"),
-        (FLAT_VAL | {"ILSVRC2012_devkit_t12.tar.gz": devkit()[:300]}, Failure, "cannot be understood"),
+        (FLAT_VAL | {"val_synset_labels.txt": b"n01440764\nfish\n"}, DeitfastError, "'fish' in line 2"),
+        (FLAT_VAL | {"val_synset_labels.txt": b"n01440764\n" * 4}, UserError, "00000005.JPEG has no label"),
+        (FLAT_VAL | {"val.txt": b"ILSVRC2012_val_00000001.JPEG 999\n"}, UserError, "expected: 1,000 training classes"),
+        (FLAT_VAL | {"val.txt": b"hello\n"}, DeitfastError, "'hello' in line 1"),
+        (FLAT_VAL | {"ILSVRC2012_devkit_t12.tar.gz": devkit()[:300]}, DeitfastError, "cannot be understood"),
         (
             FLAT_VAL | {"ILSVRC2012_devkit_t12.tar.gz": tar_bytes({"a": b""}, "w:gz")},
-            Failure,
+            DeitfastError,
             r"no .* and no meta\.mat",
         ),
         (
             FLAT_VAL | {"ILSVRC2012_validation_ground_truth.txt": b"1 2 9", "meta.mat": meta_mat()},
-            Failure,
+            DeitfastError,
             r"found: KeyError\(9\)",
         ),
         (
             FLAT_VAL | {"ILSVRC2012_validation_ground_truth.txt": b"1 2 3", "meta.mat": b"hello"},
-            Failure,
+            DeitfastError,
             "no little-endian MATLAB 5 file",
         ),
-        ({"val/other.JPEG": b"", **SYNSETS}, Mistake, r"val/other\.JPEG has no label.*numbered 1 to 5"),
-        ({"val/images/1.JPEG": b"", "val/val_annotations.txt": b""}, Mistake, "of no class that the training.*images"),
-        ({"train/n02000000/notes.txt": b""}, Mistake, "1 of 4 classes have no images.*n02000000"),
+        ({"val/other.JPEG": b"", **SYNSETS}, UserError, r"val/other\.JPEG has no label.*numbered 1 to 5"),
+        (
+            {"val/images/1.JPEG": b"", "val/val_annotations.txt": b""},
+            UserError,
+            "of no class that the training.*images",
+        ),
+        ({"train/n02000000/notes.txt": b""}, UserError, "1 of 4 classes have no images.*n02000000"),
     ],
 )
 def test_what_is_wrong_beside_a_good_train(tmp_path: Path, files: dict, error: type, words: str) -> None:
@@ -207,10 +211,12 @@ def test_what_is_wrong_beside_a_good_train(tmp_path: Path, files: dict, error: t
 
 def test_no_training_images(tmp_path: Path) -> None:
     write_tree(tmp_path, {"ILSVRC2012_img_val.tar": TARS["ILSVRC2012_img_val.tar"], "readme.txt": b""})
-    with pytest.raises(Mistake, match=r"(?s)no ImageNet training images.*found: ILSVRC2012_img_val\.tar, readme\.txt"):
+    with pytest.raises(
+        UserError, match=r"(?s)no ImageNet training images.*found: ILSVRC2012_img_val\.tar, readme\.txt"
+    ):
         open_source("imagenet", tmp_path)
     flat = write_tree(tmp_path / "flat", {"train/n01440764_1.JPEG": b"", "train/n01440764_2.JPEG": b""})
-    with pytest.raises(Mistake, match="found: train, with 2 images in none of these"):
+    with pytest.raises(UserError, match="found: train, with 2 images in none of these"):
         open_source("imagenet", flat)
 
 
@@ -219,7 +225,7 @@ def test_a_cut_training_tar_is_refused(tmp_path: Path, cut: int) -> None:
     whole = tar_bytes(NESTED)
     end = sum(512 + len(data) for data in NESTED.values())
     write_tree(tmp_path, {"ILSVRC2012_img_train.tar": whole[: end - cut]})
-    with pytest.raises(Failure, match="is damaged or was not downloaded to its end"):
+    with pytest.raises(DeitfastError, match="is damaged or was not downloaded to its end"):
         open_source("imagenet", tmp_path)
 
 

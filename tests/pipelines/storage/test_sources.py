@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.sources.opened_source import OpenedSource
 from tests.helpers.archives import contents, tar_bytes, write_tree
@@ -82,14 +82,14 @@ def test_compressed_archives_are_unpacked_into_scratch_and_cleared_away(tmp_path
     assert list(scratch.iterdir()) == []
     broken = tmp_path / "broken.tar.gz"
     broken.write_bytes((tmp_path / "archive.tar.gz").read_bytes()[:-20])
-    with pytest.raises(Failure, match="damaged"):
+    with pytest.raises(DeitfastError, match="damaged"):
         open_source("folder", broken, scratch=scratch)
     assert list(scratch.iterdir()) == []
 
 
 def test_room_to_unpack_that_can_be_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Failure, match=r"cannot write .*file\n.*File exists"):
+    with pytest.raises(DeitfastError, match=r"cannot write .*file\n.*File exists"):
         open_source("folder", pack("tar.gz", TREE, tmp_path), scratch=tmp_path / "file")
 
 
@@ -136,7 +136,7 @@ def test_names_of_validation_folders(tmp_path: Path, name: str) -> None:
     assert contents(open_source("folder", tmp_path), "val") == [("a", f"{name}/a/2.jpg", b"2")]
 
 
-def test_val_comes_before_test_and_unlabelled_test_is_left_out(tmp_path: Path) -> None:
+def test_val_comes_before_test_and_unlabeled_test_is_left_out(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train/a/1.jpg": b"1", "test/a/2.jpg": b"2", "val/a/3.jpg": b"3"})
     source = open_source("folder", tmp_path)
     assert contents(source, "val") == [("a", "val/a/3.jpg", b"3")]
@@ -237,32 +237,32 @@ def test_val_fraction_depends_on_names_alone(tmp_path: Path) -> None:
     ],
 )
 def test_trees_that_will_not_do(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
-    with pytest.raises(Mistake, match=f"(?s){words}"):
+    with pytest.raises(UserError, match=f"(?s){words}"):
         open_source("folder", write_tree(tmp_path, files))
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "cifar10", "cifar100", "folder"])
 def test_places_that_will_not_do(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(Mistake, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         open_source(kind, tmp_path / "nothing")
-    with pytest.raises(Mistake, match="holds no"):
+    with pytest.raises(UserError, match="holds no"):
         open_source(kind, tmp_path)
     (tmp_path / "text.tar").write_text("I am not a tar. " * 100)
-    with pytest.raises(Mistake, match=r"(?s)no archive.*found: a file that begins with b'I am not"):
+    with pytest.raises(UserError, match=r"(?s)no archive.*found: a file that begins with b'I am not"):
         open_source(kind, tmp_path / "text.tar")
     (tmp_path / "empty.tar").write_bytes(b"")
-    with pytest.raises(Mistake, match="no archive"):
+    with pytest.raises(UserError, match="no archive"):
         open_source(kind, tmp_path / "empty.tar")
 
 
 def test_requests_that_will_not_do(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="no kind of source called svhn"):
+    with pytest.raises(UserError, match="no kind of source called svhn"):
         open_source("svhn", tmp_path)
-    with pytest.raises(Mistake, match="needs a folder"):
+    with pytest.raises(UserError, match="needs a folder"):
         open_source("cifar10", None)
-    with pytest.raises(Mistake, match="0 to 1"):
+    with pytest.raises(UserError, match="0 to 1"):
         open_source("folder", tmp_path, val_fraction=1.0)
-    with pytest.raises(Mistake, match="has a validation split already"):
+    with pytest.raises(UserError, match="has a validation split already"):
         open_source("folder", write_tree(tmp_path, TREE), val_fraction=0.1)
 
 
@@ -271,7 +271,7 @@ def test_cut_tars_are_refused(tmp_path: Path, cut: int) -> None:
     data = tar_bytes({f"c/{number}.jpg": b"x" * 1000 for number in range(5)})
     end = 5 * 1536  # then two blocks of zeros and padding
     (tmp_path / "cut.tar").write_bytes(data[: end - cut])
-    with pytest.raises(Failure, match=r"cut\.tar is damaged"):
+    with pytest.raises(DeitfastError, match=r"cut\.tar is damaged"):
         open_source("folder", tmp_path / "cut.tar")
 
 
@@ -279,7 +279,7 @@ def test_overwritten_archives_are_refused(tmp_path: Path) -> None:
     data = bytearray(tar_bytes({f"c/{number}.jpg": b"x" * 1000 for number in range(5)}))
     data[3 * 1536 : 3 * 1536 + 512] = b"?" * 512
     (tmp_path / "bad.tar").write_bytes(data)
-    with pytest.raises(Failure, match="no tar header at byte 4608"):
+    with pytest.raises(DeitfastError, match="no tar header at byte 4608"):
         open_source("folder", tmp_path / "bad.tar")
     path = pack("zip", {"c/1.jpg": b"x" * 100, "c/2.jpg": b"y" * 100}, tmp_path)
     data = bytearray(path.read_bytes())
@@ -290,7 +290,7 @@ def test_overwritten_archives_are_refused(tmp_path: Path) -> None:
         source.read(source.splits["train"][0])
     assert source.read(source.splits["train"][1]) == b"y" * 100
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(Failure, match="damaged"):
+    with pytest.raises(DeitfastError, match="damaged"):
         open_source("folder", path)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.errors import Mistake
+from pipelines.errors import UserError
 from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
 from pipelines.storage.transcode import BadImageError, Codec, Kind, Sample, transcode
@@ -26,8 +26,8 @@ def difference(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(left.astype(int) - right.astype(int)).mean())
 
 
-@pytest.mark.parametrize("name", ["colour.JPEG", "progressive.JPEG", "full_chroma.JPEG", "rotated.JPEG"])
-def test_colour_jpegs_pass_through(odd, name):
+@pytest.mark.parametrize("name", ["color.JPEG", "progressive.JPEG", "full_chroma.JPEG", "rotated.JPEG"])
+def test_color_jpegs_pass_through(odd, name):
     sample = transcode(odd[name], name, Codec())
     assert sample.data == odd[name]
     assert (sample.height, sample.width) == pixels(odd[name]).shape[:2]
@@ -41,7 +41,7 @@ def test_colour_jpegs_pass_through(odd, name):
         ("cmyk.JPEG", Kind.REENCODED | Kind.CMYK, JPEG),
         ("really_png.JPEG", Kind.REENCODED | Kind.MISNAMED, JPEG),
         ("small.png", Kind.RAW, RAW),
-        ("small_grey.png", Kind.RAW | Kind.GREY, RAW),
+        ("small_gray.png", Kind.RAW | Kind.GRAY, RAW),
         ("palette.png", Kind.REENCODED | Kind.PALETTE, JPEG),
         ("alpha.png", Kind.REENCODED | Kind.ALPHA, JPEG),
         ("bitmap.bmp", Kind.RAW, RAW),
@@ -65,11 +65,11 @@ def test_whatever_is_taken_for_an_image_by_its_name_can_be_stored(suffix):
     assert difference(stored(sample), pixels(content)) == 0
 
 
-def test_grey_jpegs_become_colour_and_keep_their_pixels(odd):
-    sample = transcode(odd["grey.JPEG"], "grey.JPEG", Codec())
-    assert sample.kind == Kind.REENCODED | Kind.GREY
+def test_gray_jpegs_become_color_and_keep_their_pixels(odd):
+    sample = transcode(odd["gray.JPEG"], "gray.JPEG", Codec())
+    assert sample.kind == Kind.REENCODED | Kind.GRAY
     assert Image.open(io.BytesIO(sample.data)).mode == "RGB"
-    assert difference(stored(sample), pixels(odd["grey.JPEG"])) < 0.1
+    assert difference(stored(sample), pixels(odd["gray.JPEG"])) < 0.1
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "TIFF", "WEBP"])
@@ -88,7 +88,7 @@ def test_of_several_frames_the_first_is_taken_and_counted(form: str) -> None:
 def test_sixteen_bits_are_scaled_not_clipped(odd):
     deep = np.asarray(Image.open(io.BytesIO(odd["deep.png"]))).astype(float)
     sample = transcode(odd["deep.png"], "deep.png", Codec())
-    assert sample.kind == Kind.REENCODED | Kind.GREY | Kind.DEEP
+    assert sample.kind == Kind.REENCODED | Kind.GRAY | Kind.DEEP
     assert np.abs(stored(sample)[..., 0] - deep * 255 / 65535).mean() < 1
     small = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
     scaled = stored(transcode(encoded(Image.fromarray(small), "PNG"), "x.png", Codec()))
@@ -118,7 +118,7 @@ def test_a_given_quality_reencodes_where_that_is_smaller():
 
 @pytest.mark.parametrize("codec", [Codec(), Codec(max_side=64), Codec(quality=80)])
 @settings(max_examples=30, deadline=None)
-@given(name=st.sampled_from(["colour.JPEG", "progressive.JPEG", "grey.JPEG", "cmyk.JPEG"]), share=st.floats(0, 0.999))
+@given(name=st.sampled_from(["color.JPEG", "progressive.JPEG", "gray.JPEG", "cmyk.JPEG"]), share=st.floats(0, 0.999))
 def test_cut_jpegs_are_refused_wherever_they_are_cut(odd, codec, name, share):
     content = odd[name]
     with pytest.raises(BadImageError):
@@ -145,5 +145,5 @@ def test_what_is_no_image_is_refused_with_the_reason(content, reason):
 
 def test_codecs_out_of_range_are_mistakes():
     for wrong in ({"max_side": 5}, {"max_side": -1}, {"quality": 0}, {"quality": 101}):
-        with pytest.raises(Mistake, match="out of range"):
+        with pytest.raises(UserError, match="out of range"):
             Codec(**wrong)

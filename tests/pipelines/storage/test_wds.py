@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.errors import Failure, Mistake
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.factory import available, open_loader
 from pipelines.rng.sampler import TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
@@ -112,9 +112,9 @@ def test_a_dataset_as_a_source_is_shrunk_and_refused_where_it_is_damaged(tiny_da
     broken = shutil.copytree(tiny_dataset, tmp_path / "broken")
     place = Dataset.open(broken).split("train").place(5)
     flip(place.file, place.offset + 100)
-    with pytest.raises(Failure, match="sample 5 is damaged"):
+    with pytest.raises(DeitfastError, match="sample 5 is damaged"):
         convert(open_source("dataset", broken), tmp_path / "x", workers=1)
-    with pytest.raises(Mistake, match="keeps the splits"):
+    with pytest.raises(UserError, match="keeps the splits"):
         open_source("dataset", tiny_dataset, val_fraction=0.5)
 
 
@@ -175,7 +175,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 @pytest.mark.parametrize(("damage", "says"), DAMAGES)
 def test_shards_that_are_not_those_of_the_index_are_refused_by_name(copy, damage, says):
     damage(copy / "train.wds")
-    with pytest.raises(Failure, match=says):
+    with pytest.raises(DeitfastError, match=says):
         Dataset.open(copy).split("train")
     report = verify(copy, workers=1)
     assert [damage.split for damage in report.damages[:1]] == ["train"]
@@ -190,7 +190,7 @@ def test_a_flipped_byte_names_its_shard_and_sample(copy, mode):
     reader.checked_sample(number)
     flip(place.file, place.offset + place.size // 2)
     reader = Dataset.open(copy).split("train")
-    with pytest.raises(Failure, match=rf"{place.file}: sample {number} is damaged"):
+    with pytest.raises(DeitfastError, match=rf"{place.file}: sample {number} is damaged"):
         reader.checked_sample(number)
     damages = verify(copy, workers=1).damages
     assert [(damage.split, damage.sample) for damage in damages] == [("train", number)]
@@ -233,7 +233,7 @@ def test_more_shards_than_open_files_is_said_plainly(copy, monkeypatch):
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("pipelines.storage.formats.wds_reader.mmap.mmap", refuse)
-    with pytest.raises(Failure, match=r"000000\.tar: cannot be read: Too many open files(.|\n)*ulimit -n"):
+    with pytest.raises(DeitfastError, match=r"000000\.tar: cannot be read: Too many open files(.|\n)*ulimit -n"):
         ShardReader(copy / "train.wds")
 
 
@@ -256,7 +256,7 @@ def test_a_sample_larger_than_a_shard_has_one_for_itself(tmp_path):
 
 
 def test_too_small_shards_are_a_mistake():
-    with pytest.raises(Mistake, match="shards are too small"):
+    with pytest.raises(UserError, match="shards are too small"):
         shards(9_999)
 
 
