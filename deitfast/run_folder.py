@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "pydantic", "ffcv")
-    libraries += ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
+    libraries += ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12")
     return {
         "deitfast": __version__,
         "python": platform.python_version(),

@@ -1,12 +1,18 @@
-"""Fixtures that every test file may use: data sets, made once, and a watch over threads."""
+"""Fixtures that every test file may use: data sets, made once for all processes, and a watch over threads."""
+
+import os
+
+# Before torch is imported: a pool of threads costs tensors as small as the tests' more than it gives.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from pipelines.storage.convert.converter import convert
@@ -23,6 +29,27 @@ from tests.helpers.sample_images import (
     odd_images,
     rotated_jpeg,
 )
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function (name, make) -> folder that calls `make(folder)` once, whichever of xdist's processes is first.
+
+    The folder is read-only by agreement: a test that changes files copies it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = base / "shared" / name, base / "shared" / f"{name}.made"
+        made.parent.mkdir(exist_ok=True)
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")
@@ -50,31 +77,33 @@ def _jpegs(count: int, seed: int) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_dataset(shared_folder) -> Path:
     """Folder of a dataset of 40 JPEGs (32 train, 8 val) of odd sizes in 4 classes."""
-    splits = {"train": entries(_jpegs(32, 100), classes=4), "val": entries(_jpegs(8, 200), classes=4)}
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    convert(MemorySource(classes=("ant", "bee", "cat", "dog"), splits=splits), folder, workers=1)
-    return folder
+
+    def make(folder: Path) -> None:
+        splits = {"train": entries(_jpegs(32, 100), classes=4), "val": entries(_jpegs(8, 200), classes=4)}
+        convert(MemorySource(classes=("ant", "bee", "cat", "dog"), splits=splits), folder, workers=1)
+
+    return shared_folder("tiny", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_small(shared_folder) -> Path:
     """Folder of a dataset of raw 32 x 32 images (80 train, 20 val) in 10 classes."""
-    train = [drawn(32, 32, number) for number in range(80)]
-    val = [drawn(32, 32, 1000 + number) for number in range(20)]
-    splits = {"train": entries(train, classes=10, names="t#{}"), "val": entries(val, classes=10, names="v#{}")}
-    folder = tmp_path_factory.mktemp("data") / "small"
-    convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
-    return folder
+
+    def make(folder: Path) -> None:
+        train = [drawn(32, 32, number) for number in range(80)]
+        val = [drawn(32, 32, 1000 + number) for number in range(20)]
+        splits = {"train": entries(train, classes=10, names="t#{}"), "val": entries(val, classes=10, names="v#{}")}
+        convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
+
+    return shared_folder("small", make)
 
 
 @pytest.fixture(scope="session")
-def mixed_shards(odd: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed_shards(odd: dict[str, bytes], shared_folder) -> Path:
     """Folder of a dataset of odd images (40 train, ten of them stored raw, 4 val) in a dozen shards."""
-    folder = tmp_path_factory.mktemp("data") / "mixed"
-    convert(mixed_source(odd), folder, workers=1, form=shards(20_000))
-    return folder
+    return shared_folder("mixed", lambda folder: convert(mixed_source(odd), folder, workers=1, form=shards(20_000)))
 
 
 @pytest.fixture(scope="session")

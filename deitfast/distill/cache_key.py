@@ -25,6 +25,7 @@ CACHES = Path("caches")
 PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
 """Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
+LIBRARIES += ("nvidia-nvimgcodec-cu12", "nvidia-dali-cuda120")
 
 
 def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], Loaded | None]:
