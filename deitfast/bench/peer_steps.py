@@ -10,7 +10,7 @@ from deitfast.bench.stages import LEARNING_RATE, Targets, Workbench
 from deitfast.bench.timing import Work
 from deitfast.models.cnn import build_convnet
 from deitfast.train.optim import build_optimizer
-from pipelines.augment.chain import ModelInput
+from pipelines.augment.chain import AugmentedBatch
 
 TIMM_NAMES = {"ti": "tiny", "s": "small", "b": "base"}
 TEACHERS = {"cuda": "regnet_y_16gf"}
@@ -79,7 +79,7 @@ def random_teacher(bench: Workbench) -> Targets:
     if runtime.compile:
         teacher.compile()
 
-    def find(inputs: ModelInput) -> torch.Tensor:
+    def find(inputs: AugmentedBatch) -> torch.Tensor:
         with torch.no_grad(), runtime.autocast():
             return teacher(inputs.pixels)[0].argmax(-1)
 

@@ -22,7 +22,7 @@ from deitfast.models.vit import reads_patches
 from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
 from deitfast.train.step import TrainStep
-from pipelines.augment.chain import ModelInput, augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Batch, Loader
 from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.loaders.host import Codec, HostLoader, Plan, cut, decoded
@@ -80,7 +80,7 @@ class Workbench:
         return next(self.batches())
 
     @cached_property
-    def inputs(self) -> ModelInput:
+    def inputs(self) -> AugmentedBatch:
         """The held batch as the step takes it."""
         return self.augmented(self.held)
 
@@ -90,17 +90,17 @@ class Workbench:
             self._batches = _endless(self.loader)
         return self._batches
 
-    def augmented(self, batch: Batch) -> ModelInput:
+    def augmented(self, batch: Batch) -> AugmentedBatch:
         """Return what the step takes of a batch."""
         looked_at = self.targets is not None and self.targets.looks
         return self.prepared(batch, patch=0 if looked_at else reads_patches(self.learner.model))
 
-    def prepared(self, batch: Batch, patch: int = 0) -> ModelInput:
+    def prepared(self, batch: Batch, patch: int = 0) -> AugmentedBatch:
         """Return a batch augmented, as pixels or in patches."""
         spec, dtype, kernels = self.recipe.augment, self.runtime.input_dtype, self.recipe.train.kernels
         return augment(batch, spec, dtype=dtype, train=True, patch=patch, kernels=kernels)
 
-    def step(self, inputs: ModelInput) -> None:
+    def step(self, inputs: AugmentedBatch) -> None:
         """Train on a batch."""
         self.learner.step(inputs, self.targets.find(inputs) if self.targets else None, LEARNING_RATE, 0)
 
@@ -147,7 +147,7 @@ class Targets:
 
     name: str
     what: str
-    find: Callable[[ModelInput], Tensor]
+    find: Callable[[AugmentedBatch], Tensor]
     looks: bool = False
     """Whether a teacher looks at the pixels; else the model may have them in patches."""
 
@@ -165,7 +165,7 @@ def distillation_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> 
     spec, repeats = target_spec(recipe, dataset), recipe.augment.repeats
     rows = np.zeros((repeats, dataset.split("train").num_samples), spec.record)  # as a full cache's, whatever they say
 
-    def look_up(inputs: ModelInput) -> Tensor:
+    def look_up(inputs: AugmentedBatch) -> Tensor:
         records = rows[inputs.params.view % repeats, inputs.params.sample]
         assert present(records).all()  # training asks as well
         return dense(from_records(records, runtime.device), spec, classes, distill.tau)

@@ -20,7 +20,7 @@ from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.progress import Bar, Display, duration, volume
 from deitfast.runtime import Runtime
-from pipelines.augment.chain import ModelInput, augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.factory import open_loader
@@ -209,7 +209,7 @@ def spot_check(answers: CachedTargets, recipe: Recipe, dataset: Dataset, runtime
         log.info("%s: %d views made anew and asked for again: all as before", answers.cache.folder, checked)
 
 
-def _compare(answers: CachedTargets, inputs: ModelInput, known: np.ndarray, runtime: Runtime) -> None:
+def _compare(answers: CachedTargets, inputs: AugmentedBatch, known: np.ndarray, runtime: Runtime) -> None:
     """Hold the known rows of one batch against the teacher's answers now."""
     logits = answers.teacher().logits(inputs.pixels)[torch.from_numpy(known).to(runtime.device)]
     then, now = answers.kept(inputs, known), keep(logits, answers.spec)
@@ -243,7 +243,7 @@ def loader_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, sampler: Sampl
     return open_loader(reader, recipe.augment, recipe.loader, sampler, train=train, device=runtime.device)
 
 
-def model_input(batch: Batch, recipe: Recipe, runtime: Runtime) -> ModelInput:
+def model_input(batch: Batch, recipe: Recipe, runtime: Runtime) -> AugmentedBatch:
     """Return what the teacher sees of a batch: mixed views, or images as in evaluation."""
     train = recipe.distill.targets != "per_image"
     return augment(batch, recipe.augment, dtype=runtime.input_dtype, train=train, kernels=recipe.train.kernels)

@@ -16,7 +16,7 @@ from deitfast.distill.cache_files import present
 from deitfast.distill.encoding import Answers, dense, from_records, keep, to_records
 from deitfast.distill.teacher import Teacher
 from deitfast.runtime import Runtime
-from pipelines.augment.chain import ModelInput
+from pipelines.augment.chain import AugmentedBatch
 
 log = logging.getLogger("deitfast")
 FLUSH_SECONDS = 10.0
@@ -35,7 +35,7 @@ class Targets(Protocol):
         """Get ready for the views of an epoch, from 0."""
         ...
 
-    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
         """Return the targets of a batch, on its device: int64 [B] or [B, 2] (hard), float32 [B, C] (soft).
 
         Args:
@@ -59,7 +59,7 @@ class OnlineTeacher:
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
 
-    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
         """See `Targets`."""
         self.asked += len(inputs.labels)
         logits = self._teacher.logits(inputs.pixels)
@@ -96,7 +96,7 @@ class CachedTargets:
         self._first = view // repeats * repeats
         self._rows = self.cache.rows(self._first)
 
-    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
         """Return targets as `Targets` does, with one gather on the host and a copy that nobody waits for.
 
         Which targets are missing is known on the host, so a complete cache costs no synchronization.
@@ -115,7 +115,7 @@ class CachedTargets:
         """Return which of the pass's targets, of int [n] views and samples, are not in the cache: bool [n]."""
         return ~present(self._rows[views - self._first, samples])
 
-    def ask(self, inputs: ModelInput, wanted: np.ndarray) -> Answers:
+    def ask(self, inputs: AugmentedBatch, wanted: np.ndarray) -> Answers:
         """Ask the teacher about a batch, and keep the answers for those rows that are `wanted`, bool [B]."""
         answers = keep(self.teacher().logits(inputs.pixels), self.spec)
         self._answered.append((wanted, inputs.params.view, inputs.params.sample, answers))
@@ -124,7 +124,7 @@ class CachedTargets:
             self.save()
         return answers
 
-    def kept(self, inputs: ModelInput, some: np.ndarray) -> Answers:
+    def kept(self, inputs: AugmentedBatch, some: np.ndarray) -> Answers:
         """Return the cache's answers to `some` rows of a batch, bool [B], which it has."""
         views, samples = inputs.params.view[some], inputs.params.sample[some]
         return from_records(self._rows[views - self._first, samples], self._runtime.device)
@@ -165,7 +165,7 @@ class PerImage:
     def start_epoch(self, epoch: int) -> None:
         """All epochs read the same."""
 
-    def get(self, inputs: ModelInput, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
         """Return both images' labels, int64 [B, 2], or logits whose softmax at tau is the mixed distribution."""
         samples = inputs.params.sample
         pair = np.stack([samples, samples[inputs.params.mix_index]], 1)

@@ -23,7 +23,7 @@ from deitfast.distill.cache_files import is_cache, present
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime
-from pipelines.augment.chain import ModelInput, augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import DeitfastError
 from pipelines.loaders.factory import open_loader, why_not
 from pipelines.rng.packed_spec import UNIT
@@ -72,7 +72,7 @@ def samples_of(run: RunRecord) -> tuple[list[Sample], str]:
         return [], f"No training images are shown: {_first_line(error)}."
 
 
-def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[ModelInput, np.ndarray]:
+def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[AugmentedBatch, np.ndarray]:
     """Return the model's input for the shown rows of the first step and their partners, and which rows are shown.
 
     Raises:
@@ -117,7 +117,7 @@ class Few:
 
 
 def _teachers_answers(
-    recipe: Recipe, classes: tuple[str, ...], inputs: ModelInput, shown: np.ndarray
+    recipe: Recipe, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray
 ) -> tuple[list[str], str]:
     """Return the teacher's class for each shown row, from its cache or itself, and a sentence where it is not known."""
     distill, unknown = recipe.distill, [""] * len(shown)
@@ -135,7 +135,7 @@ def _teachers_answers(
     return [classes[label] for label in labels.tolist()], ""
 
 
-def _kept(folder: Path, classes: tuple[str, ...], inputs: ModelInput, shown: np.ndarray) -> list[str]:
+def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray) -> list[str]:
     """Return what a teacher cache has for the shown rows, "" where it has nothing."""
     cache = TeacherCache.open(folder)
     targets = cache.rows(0)[inputs.params.view[shown], inputs.params.sample[shown]]
@@ -145,7 +145,7 @@ def _kept(folder: Path, classes: tuple[str, ...], inputs: ModelInput, shown: np.
 
 
 def _described(
-    inputs: ModelInput, shown: np.ndarray, spec: AugmentSpec, classes: tuple[str, ...], teachers: list[str]
+    inputs: AugmentedBatch, shown: np.ndarray, spec: AugmentSpec, classes: tuple[str, ...], teachers: list[str]
 ) -> list[Sample]:
     pictures = pixels_of(inputs.pixels[torch.from_numpy(shown)], spec)
     found = []

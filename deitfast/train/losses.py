@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deitfast.config.recipe import DistillSpec
-from pipelines.augment.chain import ModelInput
+from pipelines.augment.chain import AugmentedBatch
 from pipelines.errors import UserError
 
 PARTS = ("loss", "base", "distill")
@@ -68,7 +68,7 @@ def soft_distillation(
 
 
 def distilled_loss(
-    heads: tuple[Tensor, ...], inputs: ModelInput, teacher: Tensor | None, spec: DistillSpec, smoothing: float
+    heads: tuple[Tensor, ...], inputs: AugmentedBatch, teacher: Tensor | None, spec: DistillSpec, smoothing: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (1 - alpha) x base + alpha x distillation, and its parts for the record.
 

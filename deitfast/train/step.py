@@ -15,7 +15,7 @@ from deitfast.runtime import Runtime
 from deitfast.train.ema import Ema
 from deitfast.train.losses import PARTS, distilled_loss
 from deitfast.train.optim import build_optimizer
-from pipelines.augment.chain import ModelInput
+from pipelines.augment.chain import AugmentedBatch
 
 LARGEST_GRAPHED_SIDE = 64
 """Side of the input in pixels up to which `train.compile` auto takes CUDA graphs: larger steps keep the GPU busy."""
@@ -63,7 +63,7 @@ class TrainStep:
             self.ema.model.compile(**how)
         self.loss = torch.compile(distilled_loss, **how)
 
-    def step(self, inputs: ModelInput, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
+    def step(self, inputs: AugmentedBatch, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
         """Update the model on one rank's batch.
 
         Args:
@@ -130,7 +130,7 @@ def takes_graphs(recipe: Recipe, runtime: Runtime) -> bool:
     return train.compile == "graphs" or (train.compile == "auto" and small and alone)
 
 
-def _pieces(inputs: ModelInput, teacher: Tensor | None, count: int) -> list[tuple[ModelInput, Tensor | None]]:
+def _pieces(inputs: AugmentedBatch, teacher: Tensor | None, count: int) -> list[tuple[AugmentedBatch, Tensor | None]]:
     if count == 1:
         return [(inputs, teacher)]
     rows = len(inputs.labels) // count

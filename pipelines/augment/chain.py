@@ -30,8 +30,8 @@ from pipelines.spec import AugmentSpec, Kernels
 
 
 @dataclass(frozen=True)
-class ModelInput:
-    """What a step needs of a batch: the very tensor that the student and the teacher see, and its mixed target."""
+class AugmentedBatch:
+    """A batch after augmentation: pixels, the labels of the mixture and its weights, ready for a model and a loss."""
 
     pixels: Tensor
     """[B, 3, S, S] in the model's dtype, normalized, channels-last in memory; or in patches, as `augment` was asked."""
@@ -55,7 +55,7 @@ def augment(
     train: bool,
     patch: int = 0,
     kernels: Kernels = "auto",
-) -> ModelInput:
+) -> AugmentedBatch:
     """Make the model's input of a batch; `batch` itself stays as it is.
 
     Everything up to the mixture is computed in uint8 or float32, and cast at the end.
@@ -113,7 +113,7 @@ def kernels_run(kernels: str, device: torch.device) -> bool:
     return kernels == "on"
 
 
-def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool, patch: int) -> ModelInput:
+def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool, patch: int) -> AugmentedBatch:
     from pipelines.augment.triton_ops import launch  # Triton is only there where PyTorch has it
 
     device = batch.images.device
@@ -122,9 +122,9 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
     pixels = launch.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
     if drawn is None:
         lam = torch.ones_like(batch.labels, dtype=torch.float32)
-        return ModelInput(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params)
+        return AugmentedBatch(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params)
     partners, lam = drawn[:, SLICES["mix_index"].start].long(), drawn[:, SLICES["lam"].start].float() / UNIT
-    return ModelInput(pixels, batch.labels, batch.labels[partners], lam, batch.valid, batch.params)
+    return AugmentedBatch(pixels, batch.labels, batch.labels[partners], lam, batch.valid, batch.params)
 
 
 def normalize(images: Tensor, spec: AugmentSpec) -> Tensor:
@@ -208,11 +208,13 @@ def _group(operations: np.ndarray, magnitudes: np.ndarray, lines: np.ndarray) ->
     return groups
 
 
-def _input(batch: Batch, pixels: Tensor, dtype: torch.dtype, patch: int, mix_labels: Tensor, lam: Tensor) -> ModelInput:
+def _input(
+    batch: Batch, pixels: Tensor, dtype: torch.dtype, patch: int, mix_labels: Tensor, lam: Tensor
+) -> AugmentedBatch:
     """NHWC pixels as an NCHW view in `dtype`, which is channels-last, or cut into patches."""
     cast = pixels.to(dtype).permute(0, 3, 1, 2)
     cut = cut_patches(cast, patch) if patch else cast
-    return ModelInput(cut, batch.labels, mix_labels, lam, batch.valid, batch.params)
+    return AugmentedBatch(cut, batch.labels, mix_labels, lam, batch.valid, batch.params)
 
 
 def _per_image(values: Tensor) -> Tensor:

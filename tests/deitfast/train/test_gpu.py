@@ -14,7 +14,7 @@ from deitfast.data_loaders import open_training
 from deitfast.distill.encoding import from_records
 from deitfast.runtime import Runtime
 from deitfast.train.step import TrainStep
-from pipelines.augment.chain import ModelInput, augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Batch
 from pipelines.loaders.factory import why_not
 from pipelines.loaders.prefetch import prefetched
@@ -43,7 +43,7 @@ def on(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, images=batch.images.to(device), labels=batch.labels.to(device), valid=batch.valid.to(device))
 
 
-def inputs_on(recipe: Recipe, device: torch.device) -> ModelInput:
+def inputs_on(recipe: Recipe, device: torch.device) -> AugmentedBatch:
     return augment(on(batch_for(recipe), device), recipe.augment, dtype=torch.float32, train=True, patch=16)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import DistillSpec
 from deitfast.train.losses import PARTS, distilled_loss, hard_distillation, mixed_cross_entropy, soft_distillation
-from pipelines.augment.chain import ModelInput
+from pipelines.augment.chain import AugmentedBatch
 from pipelines.errors import UserError
 from pipelines.rng.view_params import COLUMNS, ViewParams
 
@@ -28,7 +28,7 @@ def sample(seed, batch=BATCH, classes=CLASSES, heads=2):
     lam[0] = 1
     teacher = torch.randn(batch, classes, generator=draw) * 3
     width = sum(COLUMNS.values())
-    inputs = ModelInput(
+    inputs = AugmentedBatch(
         pixels=torch.zeros(batch, 3, 2, 2),
         labels=labels,
         mix_labels=partners,

@@ -13,7 +13,7 @@ from deitfast.eval.evaluate import predict
 from deitfast.models.vit import reads_patches
 from deitfast.runtime import Runtime
 from deitfast.train.step import TrainStep, takes_graphs
-from pipelines.augment.chain import ModelInput, augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import UserError
 from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, ROWS, NoWaiting, batch_for, targets
@@ -35,7 +35,7 @@ def recipe_of(mode: str, *settings: str) -> Recipe:
     return tiny_recipe(*distill, *settings)
 
 
-def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -> ModelInput:
+def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -> AugmentedBatch:
     return augment(batch_for(recipe), recipe.augment, dtype=dtype, train=True, patch=patch)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augment.chain import ModelInput, augment, kernels_run
+from pipelines.augment.chain import AugmentedBatch, augment, kernels_run
 from pipelines.augment.triton_ops import launch
 from pipelines.batch import Batch
 from pipelines.rng.policies import OPERATIONS, RANDAUGMENT
@@ -31,7 +31,7 @@ LARGE = [
 SEED = (3 << 40) + 11
 
 
-def made(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, *, train: bool = True, patch: int = 0) -> ModelInput:
+def made(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, *, train: bool = True, patch: int = 0) -> AugmentedBatch:
     away = Batch(batch.images.to(DEVICE), batch.labels.to(DEVICE), batch.valid.to(DEVICE), batch.params)
     return augment(away, spec, dtype=dtype, train=train, patch=patch, kernels="on")
 

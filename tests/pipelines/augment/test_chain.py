@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.augment.chain import ModelInput, augment, mix, normalize
+from pipelines.augment.chain import AugmentedBatch, augment, mix, normalize
 from pipelines.augment.torch_ops import ops
 from pipelines.batch import Batch
 from pipelines.rng.policies import OPERATIONS
@@ -27,7 +27,7 @@ def taken(batch: Batch, rows: np.ndarray) -> Batch:
     return Batch(batch.images[rows], batch.labels[rows], batch.valid[rows], params)
 
 
-def train(batch: Batch, spec: AugmentSpec = SPEC, dtype: torch.dtype = torch.float32) -> ModelInput:
+def train(batch: Batch, spec: AugmentSpec = SPEC, dtype: torch.dtype = torch.float32) -> AugmentedBatch:
     return augment(batch, spec, dtype=dtype, train=True)
 
 
