@@ -8,7 +8,7 @@ from deitfast.runtime import Runtime
 from pipelines.batch import Loader
 from pipelines.errors import UserError
 from pipelines.loaders.factory import open_loader
-from pipelines.rng.sampler import EvalSampler, TrainSampler, group_size, stratified_subset
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler, group_size, stratified_subset
 from pipelines.storage.dataset import Dataset
 
 LARGEST_EVALUATION_BATCH = 1024
@@ -27,7 +27,7 @@ def open_training(dataset: Dataset, recipe: Recipe, runtime: Runtime) -> Loader:
 
 
 def training_sampler(
-    dataset: Dataset, recipe: Recipe, runtime: Runtime, batch: int, *, whole: bool = False
+    dataset: Dataset, recipe: Recipe, runtime: Runtime, batch: int, *, include_partial: bool = False
 ) -> TrainSampler:
     """Return what decides this rank's training rows; raises as `open_training`.
 
@@ -36,7 +36,7 @@ def training_sampler(
         recipe: its seed, repeats, groups and share of the images.
         runtime: rank and world.
         batch: views of a step over all ranks.
-        whole: also those groups that do not fill a batch, and every view only once: for a teacher.
+        include_partial: also those groups that do not fill a batch, and every view only once: for a teacher.
     """
     reader, augment = dataset.split("train"), recipe.augment
     if batch % (runtime.world * recipe.train.accumulate):
@@ -45,16 +45,18 @@ def training_sampler(
             f"train.accumulate {recipe.train.accumulate}"
         )
     return TrainSampler(
-        reader.num_samples,
-        batch,
-        augment.seed,
-        repeats=augment.repeats,
-        group=group_size(augment, batch // runtime.world),
-        rank=runtime.rank,
-        world=runtime.world,
-        views=0 if whole else recipe.distill.views,
-        subset=training_subset(dataset, recipe),
-        whole=whole,
+        SamplerSpec(
+            samples=reader.num_samples,
+            batch=batch,
+            seed=augment.seed,
+            repeats=augment.repeats,
+            group=group_size(augment, batch // runtime.world),
+            rank=runtime.rank,
+            world=runtime.world,
+            views=0 if include_partial else recipe.distill.views,
+            subset=training_subset(dataset, recipe),
+            include_partial=include_partial,
+        )
     )
 
 

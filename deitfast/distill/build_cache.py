@@ -232,7 +232,7 @@ def _compare(answers: CachedTargets, inputs: AugmentedBatch, known: np.ndarray, 
 def views_of(recipe: Recipe, dataset: Dataset, runtime: Runtime, batch: int) -> Sampler:
     """Return the rows that a teacher looks at: all views of the run, or each image whole."""
     if recipe.distill.targets != "per_image":
-        return training_sampler(dataset, recipe, runtime, batch, whole=True)
+        return training_sampler(dataset, recipe, runtime, batch, include_partial=True)
     samples, subset = dataset.split("train").num_samples, training_subset(dataset, recipe)
     return EvalSampler(samples, min(batch // runtime.world, samples), runtime.rank, runtime.world, subset)
 

@@ -135,7 +135,7 @@ def needed_manifest(
         **teacher,
     }
     batch = recipe.augment.mix_group * runtime.world  # any that the ranks can share
-    answered = training_sampler(dataset, recipe, runtime, batch, whole=True).views_per_epoch
+    answered = training_sampler(dataset, recipe, runtime, batch, include_partial=True).views_per_epoch
     if per_image:
         subset = training_subset(dataset, recipe)
         answered = samples if subset is None else len(subset)

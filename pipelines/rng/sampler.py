@@ -65,54 +65,56 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """What decides training's rows, on this rank."""
+
+    samples: int
+    """Images in the split."""
+    batch: int
+    """Views of one step over all ranks."""
+    seed: int
+    """The augmentation seed, the key of both orders."""
+    repeats: int
+    """Views of an image in one epoch."""
+    group: int
+    """Views of a mixing group; see `group_size`."""
+    rank: int = 0
+    """This rank, from 0."""
+    world: int = 1
+    """Number of ranks."""
+    views: int = 0
+    """Views of an image in the whole run, a multiple of `repeats`, after which passes start over with the first (in a
+    new order); 0: as many as there are epochs."""
+    subset: np.ndarray | None = None
+    """int64: the indices to train on, each once; None: all."""
+    include_partial: bool = False
+    """Give all groups of an epoch, including those that do not fill a batch; rows that are not valid fill it up. For a
+    teacher's targets: every view is needed, as a run with another batch size may use it."""
+
+
 class TrainSampler:
     """Training's rows.
 
-    Args:
-        samples: images in the split.
-        batch: views of one step over all ranks.
-        seed: the augmentation seed, the key of both orders.
-        repeats: views of an image in one epoch.
-        group: views of a mixing group; see `group_size`.
-        rank: this rank, from 0.
-        world: number of ranks.
-        views: views of an image in the whole run, a multiple of `repeats`, after which passes start over with the first
-            (in a new order); 0: as many as there are epochs.
-        subset: int64, the indices to train on, each once; None: all.
-        whole: give all groups of an epoch, including those that do not fill a batch: the last batches are filled up
-            with rows that are not valid. For a teacher, who answers for every view, whatever batch asks for it later.
-
     Raises:
-        UserError: the numbers do not fit each other; the message says which to change.
+        UserError: the numbers of the spec do not fit each other; the message says which to change.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        batch: int,
-        seed: int,
-        repeats: int,
-        group: int,
-        rank: int = 0,
-        world: int = 1,
-        views: int = 0,
-        subset: np.ndarray | None = None,
-        whole: bool = False,
-    ) -> None:
-        _check_ranks(samples, batch, rank, world)
-        _check_groups(batch, world, group)
-        if views % repeats:
+    def __init__(self, spec: SamplerSpec) -> None:
+        self.spec, batch, group, repeats = spec, spec.batch, spec.group, spec.repeats
+        _check_ranks(spec.samples, batch, spec.rank, spec.world)
+        _check_groups(batch, spec.world, group)
+        if spec.views % repeats:
             raise UserError(
-                f"{views} views of each image do not divide into {repeats} of an epoch",
+                f"{spec.views} views of each image do not divide into {repeats} of an epoch",
                 remedy=f"ask for a multiple of {repeats} views, or set augment.repeats to 1",
             )
-        self._indices = np.arange(samples) if subset is None else _checked_subset(subset, samples)
-        self._seed, self._repeats, self._group, self._distinct = seed, repeats, group, views // repeats
-        self._rank, self._step_groups, self._rank_groups = rank, batch // group, batch // group // world
+        self._indices = np.arange(spec.samples) if spec.subset is None else _checked_subset(spec.subset, spec.samples)
+        self._step_groups, self._rank_groups = batch // group, batch // group // spec.world
         self._blocks = len(self._indices) // group
         available = self._blocks // repeats * repeats * group
         self.steps_per_epoch: int = min(len(self._indices) // batch, available // batch)
-        if whole:
+        if spec.include_partial:
             largest = -(-self._blocks // repeats) * repeats  # groups of the epoch that has most
             self.steps_per_epoch = -(-largest // self._step_groups)
         if self.steps_per_epoch == 0:
@@ -132,37 +134,39 @@ class TrainSampler:
         """
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} is not in 0..{self.steps_per_epoch - 1}")
-        number = epoch // self._repeats
-        number = number % self._distinct if self._distinct else number
-        first = step * self._step_groups + self._rank * self._rank_groups
+        group, repeats = self.spec.group, self.spec.repeats
+        number = epoch // repeats  # of the pass
+        if self.spec.views:
+            number %= self.spec.views // repeats
+        first = step * self._step_groups + self.spec.rank * self._rank_groups
         sequence = np.arange(first, first + self._rank_groups)
         blocks = self._block_order(epoch)
-        there = sequence < len(blocks) * self._repeats  # all of them, but at the end of a `whole` epoch
-        turn = sequence % self._repeats  # which of its block's groups
-        block = blocks[sequence // self._repeats] if there.all() else _padded(blocks, sequence // self._repeats)
-        place = np.arange(self._group)
+        there = sequence < len(blocks) * repeats  # all of them, but at the end of an `include_partial` epoch
+        turn = sequence % repeats  # which of its block's groups
+        block = blocks[sequence // repeats] if there.all() else _padded(blocks, sequence // repeats)
+        place = np.arange(group)
         # A block's groups hold the same images; turning each by its number gives an image another partner every time.
-        images = block[:, None] * self._group + (place + turn[:, None]) % self._group
-        starts = np.arange(self._rank_groups)[:, None] * self._group
+        images = block[:, None] * group + (place + turn[:, None]) % group
+        starts = np.arange(self._rank_groups)[:, None] * group
         return Rows(
             samples=self._pass_order(number)[images].ravel(),
-            views=np.repeat(number * self._repeats + turn, self._group),
-            groups=np.repeat(block * self._repeats + turn, self._group),
-            passes=np.full(self._rank_groups * self._group, number),
+            views=np.repeat(number * repeats + turn, group),
+            groups=np.repeat(block * repeats + turn, group),
+            passes=np.full(self._rank_groups * group, number),
             partners=(starts + place[::-1]).ravel(),
-            valid=np.repeat(there, self._group),
+            valid=np.repeat(there, group),
         )
 
     @property
     def views_per_epoch(self) -> int:
-        """Views of one epoch over all ranks; with `whole`, the mean over the epochs of a pass."""
-        return self._blocks * self._group
+        """Views of one epoch over all ranks; with `include_partial`, the mean over the epochs of a pass."""
+        return self._blocks * self.spec.group
 
     def _pass_order(self, number: int) -> np.ndarray:
         """Return a pass's permutation of the indices, kept until another pass is asked for."""
         kept = self._permutation
         if kept[0] != number:
-            keys = sort_keys(self._seed, philox.ORDER, self._indices, number)
+            keys = sort_keys(self.spec.seed, philox.ORDER, self._indices, number)
             kept = self._permutation = (number, self._indices[np.argsort(keys, kind="stable")])
         return kept[1]
 
@@ -170,10 +174,11 @@ class TrainSampler:
         """Return the numbers, in their pass, of an epoch's blocks in the order of their visit."""
         kept = self._order
         if kept[0] != epoch:
-            part = epoch % self._repeats
-            start, stop = (k * self._blocks // self._repeats for k in (part, part + 1))
+            repeats = self.spec.repeats
+            part = epoch % repeats
+            start, stop = (k * self._blocks // repeats for k in (part, part + 1))
             blocks = np.arange(start, stop)
-            keys = sort_keys(self._seed, philox.BLOCKS, blocks, epoch)
+            keys = sort_keys(self.spec.seed, philox.BLOCKS, blocks, epoch)
             kept = self._order = (epoch, blocks[np.argsort(keys, kind="stable")])
         return kept[1]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines.batch import Loader
 from pipelines.loaders import factory
 from pipelines.loaders.factory import available, open_loader
-from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.dataset import open_reader
 from pipelines.storage.reader import Reader
@@ -39,7 +39,17 @@ def open_train(
     device: torch.device = CPU,
     **more: object,
 ) -> Loader:
-    sampler = TrainSampler(reader.num_samples, BATCH * world, spec.seed, spec.repeats, spec.mix_group, rank, world)
+    sampler = TrainSampler(
+        SamplerSpec(
+            samples=reader.num_samples,
+            batch=BATCH * world,
+            seed=spec.seed,
+            repeats=spec.repeats,
+            group=spec.mix_group,
+            rank=rank,
+            world=world,
+        )
+    )
     return open_loader(reader, spec, loader_spec(name, more), sampler, train=True, device=device)
 
 

@@ -11,7 +11,7 @@ from deitfast.bench.timing import measure
 from pipelines.batch import Batch
 from pipelines.loaders.dali.calibration import cache_file
 from pipelines.loaders.factory import open_loader
-from pipelines.rng.sampler import EvalSampler, Sampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, Sampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
 from tools.gpu_check.lab import Lab, rates
 from tools.gpu_check.record import Figure, Note
@@ -38,7 +38,9 @@ def pixels(lab: Lab) -> Iterator[Figure | Note]:
     """The dali loader's crops against the reference loader's, PIL: training windows and evaluation's centers."""
     spec, count = lab.recipe.augment, lab.scale.compared
     samples = lab.photos.split("train").num_samples
-    train = TrainSampler(samples, count, spec.seed, spec.repeats, spec.mix_group)
+    train = TrainSampler(
+        SamplerSpec(samples=samples, batch=count, seed=spec.seed, repeats=spec.repeats, group=spec.mix_group)
+    )
     for sampler, what in ((train, "training"), (EvalSampler(samples, count), "evaluation")):
         ours, theirs = (_first(lab, name, sampler, spec) for name in ("dali", "reference"))
         off = (ours.images.cpu().int() - theirs.images.cpu().int()).abs()

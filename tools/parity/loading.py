@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 from deitfast.bench.peer_loaders import stored_image
 from pipelines.batch import Batch
 from pipelines.loaders.factory import available, open_loader
-from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
@@ -85,7 +85,15 @@ def loaders(reader: Reader, small: Reader, size: int) -> Iterator[Check]:
 
 def one_batch(reader: Reader, spec: AugmentSpec) -> Batch:
     """Return the reference loader's first training batch, of all images (but the last of an odd number)."""
-    sampler = TrainSampler(reader.num_samples, reader.num_samples // 2 * 2, spec.seed, spec.repeats, spec.mix_group)
+    sampler = TrainSampler(
+        SamplerSpec(
+            samples=reader.num_samples,
+            batch=reader.num_samples // 2 * 2,
+            seed=spec.seed,
+            repeats=spec.repeats,
+            group=spec.mix_group,
+        )
+    )
     plan = LoaderSpec(name="reference")
     return next(iter(open_loader(reader, spec, plan, sampler, train=True, device=torch.device("cpu")).epoch(0)))
 
@@ -94,7 +102,15 @@ def batches(name: str, reader: Reader, spec: AugmentSpec, train: bool) -> list[B
     """Return a loader's batches: several epochs of training, or evaluation's one."""
     count = reader.num_samples
     if train:
-        sampler = TrainSampler(count, min(BATCH, count // 2 * 2), spec.seed, spec.repeats, spec.mix_group)
+        sampler = TrainSampler(
+            SamplerSpec(
+                samples=count,
+                batch=min(BATCH, count // 2 * 2),
+                seed=spec.seed,
+                repeats=spec.repeats,
+                group=spec.mix_group,
+            )
+        )
     else:
         sampler = EvalSampler(count, BATCH)
     loader = open_loader(

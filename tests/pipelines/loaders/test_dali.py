@@ -15,7 +15,7 @@ from pipelines.errors import DeitfastError
 from pipelines.loaders import factory
 from pipelines.loaders.factory import choose, open_loader
 from pipelines.loaders.prefetch import QUEUED
-from pipelines.rng.sampler import TrainSampler
+from pipelines.rng.sampler import SamplerSpec, TrainSampler
 from pipelines.spec import LoaderSpec
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import BATCH, CPU, PADDED, REASONS, RESIZED, damaged, open_eval, open_train, within
@@ -143,7 +143,15 @@ def test_steps_whose_crops_were_all_cut_before_run_nothing(photos: Reader, batch
     """A group of 4 images fills such a step, and its other views the next: one run serves all three."""
     loaders = []
     for name in ("dali", "reference"):
-        sampler = TrainSampler(photos.num_samples, batch, RESIZED.seed, RESIZED.repeats, RESIZED.mix_group)
+        sampler = TrainSampler(
+            SamplerSpec(
+                samples=photos.num_samples,
+                batch=batch,
+                seed=RESIZED.seed,
+                repeats=RESIZED.repeats,
+                group=RESIZED.mix_group,
+            )
+        )
         loaders.append(open_loader(photos, RESIZED, LoaderSpec(name=name), sampler, train=True, device=CPU))
     for one, other in zip(*(loader.epoch(0) for loader in loaders), strict=True):
         np.testing.assert_array_equal(one.params.table, other.params.table)

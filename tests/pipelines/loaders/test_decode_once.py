@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.loaders.dali.decode_once import GEOMETRY, NOTHING, Work, decode_once
-from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.rng.view_params import draw_eval, draw_train
 from pipelines.spec import AugmentSpec
 
@@ -46,20 +46,34 @@ def check(found: list[Work]) -> None:
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_every_row_gets_its_crop_once(batch: int, world: int, start: int) -> None:
     for rank in range(world):
-        sampler = TrainSampler(SAMPLES, batch, SPEC.seed, SPEC.repeats, SPEC.mix_group, rank, world)
+        sampler = TrainSampler(
+            SamplerSpec(
+                samples=SAMPLES,
+                batch=batch,
+                seed=SPEC.seed,
+                repeats=SPEC.repeats,
+                group=SPEC.mix_group,
+                rank=rank,
+                world=world,
+            )
+        )
         check(works(sampler, SPEC.repeats, start))
 
 
 @pytest.mark.parametrize("batch", [4, 8, 12, 16, 20])
 def test_an_image_is_decoded_once_an_epoch_wherever_its_block_falls(batch: int) -> None:
-    sampler = TrainSampler(SAMPLES, batch, SPEC.seed, SPEC.repeats, SPEC.mix_group)
+    sampler = TrainSampler(
+        SamplerSpec(samples=SAMPLES, batch=batch, seed=SPEC.seed, repeats=SPEC.repeats, group=SPEC.mix_group)
+    )
     found = works(sampler, SPEC.repeats)
     decoded = np.concatenate([work.samples for work in found])
     assert len(np.unique(decoded)) == len(decoded)
 
 
 def test_more_views_than_a_run_cuts_take_another_line() -> None:
-    sampler = TrainSampler(SAMPLES, 24, SPEC.seed, SPEC.repeats, SPEC.mix_group)
+    sampler = TrainSampler(
+        SamplerSpec(samples=SAMPLES, batch=24, seed=SPEC.seed, repeats=SPEC.repeats, group=SPEC.mix_group)
+    )
     found = works(sampler, 2)
     check(found)
     decoded = found[0].samples
@@ -68,7 +82,14 @@ def test_more_views_than_a_run_cuts_take_another_line() -> None:
 
 def test_later_crops_take_only_what_room_is_left() -> None:
     """Steps of 8 rows hold two views of each of 4 images: a run that cuts two has no room for the third."""
-    check(works(TrainSampler(SAMPLES, 8, SPEC.seed, SPEC.repeats, SPEC.mix_group), 2))
+    check(
+        works(
+            TrainSampler(
+                SamplerSpec(samples=SAMPLES, batch=8, seed=SPEC.seed, repeats=SPEC.repeats, group=SPEC.mix_group)
+            ),
+            2,
+        )
+    )
 
 
 def test_evaluation_leaves_rows_that_only_fill_up_out() -> None:

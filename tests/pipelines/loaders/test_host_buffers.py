@@ -7,12 +7,15 @@ import torch
 
 from pipelines.loaders.factory import open_loader
 from pipelines.loaders.host import KEPT_CANVASES, BufferPool
-from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.formats.beton import BetonReader
 
 SHAPE = (2, 4, 4, 3)
-SAMPLERS = {"train": TrainSampler(32, 8, 0, 1, 1), "val": EvalSampler(32, 12)}
+SAMPLERS = {
+    "train": TrainSampler(SamplerSpec(samples=32, batch=8, seed=0, repeats=1, group=1)),
+    "val": EvalSampler(32, 12),
+}
 
 
 def test_memory_is_taken_again_only_when_nothing_of_the_batch_is_held() -> None:

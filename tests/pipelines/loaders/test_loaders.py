@@ -16,7 +16,7 @@ from pipelines.loaders import factory
 from pipelines.loaders.factory import available, choose, open_loader
 from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.resident import gather
-from pipelines.rng.sampler import EvalSampler, TrainSampler
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import (
@@ -180,7 +180,11 @@ def test_ranks_share_an_epoch(name: str, small: Reader) -> None:
     for rank in range(2):
         batches = open_train(name, small, PADDED, rank, 2).epoch(0)
         shards.append({tuple(view) for batch in batches for view in batch.params.table[:, :2].tolist()})
-    whole = TrainSampler(small.num_samples, 2 * BATCH, PADDED.seed, PADDED.repeats, PADDED.mix_group)
+    whole = TrainSampler(
+        SamplerSpec(
+            samples=small.num_samples, batch=2 * BATCH, seed=PADDED.seed, repeats=PADDED.repeats, group=PADDED.mix_group
+        )
+    )
     rows = [whole.rows(0, step) for step in range(whole.steps_per_epoch)]
     expected = {pair for row in rows for pair in zip(row.samples.tolist(), row.views.tolist(), strict=True)}
     assert not shards[0] & shards[1]

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
-from pipelines.rng.sampler import EvalSampler, TrainSampler, group_size, stratified_subset
+from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler, group_size, stratified_subset
 from pipelines.spec import AugmentSpec
 
 
@@ -37,7 +37,7 @@ def whole_epoch(sampler, epoch) -> dict[str, np.ndarray]:
 
 @given(samplers(worlds=(1,)))
 def test_a_pass_shows_every_image_once_for_each_view_but_for_the_tail(arguments):
-    sampler = TrainSampler(**arguments)
+    sampler = TrainSampler(SamplerSpec(**arguments))
     repeats, group = arguments["repeats"], arguments["group"]
     for number in range(2):
         epochs = [whole_epoch(sampler, number * repeats + part) for part in range(repeats)]
@@ -57,7 +57,7 @@ def test_a_pass_shows_every_image_once_for_each_view_but_for_the_tail(arguments)
 @given(samplers(worlds=(1,)))
 def test_nothing_is_left_out_but_the_tail(arguments):
     arguments |= {"batch": arguments["group"], "repeats": 1}
-    epoch = whole_epoch(TrainSampler(**arguments), 5)
+    epoch = whole_epoch(TrainSampler(SamplerSpec(**arguments)), 5)
     kept = arguments["samples"] // arguments["group"] * arguments["group"]
     assert len(set(epoch["samples"].tolist())) == kept == len(epoch["samples"])
 
@@ -65,7 +65,7 @@ def test_nothing_is_left_out_but_the_tail(arguments):
 @given(samplers(), st.integers(0, 7))
 def test_a_view_is_unique_over_a_run_and_disjoint_between_ranks(arguments, first):
     seen: set[tuple[int, int]] = set()
-    ranks = [TrainSampler(**arguments, rank=rank) for rank in range(arguments["world"])]
+    ranks = [TrainSampler(SamplerSpec(**arguments, rank=rank)) for rank in range(arguments["world"])]
     for epoch in range(first, first + 5):
         for sampler in ranks:
             rows = whole_epoch(sampler, epoch)
@@ -77,8 +77,8 @@ def test_a_view_is_unique_over_a_run_and_disjoint_between_ranks(arguments, first
 
 @given(samplers(), st.integers(0, 9))
 def test_ranks_are_slices_of_one_sequence(arguments, epoch):
-    alone = TrainSampler(**(arguments | {"world": 1}))
-    ranks = [TrainSampler(**arguments, rank=rank) for rank in range(arguments["world"])]
+    alone = TrainSampler(SamplerSpec(**arguments | {"world": 1}))
+    ranks = [TrainSampler(SamplerSpec(**arguments, rank=rank)) for rank in range(arguments["world"])]
     for step in range(alone.steps_per_epoch):
         whole, parts = alone.rows(epoch, step), [sampler.rows(epoch, step) for sampler in ranks]
         for name in ("samples", "views", "groups", "passes"):
@@ -98,7 +98,7 @@ def test_groups_are_the_same_whatever_the_batch_and_ranks(arguments, factor, epo
     smaller = arguments | {"batch": arguments["group"] * factor, "world": 1}
     assume(arguments["samples"] // arguments["group"] // arguments["repeats"] * arguments["repeats"] >= factor)
     assume(arguments["samples"] >= smaller["batch"])
-    ours, theirs = groups(TrainSampler(**arguments)), groups(TrainSampler(**smaller))
+    ours, theirs = groups(TrainSampler(SamplerSpec(**arguments))), groups(TrainSampler(SamplerSpec(**smaller)))
     shared = ours.keys() & theirs.keys()
     assert len(shared) == min(len(ours), len(theirs))  # the shorter epoch is the longer one's beginning
     assert all(ours[key] == theirs[key] for key in shared)
@@ -107,18 +107,18 @@ def test_groups_are_the_same_whatever_the_batch_and_ranks(arguments, factor, epo
 
 @given(samplers(), st.integers(0, 9), st.data())
 def test_any_step_can_be_started_at(arguments, epoch, data):
-    used = TrainSampler(**arguments)
+    used = TrainSampler(SamplerSpec(**arguments))
     whole = [used.rows(epoch, step) for step in range(used.steps_per_epoch)]
     used.rows(epoch + 1, 0)  # another epoch in between changes nothing
     start = data.draw(st.integers(0, used.steps_per_epoch - 1))
-    for sampler in (used, TrainSampler(**arguments)):
+    for sampler in (used, TrainSampler(SamplerSpec(**arguments))):
         again = sampler.rows(epoch, start)
         assert all((values == getattr(whole[start], name)).all() for name, values in vars(again).items())
 
 
 @given(samplers())
 def test_partners_are_mirror_images_in_their_group_and_never_the_same_image(arguments):
-    rows = TrainSampler(**arguments).rows(2, 0)
+    rows = TrainSampler(SamplerSpec(**arguments)).rows(2, 0)
     own = np.arange(len(rows.samples))
     assert (rows.partners[rows.partners] == own).all()
     assert (rows.groups[rows.partners] == rows.groups).all()
@@ -129,7 +129,7 @@ def test_partners_are_mirror_images_in_their_group_and_never_the_same_image(argu
 
 
 def test_an_image_meets_another_partner_in_each_of_its_views():
-    rows = TrainSampler(64, 48, 1, repeats=3, group=16).rows(0, 0)
+    rows = TrainSampler(SamplerSpec(samples=64, batch=48, seed=1, repeats=3, group=16)).rows(0, 0)
     met = {}
     for sample, partner in zip(rows.samples, rows.samples[rows.partners], strict=True):
         met.setdefault(int(sample), set()).add(int(partner))
@@ -138,16 +138,19 @@ def test_an_image_meets_another_partner_in_each_of_its_views():
 
 
 def test_a_block_stays_together_so_that_its_images_are_decoded_once():
-    rows = TrainSampler(1000, 48, 1, repeats=3, group=16).rows(4, 3)
+    rows = TrainSampler(SamplerSpec(samples=1000, batch=48, seed=1, repeats=3, group=16)).rows(4, 3)
     assert len(np.unique(rows.samples)) == 16
     assert sorted(np.unique(rows.views)) == [3, 4, 5]
 
 
 def test_imagenet_has_the_steps_of_the_reference():
-    ranks = [TrainSampler(1_281_167, 1024, 0, repeats=3, group=64, rank=rank, world=8) for rank in (0, 7)]
+    ranks = [
+        TrainSampler(SamplerSpec(samples=1_281_167, batch=1024, seed=0, repeats=3, group=64, rank=rank, world=8))
+        for rank in (0, 7)
+    ]
     assert ranks[0].steps_per_epoch == 1251
     images = {part: set() for part in range(3)}
-    whole = TrainSampler(1_281_167, 1024, 0, repeats=3, group=64)
+    whole = TrainSampler(SamplerSpec(samples=1_281_167, batch=1024, seed=0, repeats=3, group=64))
     for part, seen in images.items():
         for step in range(1251):
             seen.update(whole.rows(part, step).samples.tolist())
@@ -159,7 +162,7 @@ def test_imagenet_has_the_steps_of_the_reference():
 
 def test_views_can_be_reused_in_a_new_order():
     arguments = {"samples": 96, "batch": 8, "seed": 3, "repeats": 2, "group": 4}
-    endless, reusing = TrainSampler(**arguments), TrainSampler(**arguments, views=4)
+    endless, reusing = TrainSampler(SamplerSpec(**arguments)), TrainSampler(SamplerSpec(**arguments, views=4))
     for epoch in range(4):
         ours, theirs = whole_epoch(reusing, epoch), whole_epoch(endless, epoch)
         assert all((ours[name] == theirs[name]).all() for name in ours)
@@ -176,20 +179,27 @@ def test_views_can_be_reused_in_a_new_order():
 
 def test_orders_differ_between_seeds_passes_and_epochs():
     def order(seed, epoch):
-        return tuple(whole_epoch(TrainSampler(64, 8, seed, repeats=1, group=2), epoch)["samples"])
+        return tuple(
+            whole_epoch(TrainSampler(SamplerSpec(samples=64, batch=8, seed=seed, repeats=1, group=2)), epoch)["samples"]
+        )
 
     assert len({order(0, 0), order(1, 0), order(2**40, 0), order(0, 1), order(0, 2)}) == 5
 
 
 def test_a_permutation_has_no_memory_of_the_order_it_came_from():
-    first = [TrainSampler(8, 8, seed, 1, 1).rows(0, 0).samples[0] for seed in range(4000)]
+    first = [
+        TrainSampler(SamplerSpec(samples=8, batch=8, seed=seed, repeats=1, group=1)).rows(0, 0).samples[0]
+        for seed in range(4000)
+    ]
     counts = np.bincount(first, minlength=8)
     assert np.abs(counts - 500).max() < 100
 
 
 @given(st.sets(st.integers(0, 99), min_size=8))
 def test_a_subset_is_all_that_is_trained_on(subset):
-    sampler = TrainSampler(100, 8, 1, repeats=1, group=2, subset=np.array(sorted(subset)))
+    sampler = TrainSampler(
+        SamplerSpec(samples=100, batch=8, seed=1, repeats=1, group=2, subset=np.array(sorted(subset)))
+    )
     rows = whole_epoch(sampler, 0)
     assert set(rows["samples"].tolist()) <= subset
     assert len(set(rows["samples"].tolist())) == len(rows["samples"]) == len(subset) // 8 * 8
@@ -216,11 +226,11 @@ def test_a_subset_is_all_that_is_trained_on(subset):
 def test_numbers_that_do_not_fit_are_refused_with_a_remedy(change, message):
     arguments = {"samples": 100, "batch": 8, "seed": 0, "repeats": 1, "group": 8} | change
     with pytest.raises(UserError, match=message):
-        TrainSampler(**arguments)
+        TrainSampler(SamplerSpec(**arguments))
 
 
 def test_a_step_outside_the_epoch_is_an_error():
-    for sampler in (TrainSampler(10, 4, 0, 1, 2), EvalSampler(10, 4)):
+    for sampler in (TrainSampler(SamplerSpec(samples=10, batch=4, seed=0, repeats=1, group=2)), EvalSampler(10, 4)):
         with pytest.raises(ValueError, match="step"):
             sampler.rows(0, sampler.steps_per_epoch)
 
@@ -230,7 +240,7 @@ def test_groups_matter_only_where_something_is_mixed():
     assert group_size(AugmentSpec(mixup=0, cutmix=0), 7) == 1
     with pytest.raises(UserError, match=r"augment\.mix_group to 50"):
         group_size(AugmentSpec(), 100)
-    assert TrainSampler(50, 7, 0, repeats=2, group=1).steps_per_epoch == 7
+    assert TrainSampler(SamplerSpec(samples=50, batch=7, seed=0, repeats=2, group=1)).steps_per_epoch == 7
 
 
 # --- evaluation and subsets ------------------------------------------------------------------------------------------
@@ -291,13 +301,13 @@ def test_a_whole_epoch_has_every_group_once_and_begins_as_any_other(arguments, e
     every = []
     for part in range(repeats):
         for rank in range(world):
-            sampler = TrainSampler(**arguments, rank=rank, whole=True)
+            sampler = TrainSampler(SamplerSpec(**arguments, rank=rank, include_partial=True))
             for step in range(sampler.steps_per_epoch):
                 rows = sampler.rows(epoch * repeats + part, step)
                 every += list(zip(rows.views[rows.valid].tolist(), rows.samples[rows.valid].tolist(), strict=True))
     images = arguments["samples"] // group * group
     assert len(every) == len(set(every)) == images * repeats
-    plain, whole = TrainSampler(**arguments), TrainSampler(**arguments, whole=True)
+    plain, whole = TrainSampler(SamplerSpec(**arguments)), TrainSampler(SamplerSpec(**arguments, include_partial=True))
     for step in range(plain.steps_per_epoch):
         one, other = plain.rows(epoch, step), whole.rows(epoch, step)
         assert other.valid.all()

@@ -15,7 +15,7 @@ from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from pipelines.errors import DeitfastError, UserError
 from pipelines.rng import draws
 from pipelines.rng.packed_spec import Tables, pack, tables_for
-from pipelines.rng.sampler import EvalSampler, Rows, TrainSampler
+from pipelines.rng.sampler import EvalSampler, Rows, SamplerSpec, TrainSampler
 from pipelines.rng.view_params import COLUMNS, SLICES, ViewParams, draw_eval, draw_train
 from tests.helpers.view_specs import AUTO, DEIT, HARD, JITTER, SMALL, draw, frequencies, rows_of
 
@@ -129,7 +129,7 @@ def test_every_part_of_the_key_matters():
 )
 def test_the_draws_of_a_seed_never_change(spec, columns, expected):
     """Changed draws change what every seed means: old teacher caches would no longer fit their views."""
-    rows = TrainSampler(100, 8, DEIT.seed, repeats=2, group=4).rows(3, 1)
+    rows = TrainSampler(SamplerSpec(samples=100, batch=8, seed=DEIT.seed, repeats=2, group=4)).rows(3, 1)
     drawn = draw_train(spec, rows, np.full(8, 375), np.full(8, 500)).table[:, :columns]
     assert hashlib.blake2b(drawn.astype("<i4").tobytes(), digest_size=8).hexdigest() == expected
 

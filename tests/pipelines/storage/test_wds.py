@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.factory import available, open_loader
-from pipelines.rng.sampler import TrainSampler
+from pipelines.rng.sampler import SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
@@ -75,7 +75,11 @@ def test_loaders_make_the_same_batches_of_both_formats(name, small, tiny_dataset
     spec, batches = AugmentSpec(size=32, mix_group=4), []
     for folder in folders:
         reader = Dataset.open(folder).split("train")
-        sampler = TrainSampler(reader.num_samples, 12, spec.seed, spec.repeats, spec.mix_group)
+        sampler = TrainSampler(
+            SamplerSpec(
+                samples=reader.num_samples, batch=12, seed=spec.seed, repeats=spec.repeats, group=spec.mix_group
+            )
+        )
         with_two = LoaderSpec(name=name, workers=2)
         loader = open_loader(reader, spec, with_two, sampler, train=True, device=torch.device("cpu"))
         batches.append(list(loader.epoch(1)))
