@@ -112,6 +112,10 @@ class AugmentSpec:
     """Standard deviation of the normalization, in [0, 1]."""
     eval_crop: float = Field(default=0.875, gt=0, le=1)
     """Evaluation resizes the short side to int(size / eval_crop) and takes the center; unused with crop = padded."""
+    eval_resize: Literal["shorter", "squash"] = "shorter"
+    """shorter: evaluation resizes the short side and keeps the aspect ratio; squash: both sides, whatever the ratio."""
+    eval_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Antialiased filter of that resize (the ffcv loader has its own). Training always uses bicubic."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every augmentation draw; apart from the seed of the initialization."""
 

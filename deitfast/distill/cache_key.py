@@ -22,8 +22,8 @@ from pipelines.storage.reader import RAW
 
 CACHES = Path("caches")
 """Where caches go that were not given a name."""
-PER_IMAGE = ("size", "crop", "eval_crop", "mean", "std")
-"""Fields of `AugmentSpec` that make what a teacher sees of a whole image. `eval_crop` alone has no part in a view."""
+PER_IMAGE = ("size", "crop", "eval_crop", "eval_resize", "eval_interpolation", "mean", "std")
+"""Fields of `AugmentSpec` that decide what a teacher sees of a whole image; eval_* have no part in a view."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
 LIBRARIES += ("nvidia-nvimgcodec-cu12", "nvidia-dali-cuda120")
 
@@ -124,7 +124,7 @@ def needed_manifest(
     per_image = recipe.distill.targets == "per_image"
     samples = dataset.split("train").num_samples
     fields, spec = asdict(recipe.augment), target_spec(recipe, dataset)
-    chosen = PER_IMAGE if per_image else [name for name in fields if name != "eval_crop"]
+    chosen = PER_IMAGE if per_image else [name for name in fields if not name.startswith("eval_")]
     identity = {
         "data": dataset.spec.fingerprint,
         "fraction": recipe.train.fraction,

@@ -1,6 +1,7 @@
 """Which loader: one visible match over its name, and what of them this machine can run."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ def open_loader(
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
 
-            return ResidentLoader(plan, _region_codec() if not why_not("cpu") else _pillow_codec())
+            return ResidentLoader(plan, _region_codec(plan) if not why_not("cpu") else _pillow_codec(plan))
         case "dali":
             _require("dali")
             from pipelines.loaders.dali.loader import DaliLoader
@@ -64,14 +65,14 @@ def open_loader(
             return DaliLoader(plan)
         case "cpu":
             _require("cpu")
-            return HostLoader("cpu", plan, _region_codec())
+            return HostLoader("cpu", plan, _region_codec(plan))
         case "ffcv":
             _require("ffcv")
             from pipelines.loaders.ffcv import FfcvLoader
 
             return FfcvLoader(plan)
         case "reference":
-            return HostLoader("reference", plan, _pillow_codec())
+            return HostLoader("reference", plan, _pillow_codec(plan))
         case name:
             raise UserError(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
 
@@ -134,13 +135,13 @@ def _require(name: str) -> None:
         )
 
 
-def _region_codec() -> Callable[[], Codec]:
+def _region_codec(plan: Plan) -> Callable[[], Codec]:
     from pipelines.loaders.codecs.nvimgcodec import RegionCodec
 
-    return RegionCodec
+    return partial(RegionCodec, plan.interpolation)
 
 
-def _pillow_codec() -> Callable[[], Codec]:
+def _pillow_codec(plan: Plan) -> Callable[[], Codec]:
     from pipelines.loaders.codecs.pillow import PillowCodec
 
-    return PillowCodec
+    return partial(PillowCodec, plan.interpolation)

@@ -64,6 +64,11 @@ class Plan:
     canvases: BufferPool = field(default_factory=BufferPool, repr=False, compare=False)
 
     @property
+    def interpolation(self) -> str:
+        """The filter of the resize: training's is bicubic, evaluation's as the spec says."""
+        return "bicubic" if self.train else self.augment.eval_interpolation
+
+    @property
     def workers(self) -> int:
         """Decoding threads: as asked for, or one for each core that this process may use."""
         return self.spec.workers or usable_cores()

@@ -46,7 +46,8 @@ class ResidentLoader:
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         for step in range(start_step, self.steps_per_epoch):
             rows, params = self.plan.draw(epoch, step)
-            crops = gather(self.images, rows, Geometry.of(params), self.plan.augment.size)
+            size, interpolation = self.plan.augment.size, self.plan.interpolation
+            crops = gather(self.images, rows, Geometry.of(params), size, interpolation)
             skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, list(self._damaged)))
             for sample in rows.samples[skipped].tolist():
                 self.plan.bad.meet(sample, self._damaged[sample])
@@ -95,7 +96,7 @@ def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, Deit
     return images, damaged
 
 
-def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int) -> Tensor:
+def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int, interpolation: str = "bicubic") -> Tensor:
     """Return a batch's crops, uint8 [B, S, S, 3], from images uint8 [N, H, W, 3], on their device.
 
     One copy carries what the device must know, and the host waits for nothing. Rows that are not valid are black.
@@ -108,7 +109,7 @@ def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int) -> Tensor:
     )
     if whole:
         return framed(images, chosen, resized, offset, size)
-    stretched = resample(images[chosen], window, resized, int(geometry.resized.max()))
+    stretched = resample(images[chosen], window, resized, int(geometry.resized.max()), interpolation)
     return framed(stretched, own, resized, offset, size)
 
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 from pipelines.rng import distributions, philox
 from pipelines.rng.distributions import clip, exp2, isqrt, select, shift_half_even
-from pipelines.rng.packed_spec import PADDED, RESIZED, UNIT, PackedSpec, Tables
+from pipelines.rng.packed_spec import PADDED, RESIZED, SQUASHED, UNIT, PackedSpec, Tables
 from pipelines.rng.philox import Ints, bounded
 from pipelines.rng.policies import AUTOAUGMENT, FIRST_JITTER, RANDAUGMENT
 
@@ -91,11 +91,14 @@ def placed_crop(sample: Ints, view: Ints, height: Ints, width: Ints, spec: Packe
     """Return the geometry (see `crop_box`) of the whole image, resized by its short side, seen at an offset.
 
     PADDED: the offset is uniform and reaches `padding` over each edge. CENTERED: it is torchvision's CenterCrop's.
+    SQUASHED: the same of the image resized to a square.
     """
     landscape = height <= width
     resized_h = select(landscape, spec.short, spec.short * height // width)
     resized_w = select(landscape, spec.short * width // height, spec.short)
     zero = height * 0
+    if spec.crop == SQUASHED:
+        resized_h, resized_w = zero + spec.short, zero + spec.short
     if spec.crop == PADDED:
         _, _, y, x = philox.philox(sample, view, philox.CROP, 0, spec.key0, spec.key1)
         top = bounded(y, resized_h - spec.size + 2 * spec.padding + 1) - spec.padding

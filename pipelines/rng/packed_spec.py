@@ -12,7 +12,7 @@ from pipelines.rng.philox import Ints
 from pipelines.rng.policies import AUTOAUGMENT, OPERATIONS
 from pipelines.spec import AugmentSpec
 
-RESIZED, PADDED, CENTERED = range(3)
+RESIZED, PADDED, CENTERED, SQUASHED = range(4)
 """Kinds of window: random resized crop, random crop of the padded image, evaluation's center."""
 UNIT = 1 << 16
 """One, in the Q16 of magnitudes and shares."""
@@ -23,9 +23,9 @@ class PackedSpec(NamedTuple):
 
     key0: int
     key1: int
-    crop: int  # RESIZED, PADDED or CENTERED
+    crop: int  # RESIZED or PADDED in training, CENTERED or SQUASHED in evaluation
     size: int  # of the output, px
-    short: int  # PADDED, CENTERED: short side of the resized image, px
+    short: int  # short side of the resized image, px; SQUASHED: both sides; not used by RESIZED
     padding: int  # px
     area_low: int  # share of the image, Q30
     area_count: int  # Q30 steps, both ends included
@@ -88,6 +88,8 @@ def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
         raise UserError("augment.magnitude_std is too large", expected="at most 100", found=f"{spec.magnitude_std}")
     key0, key1 = philox.key_words(spec.seed)
     resized = spec.crop == "resized"
+    squashed = spec.eval_resize == "squash"
+    crop = (RESIZED if resized else PADDED) if train else SQUASHED if squashed else CENTERED
     area_low, area_count = _steps(*spec.scale, unit=30)
     aspect_low, aspect_count = _log_steps("ratio", spec.ratio)
     erase_area_low, erase_area_count = _steps(*spec.erasing_area, unit=30)
@@ -96,7 +98,7 @@ def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
     jitter_low, jitter_count = _steps(1 - jitter, 1 + jitter, unit=16)
     return PackedSpec(
         key0, key1,
-        crop=CENTERED if not train else RESIZED if resized else PADDED,
+        crop=crop,
         size=spec.size,
         short=int(spec.size / spec.eval_crop) if resized else spec.size,
         padding=spec.padding,

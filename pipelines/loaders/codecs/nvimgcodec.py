@@ -20,7 +20,8 @@ class RegionCodec:
     One decoder with one thread for every worker measured twice as fast on two cores as one decoder's own pool.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interpolation: str = "bicubic") -> None:
+        self._resize = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa").out
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,
@@ -44,7 +45,7 @@ class RegionCodec:
     def resize(self, pixels: np.ndarray, out: np.ndarray) -> None:
         """Resize straight into `out`: torch's `interpolate` would allocate, and change the layout, at half the rate."""
         source = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
-        torch.ops.aten._upsample_bicubic2d_aa.out(_planes(source), out.shape[:2], False, out=_planes(out))
+        self._resize(_planes(source), out.shape[:2], False, out=_planes(out))
 
 
 def _planes(pixels: np.ndarray) -> torch.Tensor:

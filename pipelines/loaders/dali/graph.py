@@ -43,6 +43,8 @@ class GraphSpec:
     """CUDA: JPEGs are decoded and crops cut on that GPU; else on the CPU."""
     typical: int
     """Bytes of a typical decoded image: what DALI sets aside to begin with."""
+    interpolation: str = "bicubic"
+    """Filter of the resize: bicubic or bilinear."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that the GPU's own JPEG decoder takes, where it has one."""
 
@@ -144,7 +146,7 @@ def define(spec: GraphSpec) -> Pipeline:
 
 
 def cut(images: Any, view: int, spec: GraphSpec) -> Any:
-    """Return one crop of each image, uint8 [S, S, 3], bicubic and antialiased as PIL does it; black outside."""
+    """Return one crop of each image, uint8 [S, S, 3], resized with antialiasing as PIL does it; black outside."""
 
     def numbers(name: str, dtype: Any = types.FLOAT) -> Any:
         return fn.external_source(name=f"{name}{view}", dtype=dtype, ndim=1)
@@ -155,7 +157,7 @@ def cut(images: Any, view: int, spec: GraphSpec) -> Any:
         roi_start=numbers("start"),
         roi_end=numbers("end"),
         size=numbers("size") if spec.framed else side,
-        interp_type=types.INTERP_CUBIC,
+        interp_type=types.INTERP_LINEAR if spec.interpolation == "bilinear" else types.INTERP_CUBIC,
         antialias=True,
         bytes_per_sample_hint=spec.side * spec.side * 3,
     )

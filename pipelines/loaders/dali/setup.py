@@ -33,6 +33,7 @@ def graph_spec(plan: Plan, source: EncodedImages) -> GraphSpec:
         threads=plan.workers,
         depth=plan.spec.prefetch,
         device=plan.device,
+        interpolation=plan.interpolation,
         typical=int(np.median(reader.heights.astype(np.int64) * reader.widths)) * 3,
     )
     share = plan.spec.hw_decoder_load
