@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from pipelines.files import writing
+from pipelines.files import explain_os_error
 
 log = logging.getLogger("deitfast")
 LOGGERS = (log, logging.getLogger("pipelines"))
@@ -143,7 +143,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with writing(path):
+    with explain_os_error(path):
         handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger in LOGGERS:

@@ -12,7 +12,7 @@ from deitfast import __version__
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe, differences
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write, writing
+from pipelines.files import atomic_write, explain_os_error
 from pipelines.workers import usable_cores
 
 
@@ -166,7 +166,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DeitfastError: the disk is full or not writable.
     """
-    with writing(path):
+    with explain_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(text.encode())

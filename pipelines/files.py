@@ -1,40 +1,60 @@
-"""Files that are there whole or not at all, whatever happens while they are written; folders with one writer."""
+"""Files written atomically, folders with one writer at a time, and disk errors that name the file."""
 
+import errno
 import fcntl
-import logging
+import glob
 import os
+import secrets
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import DeitfastError, UserError
 
-log = logging.getLogger(__name__)
+PARTIAL = ".partial"
+"""Ending of files that are still being written."""
+LOCK = ".lock"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of `path`, on the disk, when the block ends; not if it ends in an error.
+    """Open a new file that replaces `path`, on the disk, when the block ends; not if it ends in an error.
+
+    Each writer has a temporary file of its own, so of several at once the last one to finish wins and no reader ever
+    sees a mixture. Temporary files of killed writers are removed here.
 
     Raises:
         OSError: the disk is full or not writable; `path` is as it was.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
+    _remove_abandoned(path)
+    with _open_partial(path) as file:
+        partial = Path(file.name)
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_all(fd: int, data: bytes, offset: int | None = None) -> None:
+    """Write all of `data` to a descriptor, at `offset` or (None) at its position. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.write(fd, view) if offset is None else os.pwrite(fd, view, offset)
+        view, offset = view[written:], None if offset is None else offset + written
 
 
 @contextmanager
-def writing(what: Path | str, remedy: str = "free some space, check the rights, or write elsewhere") -> Iterator[None]:
+def explain_os_error(
+    what: Path | str, remedy: str = "free some space, check the rights, or write elsewhere"
+) -> Iterator[None]:
     """Turn a full or read-only disk into a DeitfastError that names what could not be written, and why."""
     try:
         yield
@@ -52,43 +72,65 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Make the folder and keep other processes of this kind out of it; the lock goes with the process.
+def file_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Make `folder` and let one process at a time into the block; the lock ends with the process, however that ends.
 
     Args:
-        folder: where it writes.
-        what: what it is, for whoever comes second ("conversion").
+        folder: where the process writes.
+        what: what the process is ("conversion"), for the message that another one gets.
+        wait: wait for the other process instead of raising.
 
     Raises:
-        UserError: another one is writing there, or it can be no folder.
+        UserError: another process holds the lock (its number and host are named), or this can be no output folder.
+        DeitfastError: the disk is full.
     """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(folder, wait=False))
-        except BlockingIOError:
-            raise UserError(f"{folder}: another {what} is writing here", remedy="wait for it, or stop it") from None
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be the output folder: {error.strerror}") from None
-        yield
+    from filelock import FileLock, Timeout  # 70 ms, which no worker process needs
 
-
-@contextmanager
-def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Let one process at a time into the block, where the file system knows locks; a kill opens it again.
-
-    Raises:
-        BlockingIOError: another process is in there, and this one does not `wait`.
-        OSError: there is no such folder.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    path = folder / LOCK
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError as error:  # some network file systems have no locks
-            log.debug("%s: not locked: %s", folder, error.strerror)
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = _holder(path)
+        lock = FileLock(path)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        found = f"it is {_holder(path) or holder or 'a process that does not say which'}"
+        raise UserError(
+            f"{folder}: another {what} is writing here", found=found, remedy="wait for it, or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DeitfastError(f"{folder}: no room to write: {error.strerror}", remedy="free some space") from None
+        raise UserError(f"{folder}: cannot be the output folder: {error.strerror}") from None
+    try:
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        os.close(handle)
+        path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone and makes another
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()[:200]
+    except OSError:
+        return ""
+
+
+def _open_partial(path: Path) -> BinaryIO:
+    """Return a new file next to `path`, locked for as long as it is open."""
+    while True:
+        file = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}").open("xb")
+        with suppress(OSError):  # some network file systems have no locks: abandoned files stay there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another writer took it for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files for `path` whose writers are gone: nothing holds their locks."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.????????{PARTIAL}"):
+        with suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()

@@ -26,7 +26,6 @@ from numpy.lib import format as npy
 
 from deitfast.distill.cache_files import (
     ABSENT,
-    MANIFEST,
     PARTS,
     TARGETS,
     Manifest,
@@ -42,7 +41,7 @@ from deitfast.distill.cache_files import (
     writing_cache,
 )
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import alone, atomic_write
+from pipelines.files import LOCK, PARTIAL, atomic_write, file_lock
 
 Found = TypeVar("Found")
 
@@ -68,9 +67,9 @@ class TeacherCache:
             raise UserError(f"a cache of {manifest.views} views of an image", expected=expected)
         with writing_cache(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with alone(folder):
+            with file_lock(folder, "process", wait=True):
                 if not is_cache(folder):
-                    if {file.name for file in folder.iterdir()} - {PARTS, f"{MANIFEST}.partial"}:
+                    if any(file.name not in (PARTS, LOCK) and file.suffix != PARTIAL for file in folder.iterdir()):
                         remedy = "give the name of a new folder"
                         raise UserError(f"{folder} is not empty and no teacher cache", remedy=remedy)
                     (folder / PARTS).mkdir(exist_ok=True)
@@ -145,7 +144,7 @@ class TeacherCache:
         Raises:
             DeitfastError: a part is damaged, or the disk is full.
         """
-        with writing_cache(self.folder), alone(self.folder):
+        with writing_cache(self.folder), file_lock(self.folder, "process", wait=True):
             if not self._finished_by_now():
                 if not self._every_pass_has_parts():
                     return False

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write, writing
+from pipelines.files import atomic_write, explain_os_error
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -132,7 +132,7 @@ def require_same(folder: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any
 def writing_cache(folder: Path) -> AbstractContextManager[None]:
     """Turn a full or read-only disk into a DeitfastError that names the cache."""
     remedy = "free some space, or check the rights, and start the same command again: what is written is kept"
-    return writing(f"the teacher cache {folder}", remedy)
+    return explain_os_error(f"the teacher cache {folder}", remedy)
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

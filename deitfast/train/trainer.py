@@ -34,7 +34,7 @@ from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.device import explain_oom
 from pipelines.errors import DeitfastError
-from pipelines.files import locked
+from pipelines.files import file_lock
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
@@ -69,7 +69,7 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         run = Run(job, runtime, display, dataset, folder)
         spec, data = dataset.spec, str(job.data.resolve())
         info = RunInfo(data, spec.name, spec.fingerprint, spec.classes, job.command, run.learner.started)
-        with locked(folder.path, "run") if runtime.is_main_process else nullcontext():
+        with file_lock(folder.path, "run") if runtime.is_main_process else nullcontext():
             if runtime.is_main_process:
                 folder.open(job.recipe, info, resume=job.resume)
             runtime.barrier()  # nobody goes on before the folder is open

@@ -13,7 +13,7 @@ from deitfast.run_folder import write_text
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.read import INPUT_FIELDS, METADATA
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, writing
+from pipelines.files import atomic_write, explain_os_error
 
 FORMATS = ("timm", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
@@ -139,7 +139,7 @@ def _own(trained: TrainedModel) -> str:
 
 
 def _write(file: Path, content: bytes) -> None:
-    with writing(file):
+    with explain_os_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as opened:
             opened.write(content)

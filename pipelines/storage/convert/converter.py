@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, locked, writing
+from pipelines.files import atomic_write, explain_os_error, file_lock
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert.split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
@@ -72,7 +72,7 @@ def convert(
         source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
         progress or (lambda *_: None), _listing(source), form or beton(),
     )  # fmt: skip
-    with locked(job.output, "conversion"), writing(job.output, GO_ON):
+    with file_lock(job.output, "conversion"), explain_os_error(job.output, GO_ON):
         if (job.output / SPEC_FILE).exists():
             return _already_there(job)
         converted = {split: convert_split(job, split) for split in source.splits}

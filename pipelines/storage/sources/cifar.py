@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import writing
+from pipelines.files import explain_os_error
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES, open_tree
 from pipelines.storage.sources.listing import Extent, Listing, list_files, printable
@@ -186,7 +186,7 @@ def _read_python(layout: Layout, name: str, listing: Listing, folder: str, works
 
 def _store(data: bytes, name: str, workspace: Workspace) -> Extent:
     path = workspace.new_file(name)
-    with writing(path):
+    with explain_os_error(path):
         path.write_bytes(data)
     return Extent(str(path), 0, len(data))
 

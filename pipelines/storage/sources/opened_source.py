@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.files import writing
+from pipelines.files import explain_os_error
 from pipelines.storage.entry import Entry, Source
 
 Progress = Callable[[str, int, int], None]
@@ -66,7 +66,7 @@ class Workspace:
     def new_file(self, name: str) -> Path:
         """Return a path for a new file in this source's private folder, which appears with its first file."""
         if not self.unpacked:
-            with writing(self.scratch or tempfile.gettempdir()):
+            with explain_os_error(self.scratch or tempfile.gettempdir()):
                 if self.scratch is not None:
                     self.scratch.mkdir(parents=True, exist_ok=True)
                     _clear_leftovers(self.scratch)
