@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.files import write_all
 from pipelines.storage.formats.beton_writer import RECORD
 
 BLOCK = struct.Struct("<4sIII")  # magic, records, bytes of the reasons' JSON, CRC32 of both
@@ -53,7 +54,7 @@ class Journal:
         reasons = json.dumps(self._pending_reasons).encode()
         body = records.tobytes() + reasons
         block = BLOCK.pack(MAGIC, len(records), len(reasons), zlib.crc32(body)) + body
-        _write_all(self._fd, block)
+        write_all(self._fd, block)
         os.fsync(self._fd)
         self._blocks.append(records)
         self.reasons |= self._pending_reasons
@@ -73,7 +74,7 @@ class Journal:
         content = self.path.read_bytes()
         if not content.startswith(self._head):
             os.ftruncate(self._fd, 0)
-            _write_all(self._fd, self._head)
+            write_all(self._fd, self._head)
             return
         blocks, position = [self.records], len(self._head)
         while (read := _read_block(content, position)) is not None:
@@ -100,9 +101,3 @@ def _read_block(content: bytes, position: int) -> tuple[np.ndarray, dict[int, st
         return None
     reasons = {int(number): reason for number, reason in json.loads(content[middle:end]).items()}
     return np.frombuffer(content, dtype=RECORD, count=count, offset=start), reasons, end
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

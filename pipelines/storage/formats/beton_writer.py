@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import DeitfastError
+from pipelines.files import write_all
 from pipelines.storage.formats.beton import FIELDS, HEADER, MAX_PAGE, MIN_PAGE, PLACE, SAMPLE, VERSION, index_end
 from pipelines.storage.transcode import Sample
 
@@ -60,7 +61,7 @@ class BetonWriter:
         if self.end // self.page_size != (self.end + len(data) - 1) // self.page_size:
             self.end = _up(self.end, self.page_size)
         offset = self.end
-        self._write(data, offset)
+        write_all(self._fd, data, offset)
         self.end += len(data)
         return offset
 
@@ -80,8 +81,8 @@ class BetonWriter:
         places["sample"] = np.arange(len(stored))
         places["offset"], places["size"] = stored["offset"], stored["size"]
         os.ftruncate(self._fd, self.end)
-        self._write(places.tobytes(), table)
-        self._write(header.tobytes() + FIELDS.tobytes() + metadata.tobytes(), 0)
+        write_all(self._fd, places.tobytes(), table)
+        write_all(self._fd, header.tobytes() + FIELDS.tobytes() + metadata.tobytes(), 0)
         self.sync()
 
     def close(self) -> None:
@@ -97,9 +98,3 @@ class BetonWriter:
             )
         while self.page_size < size:
             self.page_size *= 2
-
-    def _write(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._fd, view, offset)
-            view, offset = view[written:], offset + written

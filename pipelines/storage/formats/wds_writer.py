@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.files import sync_folder
+from pipelines.files import atomic_write, sync_folder, write_all
 from pipelines.storage.formats.wds import (
     FRAME,
     INDEX,
@@ -93,9 +93,10 @@ class ShardWriter:
         rows["offset"] = offsets - starts[rows["shard"]]
         firsts = first_samples(rows)
         for shard, part in enumerate(np.split(rows, firsts[1:])):
-            _write_file(dali_file(shard_file(self.path, shard)), dali_index(part, int(firsts[shard])))
-        _write_file(self.path / INDEX, MAGIC + rows.tobytes())
-        sync_folder(self.path)
+            with atomic_write(dali_file(shard_file(self.path, shard))) as file:
+                file.write(dali_index(part, int(firsts[shard])))
+        with atomic_write(self.path / INDEX) as file:
+            file.write(MAGIC + rows.tobytes())
 
     def close(self) -> None:
         """Close the shard as it is. May be called twice."""
@@ -118,9 +119,7 @@ class ShardWriter:
         self.close()
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        write_all(self._fd, data)
         self.end += len(data)
 
 
@@ -155,10 +154,3 @@ def _sizes(path: Path) -> list[int]:
 def _starts(path: Path) -> np.ndarray:
     """Return where each shard begins when all are laid one after the other, int64 [shards]."""
     return np.cumsum([0, *_sizes(path)])[:-1]
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
