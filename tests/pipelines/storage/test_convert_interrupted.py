@@ -14,6 +14,7 @@ import pytest
 from pipelines.errors import DeitfastError
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.journal import MAGIC
 from pipelines.storage.formats.format import Format, beton, shards
 from tests.helpers.sample_images import MemorySource, contents_of, entries, jpeg, mixed_source
 
@@ -90,6 +91,11 @@ def soon_gone(group: int) -> bool:
     return not members(group)
 
 
+def blocks(folder: Path) -> int:
+    """Blocks in a conversion's journals."""
+    return sum(journal.read_bytes().count(MAGIC) for journal in folder.glob("*.journal"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_killed_conversions_go_on_and_end_the_same(script, tmp_path, form):
     start(script, tmp_path / "whole", suffix=form.suffix).communicate()
@@ -97,12 +103,15 @@ def test_killed_conversions_go_on_and_end_the_same(script, tmp_path, form):
     torn = 0
     for workers in (1, 1, 2, 1):
         process = start(script, tmp_path / "killed", workers, suffix=form.suffix)
-        time.sleep(rng.uniform(0.02, 0.12) + 0.5 * (workers - 1))
+        until = time.monotonic() + 20
+        while not blocks(tmp_path / "killed") and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.04))
         process.kill()
         process.communicate()
         for journal in (tmp_path / "killed").glob("*.journal"):
             content = journal.read_bytes()
-            torn += content.count(b"blk1")
+            torn += content.count(MAGIC)
             journal.write_bytes(content[: -rng.randrange(1, 30)])  # as if its last block was torn
         assert soon_gone(process.pid)
     assert torn
