@@ -14,9 +14,9 @@ from deitfast.bench.timing import Clock, Pause, Work
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
-from deitfast.distill.cache_files import present
+from deitfast.distill.cache_files import is_present
 from deitfast.distill.cache_key import target_spec, uses_cache
-from deitfast.distill.encoding import dense, from_records, keep
+from deitfast.distill.encoding import decode, encode, from_records
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.models.vit import reads_patches
 from deitfast.run_folder import environment
@@ -160,15 +160,15 @@ def distillation_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> 
     if not uses_cache(recipe):
         teacher = Teacher(load_teacher(distill, dataset.spec.classes), recipe, runtime)
         spec = target_spec(recipe, dataset)
-        find = lambda inputs: dense(keep(teacher.logits(inputs.pixels), spec), spec, classes, distill.tau)  # noqa: E731
+        find = lambda inputs: decode(encode(teacher.logits(inputs.pixels), spec), spec, classes, distill.tau)  # noqa: E731
         return Targets("teacher", f"{distill.teacher}, in the loop", find, looks=True)
     spec, repeats = target_spec(recipe, dataset), recipe.augment.repeats
     rows = np.zeros((repeats, dataset.split("train").num_samples), spec.record)  # as a full cache's, whatever they say
 
     def look_up(inputs: AugmentedBatch) -> Tensor:
         records = rows[inputs.params.view % repeats, inputs.params.sample]
-        assert present(records).all()  # training asks as well
-        return dense(from_records(records, runtime.device), spec, classes, distill.tau)
+        assert is_present(records).all()  # training asks as well
+        return decode(from_records(records, runtime.device), spec, classes, distill.tau)
 
     return Targets("targets", f"{distill.mode}, looked up as from a full teacher cache", look_up)
 

@@ -14,7 +14,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler, training_subset
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_key import open_cache, software_changes, teacher_fingerprint
-from deitfast.distill.encoding import keep
+from deitfast.distill.encoding import encode
 from deitfast.distill.targets import CachedTargets, OnlineTeacher, PerImage
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.interrupt import Interrupted, Stop, catching_signals
@@ -62,7 +62,7 @@ def teach(job: TeachJob, runtime: Runtime, display: Display) -> TeacherCache:
             answers = CachedTargets(cache, job.recipe, len(dataset.spec.classes), lambda: teacher, runtime)
             with stop.interruptible():
                 spot_check(answers, job.recipe, dataset, runtime)
-            filling.fill(answers, stop)
+            filling.build(answers, stop)
         return TeacherCache.open(cache.folder)
 
 
@@ -105,7 +105,7 @@ def open_targets(
         return answers
     if not cache.complete:
         with closing(CacheBuilder(recipe, dataset, runtime, display)) as filling, catching_signals(runtime) as stop:
-            filling.fill(answers, stop)
+            filling.build(answers, stop)
     return PerImage(TeacherCache.open(cache.folder), recipe, len(classes), runtime.device)
 
 
@@ -121,7 +121,7 @@ class CacheBuilder:
         """Release the loader."""
         self.loader.close()
 
-    def fill(self, answers: CachedTargets, stop: Stop) -> None:
+    def build(self, answers: CachedTargets, stop: Stop) -> None:
         """Ask for what is missing, every rank its share, and complete the cache.
 
         Raises:
@@ -129,8 +129,8 @@ class CacheBuilder:
             DeitfastError: a part is damaged, or the disk is full.
         """
         cache, runtime = answers.cache, self.runtime
-        manifest, there = cache.manifest, cache.answers()
-        total = manifest.views * manifest.answered
+        manifest, there = cache.manifest, cache.count()
+        total = manifest.views * manifest.targets_per_view
         size = f"{volume(manifest.bytes)} when complete"
         log.info("%s: %s of %s %s targets are there; %s", cache.folder, f"{there:,}", f"{total:,}",
                  manifest.targets.kind, size)  # fmt: skip
@@ -212,7 +212,7 @@ def spot_check(answers: CachedTargets, recipe: Recipe, dataset: Dataset, runtime
 def _compare(answers: CachedTargets, inputs: AugmentedBatch, known: np.ndarray, runtime: Runtime) -> None:
     """Hold the known rows of one batch against the teacher's answers now."""
     logits = answers.teacher().logits(inputs.pixels)[torch.from_numpy(known).to(runtime.device)]
-    then, now = answers.kept(inputs, known), keep(logits, answers.spec)
+    then, now = answers.kept(inputs, known), encode(logits, answers.spec)
     label = then.label if then.label.ndim == 1 else then.label[:, 0]
     off = logits.amax(-1) - logits.gather(1, label[:, None]).squeeze(1)
     if then.logit is not None and now.logit is not None:

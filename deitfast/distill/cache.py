@@ -31,9 +31,9 @@ from deitfast.distill.cache_files import (
     Manifest,
     damaged,
     is_cache,
+    is_present,
     open_table,
     parts,
-    present,
     publish,
     read_manifest,
     read_part,
@@ -156,14 +156,14 @@ class TeacherCache:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         return True
 
-    def answers(self) -> int:
+    def count(self) -> int:
         """Return how many targets are there."""
 
         def counted() -> int:
             return sum(int(self._filled(first)[1].sum()) for first in {first for _, first in parts(self.folder)})
 
         there = self._unless_finished(counted)
-        return self.manifest.views * self.manifest.answered if there is None else there
+        return self.manifest.views * self.manifest.targets_per_view if there is None else there
 
     def require_whole(self) -> None:
         """Read everything, to meet damage now and not in the epoch that needs it (a second or two for .77 GB).
@@ -193,7 +193,7 @@ class TeacherCache:
             npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
             for first in range(0, manifest.views, manifest.repeats):
                 rows, counts = self._filled(first)
-                if (counts != manifest.answered).any():
+                if (counts != manifest.targets_per_view).any():
                     raise _UnansweredError
                 for row in rows:
                     crcs.append(zlib.crc32(row.tobytes()))
@@ -235,7 +235,7 @@ class TeacherCache:
             if view == first:
                 entries = read_part(path, self.manifest)
                 rows[entries["view"] - first, entries["sample"]] = entries["target"]
-        return rows, present(rows).sum(1)
+        return rows, is_present(rows).sum(1)
 
     def _every_pass_has_parts(self) -> bool:
         return len({first for _, first in parts(self.folder)}) == self.manifest.views // self.manifest.repeats

@@ -59,7 +59,7 @@ class Manifest:
     """Views of each image."""
     samples: int
     """Images in the split."""
-    answered: int
+    targets_per_view: int
     """Targets that a complete view has; the other images belong to no full mixing group of their pass."""
     repeats: int
     """Views of a pass, which are drawn, asked for and written together."""
@@ -76,7 +76,7 @@ class Manifest:
         return self.views * self.samples * self.targets.record.itemsize
 
 
-def present(targets: np.ndarray) -> np.ndarray:
+def is_present(targets: np.ndarray) -> np.ndarray:
     """Return which targets, of a `TargetSpec.record`, were answered: bool of their shape."""
     return targets != ABSENT if targets.dtype.names is None else targets["label"][..., 0] != ABSENT
 

@@ -12,7 +12,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler, training_subset
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, is_cache, read_manifest, require_same
-from deitfast.distill.teacher import IDENTITY, Loaded, load_teacher
+from deitfast.distill.teacher import FINGERPRINT_FIELDS, LoadedTeacher, load_teacher
 from deitfast.run_folder import version
 from deitfast.runtime import Runtime
 from deitfast.weights.torchvision import is_torchvision_model
@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13"
 LIBRARIES += ("nvidia-nvimgcodec-cu12", "nvidia-dali-cuda120")
 
 
-def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], Loaded | None]:
+def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], LoadedTeacher | None]:
     """Return what a run can know of its teacher, for comparison with its cache, and the teacher if it is at hand.
 
     With a complete cache nobody needs the teacher: a run or file that is there is read for its digest, and nothing is
@@ -41,7 +41,7 @@ def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[
     complete = is_cache(Path(distill.cache)) and bool(read_manifest(Path(distill.cache)).crc32)
     published = is_torchvision_model(distill.teacher) and not distill.teacher_weights
     if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
-        return dict.fromkeys(IDENTITY) | ({"teacher.network": distill.teacher} if published else {}), None
+        return dict.fromkeys(FINGERPRINT_FIELDS) | ({"teacher.network": distill.teacher} if published else {}), None
     loaded = load_teacher(distill, classes)
     return loaded.identity(), loaded
 
@@ -82,7 +82,7 @@ def open_cache(
         recipe: of the run.
         dataset: that it trains on.
         loader: name of the loader that makes its pixels.
-        teacher: `Loaded.identity()`; with None for what cannot be known, as the teacher is not at hand.
+        teacher: `LoadedTeacher.identity()`; with None for what cannot be known, as the teacher is not at hand.
         runtime: rank 0 writes.
 
     Raises:
@@ -144,7 +144,7 @@ def needed_manifest(
         spec,
         views=1 if per_image else recipe.views,
         samples=samples,
-        answered=answered,
+        targets_per_view=answered,
         repeats=1 if per_image else recipe.augment.repeats,
         identity=identity,
         made_with=_software(runtime),

@@ -12,7 +12,7 @@ from pipelines.device import to_device
 
 
 @dataclass(frozen=True)
-class Answers:
+class TeacherTargets:
     """What is kept of a teacher's logits for a batch, on any device."""
 
     label: Tensor
@@ -25,16 +25,16 @@ class Answers:
     """float32 [B]: the same of z / tau, at the cache's tau (soft)."""
 
 
-def keep(logits: Tensor, spec: TargetSpec) -> Answers:
+def encode(logits: Tensor, spec: TargetSpec) -> TeacherTargets:
     """Return what a cache keeps of logits, float32 [B, C]."""
     if spec.kind == "hard":
-        return Answers(logits.argmax(-1))
+        return TeacherTargets(logits.argmax(-1))
     largest = logits.topk(spec.k, dim=-1)
     rounded = largest.values.to(getattr(torch, spec.dtype)).float()
-    return Answers(largest.indices, rounded, logits.logsumexp(-1), (logits / spec.tau).logsumexp(-1))
+    return TeacherTargets(largest.indices, rounded, logits.logsumexp(-1), (logits / spec.tau).logsumexp(-1))
 
 
-def dense(answers: Answers, spec: TargetSpec, classes: int, tau: float) -> Tensor:
+def decode(answers: TeacherTargets, spec: TargetSpec, classes: int, tau: float) -> Tensor:
     """Return the target that a loss takes: labels, int64 [B], or logits, float32 [B, classes].
 
     The k kept logits are in their places. The other classes share what is left of the probability at temperature tau,
@@ -54,7 +54,7 @@ def dense(answers: Answers, spec: TargetSpec, classes: int, tau: float) -> Tenso
     return logits.scatter(1, answers.label, answers.logit)
 
 
-def to_records(answers: Sequence[Answers], spec: TargetSpec) -> np.ndarray:
+def to_records(answers: Sequence[TeacherTargets], spec: TargetSpec) -> np.ndarray:
     """Return batches of answers as a cache's records, [n]. Waits for the device."""
     labels = torch.cat([each.label for each in answers]).cpu().numpy()
     if spec.kind == "hard":
@@ -66,13 +66,13 @@ def to_records(answers: Sequence[Answers], spec: TargetSpec) -> np.ndarray:
     return records
 
 
-def from_records(records: np.ndarray, device: torch.device) -> Answers:
+def from_records(records: np.ndarray, device: torch.device) -> TeacherTargets:
     """Return a cache's records, [B], on a device; the copy does not wait."""
 
     def column(values: np.ndarray, dtype: type) -> Tensor:
         return to_device(torch.from_numpy(values.astype(dtype)), device)
 
     if records.dtype.names is None:
-        return Answers(column(records, np.int32).long())
+        return TeacherTargets(column(records, np.int32).long())
     label = column(records["label"], np.int32).long()
-    return Answers(label, *(column(records[name], np.float32) for name in ("logit", "lse", "lse_tau")))
+    return TeacherTargets(label, *(column(records[name], np.float32) for name in ("logit", "lse", "lse_tau")))

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import Recipe
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import present
-from deitfast.distill.encoding import Answers, dense, from_records, keep, to_records
+from deitfast.distill.cache_files import is_present
+from deitfast.distill.encoding import TeacherTargets, decode, encode, from_records, to_records
 from deitfast.distill.teacher import Teacher
 from deitfast.runtime import Runtime
 from pipelines.augment.chain import AugmentedBatch
@@ -28,8 +28,8 @@ class Targets(Protocol):
 
     cache: TeacherCache | None
     """Where answers are kept, if they are."""
-    asked: int
-    """Views that the teacher was asked for so far."""
+    teacher_views: int
+    """Views that went through the teacher so far."""
 
     def start_epoch(self, epoch: int) -> None:
         """Get ready for the views of an epoch, from 0."""
@@ -54,14 +54,14 @@ class OnlineTeacher:
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self._teacher, self._hard = teacher, recipe.distill.mode == "hard"
-        self.cache, self.asked = None, 0
+        self.cache, self.teacher_views = None, 0
 
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
 
     def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
         """See `Targets`."""
-        self.asked += len(inputs.labels)
+        self.teacher_views += len(inputs.labels)
         logits = self._teacher.logits(inputs.pixels)
         return logits.argmax(-1) if self._hard else logits
 
@@ -79,11 +79,11 @@ class CachedTargets:
         self, cache: TeacherCache, recipe: Recipe, classes: int, teacher: Callable[[], Teacher], runtime: Runtime
     ) -> None:
         """Read `cache`; call `teacher` when it is first needed, if ever."""
-        self.cache, self.spec, self.asked = cache, cache.manifest.targets, 0
+        self.cache, self.spec, self.teacher_views = cache, cache.manifest.targets, 0
         self._recipe, self._classes, self._runtime = recipe, classes, runtime
         self._load, self._teacher = teacher, None
         self._first, self._rows = 0, np.empty((0, 0))
-        self._answered: list[tuple[np.ndarray, np.ndarray, np.ndarray, Answers]] = []
+        self._answered: list[tuple[np.ndarray, np.ndarray, np.ndarray, TeacherTargets]] = []
         self._written = time.monotonic()
 
     def start_epoch(self, epoch: int) -> None:
@@ -103,28 +103,28 @@ class CachedTargets:
         """
         views, samples = inputs.params.view, inputs.params.sample
         records = self._rows[views - self._first, samples]
-        missing = ~present(records)
+        missing = ~is_present(records)
         if skipped and missing.any():  # a black picture's answer is not kept for when it can be read again
             missing &= inputs.valid.cpu().numpy()
-            records[~present(records)] = 0
+            records[~is_present(records)] = 0
         if not missing.any():
             return self._targets(from_records(records, self._runtime.device))
         return self._targets(self.ask(inputs, missing))
 
     def missing(self, views: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Return which of the pass's targets, of int [n] views and samples, are not in the cache: bool [n]."""
-        return ~present(self._rows[views - self._first, samples])
+        return ~is_present(self._rows[views - self._first, samples])
 
-    def ask(self, inputs: AugmentedBatch, wanted: np.ndarray) -> Answers:
+    def ask(self, inputs: AugmentedBatch, wanted: np.ndarray) -> TeacherTargets:
         """Ask the teacher about a batch, and keep the answers for those rows that are `wanted`, bool [B]."""
-        answers = keep(self.teacher().logits(inputs.pixels), self.spec)
+        answers = encode(self.teacher().logits(inputs.pixels), self.spec)
         self._answered.append((wanted, inputs.params.view, inputs.params.sample, answers))
-        self.asked += int(wanted.sum())
+        self.teacher_views += int(wanted.sum())
         if time.monotonic() - self._written >= FLUSH_SECONDS:
             self.save()
         return answers
 
-    def kept(self, inputs: AugmentedBatch, some: np.ndarray) -> Answers:
+    def kept(self, inputs: AugmentedBatch, some: np.ndarray) -> TeacherTargets:
         """Return the cache's answers to `some` rows of a batch, bool [B], which it has."""
         views, samples = inputs.params.view[some], inputs.params.sample[some]
         return from_records(self._rows[views - self._first, samples], self._runtime.device)
@@ -147,19 +147,19 @@ class CachedTargets:
         self.cache.flush()
         self._written = time.monotonic()
 
-    def _targets(self, answers: Answers) -> Tensor:
-        return dense(answers, self.spec, self._classes, self._recipe.distill.tau)
+    def _targets(self, answers: TeacherTargets) -> Tensor:
+        return decode(answers, self.spec, self._classes, self._recipe.distill.tau)
 
 
 class PerImage:
     """The teacher has seen each image whole; a mixed view's target is its images' targets, mixed like labels."""
 
-    asked = 0
+    teacher_views = 0
 
     def __init__(self, cache: TeacherCache, recipe: Recipe, classes: int, device: torch.device) -> None:
         """Read a cache of one target an image."""
         self.cache, self._rows, self._spec = cache, cache.rows(0)[0], cache.manifest.targets
-        self._rows[~present(self._rows)] = 0  # images that cannot be read, from which nothing learns
+        self._rows[~is_present(self._rows)] = 0  # images that cannot be read, from which nothing learns
         self._classes, self._tau, self._device = classes, recipe.distill.tau, device
 
     def start_epoch(self, epoch: int) -> None:
@@ -170,7 +170,7 @@ class PerImage:
         samples = inputs.params.sample
         pair = np.stack([samples, samples[inputs.params.mix_index]], 1)
         answers = from_records(self._rows[pair.ravel()], self._device)
-        targets = dense(answers, self._spec, self._classes, self._tau)
+        targets = decode(answers, self._spec, self._classes, self._tau)
         if self._spec.kind == "hard":
             return targets.view(-1, 2)
         own, partner = F.softmax(targets / self._tau, -1).view(len(pair), 2, -1).unbind(1)
@@ -193,5 +193,5 @@ def describe(recipe: Recipe, cache: TeacherCache | None) -> str:
         return f"{distill.mode} targets, {each}; the teacher answers in the loop"
     if cache.complete:
         return f"{distill.mode} targets, {each}; from {cache.folder}, which is complete: no teacher is loaded"
-    share = cache.answers() / (cache.manifest.views * cache.manifest.answered)
+    share = cache.count() / (cache.manifest.views * cache.manifest.targets_per_view)
     return f"{distill.mode} targets, {each}; {share:.0%} of them in {cache.folder}, the teacher adds what is missing"

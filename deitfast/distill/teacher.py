@@ -22,12 +22,19 @@ from pipelines.errors import UserError
 log = logging.getLogger("deitfast")
 
 
-IDENTITY = ("teacher.network", "teacher.digest", "teacher.size", "teacher.mean", "teacher.std", "teacher.outputs")
+FINGERPRINT_FIELDS = (
+    "teacher.network",
+    "teacher.digest",
+    "teacher.size",
+    "teacher.mean",
+    "teacher.std",
+    "teacher.outputs",
+)
 """What a teacher's answers depend on."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTeacher:
     """A teacher's network and how images are fed to it."""
 
     network: str
@@ -40,14 +47,16 @@ class Loaded:
     std: tuple[float, ...]
     outputs: tuple[int, ...]
     """Which of its outputs stands for each of the data set's classes."""
-    exactly: bool
+    identity_mapping: bool
     """Whether those are all its outputs, in that order."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what its answers depend on, for a cache's manifest: IDENTITY and its values."""
-        outputs = "as they are" if self.exactly else hashlib.blake2b(repr(self.outputs).encode()).hexdigest()[:16]
+        """Return what its answers depend on, for a cache's manifest: FINGERPRINT_FIELDS and its values."""
+        outputs = (
+            "as they are" if self.identity_mapping else hashlib.blake2b(repr(self.outputs).encode()).hexdigest()[:16]
+        )
         values = (self.network, self._digest(), self.size, self.mean, self.std, outputs)
-        return dict(zip(IDENTITY, values, strict=True))
+        return dict(zip(FINGERPRINT_FIELDS, values, strict=True))
 
     def _digest(self) -> str:
         """Return 16 hex digits of blake2b over names, shapes, types and bytes of all weights and statistics."""
@@ -58,7 +67,7 @@ class Loaded:
         return digest.hexdigest()
 
 
-def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
+def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> LoadedTeacher:
     """Load the teacher that a recipe names, for a data set of `classes`, on the CPU.
 
     Raises:
@@ -79,10 +88,12 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> Loaded:
     own = trained.recipe.augment
     names = trained.classes or _names(f"teacher {name}", trained.outputs)
     chosen = outputs_of(f"teacher {name}", names, classes)
-    return Loaded(trained.recipe.model.arch, trained.model, own.size, own.mean, own.std, chosen, names == classes)
+    return LoadedTeacher(
+        trained.recipe.model.arch, trained.model, own.size, own.mean, own.std, chosen, names == classes
+    )
 
 
-def _published(name: str, file: str, classes: tuple[str, ...]) -> Loaded:
+def _published(name: str, file: str, classes: tuple[str, ...]) -> LoadedTeacher:
     state = torchvision_state(name, Path(file) if file else None)
     model, outputs = load_torchvision(name, state, file or name)
     weights = torchvision_weights(name)
@@ -93,7 +104,7 @@ def _published(name: str, file: str, classes: tuple[str, ...]) -> Loaded:
         names = words  # a data set whose folders are called tench, goldfish, ...
     chosen = outputs_of(f"teacher {name}", names, classes)
     model.eval().requires_grad_(False)
-    return Loaded(name, model, fed.crop_size[0], tuple(fed.mean), tuple(fed.std), chosen, names == classes)
+    return LoadedTeacher(name, model, fed.crop_size[0], tuple(fed.mean), tuple(fed.std), chosen, names == classes)
 
 
 def _names(owner: str, outputs: int) -> tuple[str, ...]:
@@ -114,7 +125,7 @@ class Teacher:
     normalization, that same tensor is resized and normalized over for it.
     """
 
-    def __init__(self, loaded: Loaded, recipe: Recipe, runtime: Runtime) -> None:
+    def __init__(self, loaded: LoadedTeacher, recipe: Recipe, runtime: Runtime) -> None:
         """Take the loaded network to the device, for students of `recipe`."""
         student, device = recipe.augment, runtime.device
         self.model = loaded.model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore
@@ -125,7 +136,7 @@ class Teacher:
         self.scale = (torch.tensor(student.std, **to) / std).view(1, 3, 1, 1)
         self.shift = ((torch.tensor(student.mean, **to) - torch.tensor(loaded.mean, **to)) / std).view(1, 3, 1, 1)
         self.same = tuple(loaded.mean) == tuple(student.mean) and tuple(loaded.std) == tuple(student.std)
-        self.outputs = None if loaded.exactly else torch.tensor(loaded.outputs, device=device)
+        self.outputs = None if loaded.identity_mapping else torch.tensor(loaded.outputs, device=device)
         if runtime.compile:
             # each batch size by itself: a spot check's, smaller than training's, must not make them all dynamic
             self.model.compile(dynamic=False)

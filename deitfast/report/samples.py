@@ -19,7 +19,7 @@ from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import is_cache, present
+from deitfast.distill.cache_files import is_cache, is_present
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime
@@ -140,7 +140,7 @@ def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown:
     cache = TeacherCache.open(folder)
     targets = cache.rows(0)[inputs.params.view[shown], inputs.params.sample[shown]]
     labels = targets if targets.dtype.names is None else targets["label"][:, 0]
-    known = zip(labels.tolist(), present(targets).tolist(), strict=True)
+    known = zip(labels.tolist(), is_present(targets).tolist(), strict=True)
     return [classes[label] if there else "" for label, there in known]
 
 

@@ -34,8 +34,8 @@ class TrainState:
     """Wall time of those steps."""
     waited: float = 0.0
     """Part of it that they waited for data."""
-    asked: int = 0
-    """Views of those steps that this rank's teacher was asked for."""
+    teacher_views: int = 0
+    """Views of those steps that went through this rank's teacher."""
     skipped: int = 0
     """Rows of them whose image could not be read."""
 
@@ -56,7 +56,7 @@ class TrainState:
     @classmethod
     def restore(cls, state: dict[str, Any], device: torch.device) -> "TrainState":
         """Return the position that `state` was taken of."""
-        names = ("epoch", "steps", "seconds", "waited", "asked", "skipped")
+        names = ("epoch", "steps", "seconds", "waited", "teacher_views", "skipped")
         own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last two
         return cls(torch.tensor(state["losses"], device=device), **own)
 

@@ -91,8 +91,8 @@ class Run:
         begun = folder.checkpoint.exists()  # the weights come out of the checkpoint then
         self.learner = TrainStep(recipe, len(self.spec.classes), runtime, None if begun else start)
         # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
-        asks = self.targets and not (self.targets.cache and self.targets.cache.complete)
-        self.patch = 0 if asks else reads_patches(self.learner.model)
+        needs_teacher = self.targets and not (self.targets.cache and self.targets.cache.complete)
+        self.patch = 0 if needs_teacher else reads_patches(self.learner.model)
         self.peak = peak_lr(recipe.optim, recipe.train.batch)
         self.position = TrainState.start(runtime.device)
         self.saved = time.monotonic()
@@ -197,9 +197,9 @@ class Run:
         inputs = augment(batch, recipe.augment, dtype=dtype, train=True, patch=self.patch, kernels=kernels)
         targets = None
         if self.targets:
-            before = self.targets.asked
+            before = self.targets.teacher_views
             targets = self.targets.get(inputs, batch.skipped)
-            position.asked += self.targets.asked - before
+            position.teacher_views += self.targets.teacher_views - before
         lr = learning_rate(
             recipe.schedule,
             self.peak,
@@ -267,7 +267,7 @@ class Run:
             "skipped": position.skipped,
         }
         if self.targets:
-            row["teacher_asked"] = position.asked * self.runtime.world
+            row["teacher_views"] = position.teacher_views * self.runtime.world
         if self.validation and (epoch % train.evaluate_every == 0 or epoch == train.epochs):
             row |= self._evaluate(self.validation, stop)
         if self.runtime.is_main_process:
@@ -283,7 +283,7 @@ class Run:
         if not isinstance(self.targets, CachedTargets) or self.targets.cache.complete:
             return
         with closing(CacheBuilder(self.recipe, self.dataset, self.runtime, self.display)) as filling:
-            filling.fill(self.targets, stop)
+            filling.build(self.targets, stop)
 
     def _evaluate(self, loader: Loader, stop: Stop) -> dict[str, Any]:
         """Return the metrics of every head, of the weights as they are and averaged: {"val": {head: ...}, ...}."""

@@ -88,7 +88,7 @@ def test_a_training_that_is_to_outlive_its_terminal_does(tiny_small: Path, tmp_p
 
 def test_a_teacher_keeps_its_answers(tiny_small: Path, tmp_path: Path, judged) -> None:
     assert hung_up(tmp_path, "teach", tiny_small, tmp_path / "cache") < SOON
-    assert 32 <= TeacherCache.open(tmp_path / "cache").answers() < 160
+    assert 32 <= TeacherCache.open(tmp_path / "cache").count() < 160
     taught(tiny_small, tmp_path / "cache", distilled())
     taught(tiny_small, tmp_path / "whole", distilled())
     files = [(tmp_path / name / "targets.npy").read_bytes() for name in ("cache", "whole")]

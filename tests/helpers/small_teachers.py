@@ -18,7 +18,7 @@ from deitfast.distill.build_cache import TeachJob, teach
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_key import open_cache
 from deitfast.distill.targets import CachedTargets, OnlineTeacher
-from deitfast.distill.teacher import Loaded, Teacher
+from deitfast.distill.teacher import LoadedTeacher, Teacher
 from deitfast.progress import Display
 from pipelines.augment.chain import augment
 from pipelines.storage.dataset import Dataset
@@ -40,11 +40,11 @@ class Judge(nn.Module):
         return ((grid[:, :, None] * self.matrix).sum(1).float() * 4,)
 
 
-def judge(classes: int, **options) -> Loaded:
+def judge(classes: int, **options) -> LoadedTeacher:
     """Return that teacher as `load_teacher` would."""
     model = Judge(classes, **options).eval()
     recipe = tiny_recipe().augment
-    return Loaded("judge", model, recipe.size, recipe.mean, recipe.std, tuple(range(classes)), True)
+    return LoadedTeacher("judge", model, recipe.size, recipe.mean, recipe.std, tuple(range(classes)), True)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def taught(data: Path, out: Path, recipe: Recipe) -> TeacherCache:
     return teach(TeachJob(with_cache(recipe, out), data), CPU, Display(Console(), quiet=True))
 
 
-def opened(data: Path, folder: Path, recipe: Recipe, teacher: Loaded | None = None) -> TeacherCache:
+def opened(data: Path, folder: Path, recipe: Recipe, teacher: LoadedTeacher | None = None) -> TeacherCache:
     """Open or start the cache of a run with the judge as its teacher."""
     with closing(Dataset.open(data)) as dataset:
         known = (teacher or judge(len(dataset.spec.classes))).identity()

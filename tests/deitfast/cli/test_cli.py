@@ -177,7 +177,7 @@ def test_a_user_teaches_once_and_trains_without_the_teacher(capsys, tiny_small: 
     code, _, err = call(capsys, *student, "--teacher", "teacher", "--out", "student")
     assert code == 0
     assert "which is complete: no teacher is loaded" in err
-    assert [row["teacher_asked"] for row in RunFolder(Path("student")).metrics()] == [0, 0]
+    assert [row["teacher_views"] for row in RunFolder(Path("student")).metrics()] == [0, 0]
     shutil.rmtree("teacher")
     assert call(capsys, *student, "--cache", cache, "--out", "alone")[0] == 0
     code, _, err = call(capsys, *student[:-1], "train.ema=0", "--epochs", 4, "--cache", cache, "--out", "longer")

@@ -76,12 +76,12 @@ def test_what_one_training_asks_the_next_one_reads(tiny_small: Path, tmp_path: P
     """Through the cache, from empty to complete: batches of another size leave other views out."""
     folder, recipe = tmp_path / "cache", distilled("train.batch=32")
     writing = run(tiny_small, tmp_path / "writing", with_cache(recipe, folder))
-    assert writing["teacher_asked"] == 64  # two steps of 32; the rest is asked at the end
+    assert writing["teacher_views"] == 64  # two steps of 32; the rest is asked at the end
     assert TeacherCache.open(folder).complete
     again = run(tiny_small, tmp_path / "again", with_cache(recipe, folder))
     plain = run(tiny_small, tmp_path / "plain", recipe)
-    assert again["teacher_asked"] == 0
-    assert plain["teacher_asked"] == 64
+    assert again["teacher_views"] == 0
+    assert plain["teacher_views"] == 64
     for row in (writing, again):
         assert (row["loss"], row["distill"]) == (plain["loss"], plain["distill"])
     for name, value in weights(tmp_path / "plain").items():
@@ -118,10 +118,10 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
 ) -> None:
     recipe = distilled("train.checkpoint_minutes=0", "train.epochs=1")
     run(tiny_small, tmp_path / "whole", with_cache(recipe, tmp_path / "a"))
-    original = CachedTargets.of
+    original = CachedTargets.get
 
     def dying(self, inputs, skipped=0):
-        if self.asked >= 32:
+        if self.teacher_views >= 32:
             raise ZeroDivisionError
         return original(self, inputs, skipped)
 
@@ -131,7 +131,7 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     monkeypatch.undo()
     monkeypatch.setattr("deitfast.distill.build_cache.load_teacher", lambda spec, classes: judge(len(classes)))
     monkeypatch.setattr("deitfast.distill.cache_key.load_teacher", lambda spec, classes: judge(len(classes)))
-    assert 0 < TeacherCache.open(tmp_path / "b").answers() < 80
+    assert 0 < TeacherCache.open(tmp_path / "b").count() < 80
     run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"), resume=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     for name, value in weights(tmp_path / "whole").items():
@@ -171,8 +171,8 @@ def test_nothing_is_kept_of_images_that_cannot_be_read(
     cache = TeacherCache.open(tmp_path / "cache")
     assert not cache.complete
     lost = 1 if targets == "per_image" else 4  # each view of it, and of its partner there
-    assert cache.answers() == cache.manifest.views * 80 - lost
-    assert row["teacher_asked"] == 0
+    assert cache.count() == cache.manifest.views * 80 - lost
+    assert row["teacher_views"] == 0
     with pytest.raises(DeitfastError, match="sample 3"):
         taught(data, tmp_path / "strict", distilled("train.epochs=2", mode=mode))
 

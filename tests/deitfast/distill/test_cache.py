@@ -18,7 +18,7 @@ from deitfast.distill.cache_files import (
     TARGETS,
     Manifest,
     TargetSpec,
-    present,
+    is_present,
     read_manifest,
     require_same,
 )
@@ -30,7 +30,14 @@ VIEWS, SAMPLES, REPEATS = 6, 20, 3
 
 def manifest(spec: TargetSpec = HARD, **changes) -> Manifest:
     made = Manifest(
-        FORMAT, spec, VIEWS, SAMPLES, answered=18, repeats=REPEATS, identity={"data": "abc"}, made_with={"torch": "2"}
+        FORMAT,
+        spec,
+        VIEWS,
+        SAMPLES,
+        targets_per_view=18,
+        repeats=REPEATS,
+        identity={"data": "abc"},
+        made_with={"torch": "2"},
     )
     return dataclasses.replace(made, **changes)
 
@@ -53,7 +60,7 @@ def answers(spec: TargetSpec, seed: int = 0) -> np.ndarray:
 
 def fill(cache: TeacherCache, table: np.ndarray, order: np.ndarray, flushes: int = 4) -> None:
     """Add the cells that are answered, in this order, in several parts."""
-    cells = np.argwhere(present(table))[order]
+    cells = np.argwhere(is_present(table))[order]
     for some in np.array_split(cells, flushes):
         for number in np.unique(some[:, 0] // REPEATS):  # a batch's views are of one pass
             views, samples = some[some[:, 0] // REPEATS == number].T
@@ -73,18 +80,18 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
     fill(cache, table, order[:50])
     reopened = TeacherCache.open(tmp_path / "cache")
     there = np.zeros((VIEWS, SAMPLES), bool)
-    there[tuple(np.argwhere(present(table))[:50].T)] = True
+    there[tuple(np.argwhere(is_present(table))[:50].T)] = True
     for first in (0, 3):
         rows = reopened.rows(first)
         own = slice(first, first + REPEATS)
-        assert (present(rows) == there[own]).all()
+        assert (is_present(rows) == there[own]).all()
         assert (rows[there[own]] == table[own][there[own]]).all()
-    assert (reopened.answers(), reopened.finish(), reopened.complete) == (50, False, False)
+    assert (reopened.count(), reopened.finish(), reopened.complete) == (50, False, False)
     fill(reopened, table, order[50:])
     assert reopened.finish()
     done = TeacherCache.open(tmp_path / "cache")
     assert done.complete
-    assert done.answers() == 6 * 18
+    assert done.count() == 6 * 18
     assert not (tmp_path / "cache" / PARTS).exists()
     for first in (0, 3):
         rows = done.rows(first)
@@ -121,7 +128,7 @@ def test_who_was_slower_goes_on_with_what_the_other_has_finished(tmp_path: Path)
     assert slow.rows(0).tobytes() == table[:REPEATS].tobytes()
     late = [TeacherCache(folder, manifest()) for _ in range(3)]  # as opened before the end
     assert late[0].rows(3).tobytes() == table[3:].tobytes()
-    assert late[1].answers() == 6 * 18
+    assert late[1].count() == 6 * 18
     assert late[2].finish()
     assert all(each.complete for each in late)
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, TARGETS]
@@ -136,7 +143,7 @@ def race(folder: Path, barrier, seed: int) -> None:
         barrier.wait(PATIENCE)
         cache = TeacherCache.create(own, manifest())
         fill(cache, answers(HARD), np.random.default_rng(seed + turn).permutation(6 * 18))
-        assert cache.answers() == 6 * 18
+        assert cache.count() == 6 * 18
         assert cache.finish()
         assert cache.rows(3).tobytes() == answers(HARD)[3:].tobytes()
 
@@ -228,7 +235,7 @@ def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_part_of_another_shape_is_refused(tmp_path: Path) -> None:
-    wide = TeacherCache.create(tmp_path / "wide", manifest(samples=50, answered=48))
+    wide = TeacherCache.create(tmp_path / "wide", manifest(samples=50, targets_per_view=48))
     wide.add(np.array([0]), np.array([40]), np.array([1]))
     wide.flush()
     TeacherCache.create(tmp_path / "cache", manifest())
@@ -289,7 +296,7 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, monkeypa
         fill(cache, answers(HARD), np.arange(50, 108))
     assert "No space left" in str(caught.value)
     monkeypatch.undo()
-    assert TeacherCache.open(tmp_path / "cache").answers() == 50
+    assert TeacherCache.open(tmp_path / "cache").count() == 50
 
 
 def test_views_that_are_no_whole_passes_are_refused(tmp_path: Path) -> None:

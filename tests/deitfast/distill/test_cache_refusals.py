@@ -120,7 +120,7 @@ def test_a_complete_cache_needs_no_teacher_and_an_incomplete_one_does(tiny_small
     taught(tiny_small, folder, recipe)
     alone = with_cache(recipe, folder, "distill.teacher=")
     row = run(tiny_small, tmp_path / "run", alone)
-    assert row["teacher_asked"] == 0
+    assert row["teacher_views"] == 0
     (folder / TARGETS).unlink()
     with pytest.raises(DeitfastError, match=r"targets\.npy"):
         run(tiny_small, tmp_path / "again", alone)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deitfast.distill.cache_files import TargetSpec, present
-from deitfast.distill.encoding import dense, from_records, keep, to_records
+from deitfast.distill.cache_files import TargetSpec, is_present
+from deitfast.distill.encoding import decode, encode, from_records, to_records
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -17,9 +17,9 @@ def test_kept_logits_give_back_the_distribution(dtype: str, k: int, tau: int, at
     """The kept classes' and the rest's probability are exact at the cache's tau and at 1; the rest shares evenly."""
     logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)) * 3
     spec = TargetSpec("soft", k, dtype, tau)
-    answers = keep(logits, spec)
+    answers = encode(logits, spec)
     records = to_records([answers], spec)
-    restored = dense(from_records(records, torch.device("cpu")), spec, 100, at)
+    restored = decode(from_records(records, torch.device("cpu")), spec, 100, at)
     true, found = F.softmax(logits.double() / at, -1), F.softmax(restored.double() / at, -1)
     kept = torch.zeros_like(true, dtype=torch.bool).scatter(1, answers.label, True)
     if at in (1.0, tau):
@@ -35,16 +35,16 @@ def test_kept_logits_give_back_the_distribution(dtype: str, k: int, tau: int, at
 def test_all_logits_kept_in_float32_are_the_teachers_own() -> None:
     logits = torch.randn(16, 10) * 5
     spec = TargetSpec("soft", 10, "float32", 3.0)
-    restored = from_records(to_records([keep(logits, spec)], spec), torch.device("cpu"))
-    assert torch.equal(dense(restored, spec, 10, 1.7), logits)
+    restored = from_records(to_records([encode(logits, spec)], spec), torch.device("cpu"))
+    assert torch.equal(decode(restored, spec, 10, 1.7), logits)
 
 
 def test_hard_answers_are_the_argmax() -> None:
     logits = torch.randn(16, 1000)
     spec = TargetSpec("hard")
-    restored = from_records(to_records([keep(logits, spec)], spec), torch.device("cpu"))
-    assert torch.equal(dense(restored, spec, 1000, 3.0), logits.argmax(-1))
+    restored = from_records(to_records([encode(logits, spec)], spec), torch.device("cpu"))
+    assert torch.equal(decode(restored, spec, 1000, 3.0), logits.argmax(-1))
 
 
 def test_cached_answers_are_present_only_where_they_were_given() -> None:
-    assert present(np.array([0, 65535, 65534], "<u2")).tolist() == [True, False, True]
+    assert is_present(np.array([0, 65535, 65534], "<u2")).tolist() == [True, False, True]

@@ -48,7 +48,7 @@ def test_per_image_targets_are_the_images_own_mixed_like_labels(
         "train.epochs=1", "distill.cache=auto", "distill.targets=per_image", "distill.top_k=10", mode=mode
     )
     cache = taught(tiny_small, tmp_path / "cache", recipe)
-    assert (cache.manifest.views, cache.answers()) == (1, 80)
+    assert (cache.manifest.views, cache.count()) == (1, 80)
     with closing(Dataset.open(tiny_small)) as dataset:
         reader, classes = dataset.split("train"), len(dataset.spec.classes)
         pixels = torch.tensor(np.stack([reader.sample(i).reshape(32, 32, 3) for i in range(80)])).permute(0, 3, 1, 2)
@@ -81,7 +81,7 @@ def test_a_run_of_per_image_targets_fills_its_cache_first_and_says_what_it_is(
 def test_per_image_targets_are_asked_for_the_images_that_are_used(tiny_small: Path, tmp_path: Path, judged) -> None:
     recipe = distilled("train.fraction=0.5", "distill.cache=auto", "distill.targets=per_image")
     cache = taught(tiny_small, tmp_path / "cache", recipe)
-    assert cache.answers() == 40
+    assert cache.count() == 40
     run(tiny_small, tmp_path / "run", with_cache(recipe, tmp_path / "cache"))
 
 

@@ -51,7 +51,7 @@ def test_a_published_network_says_what_torchvisions_own_does(resnet18: Path) -> 
     with torch.no_grad():
         expected = theirs.eval()(pixels)
     assert torch.allclose(Teacher(loaded, STUDENT, CPU).logits(pixels), expected, atol=1e-5)
-    assert loaded.exactly
+    assert loaded.identity_mapping
     assert (loaded.size, loaded.mean) == (224, (0.485, 0.456, 0.406))
 
 
@@ -80,7 +80,7 @@ def test_some_of_the_classes_are_found_by_name_whatever_their_order(resnet18: Pa
     whole = Teacher(load_teacher(spec("resnet18", resnet18), SYNSETS), STUDENT, CPU)
     some = (SYNSETS[700], SYNSETS[3], SYNSETS[999])
     loaded = load_teacher(spec("resnet18", resnet18), some)
-    assert not loaded.exactly
+    assert not loaded.identity_mapping
     pixels = torch.randn(2, 3, 224, 224)
     found = Teacher(loaded, STUDENT, CPU).logits(pixels)
     assert torch.allclose(found, whole.logits(pixels)[:, [700, 3, 999]])
