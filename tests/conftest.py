@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 from pipelines.storage.convert.converter import convert
@@ -29,6 +30,9 @@ from tests.helpers.sample_images import (
     odd_images,
     rotated_jpeg,
 )
+
+settings.register_profile("deitfast", deadline=None)  # how long an example takes says more about the machine's load
+settings.load_profile("deitfast")
 
 
 @pytest.fixture(scope="session")
