@@ -1,4 +1,4 @@
-"""Several runs held against each other: what differs between them, and what that did."""
+"""Several runs compared: what differs between their recipes, and what that changed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one teacher was and what its student made of it."""
+class DistillationPair:
+    """A student and the teacher it was distilled from."""
 
     student: RunRecord
     mode: str
@@ -52,28 +52,28 @@ def differences(runs: list[RunRecord]) -> list[Difference]:
     for field in fields:
         values = [run.settings.get(field, MISSING) for run in runs]
         if any(value != values[0] for value in values):
-            found.append(Difference(field, tuple(map(said, values))))
+            found.append(Difference(field, tuple(map(format_value, values))))
     return found
 
 
-def said(value: Any) -> str:
-    """Return a setting as a person would write it."""
+def format_value(value: Any) -> str:
+    """Return a setting for a reader: on and off, lists with commas."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(said, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
-def remarks(runs: list[RunRecord]) -> list[str]:
-    """Return all that a reader must know first: what cannot be compared, and what is missing of which run."""
-    said: dict[str, list[str]] = {}
+def notes_of(runs: list[RunRecord]) -> list[str]:
+    """Return what a reader must know first: what cannot be compared, and what is missing of which run."""
+    by_note: dict[str, list[str]] = {}
     for run in runs:
         for note in run.notes:
-            said.setdefault(note, []).append(run.name)
+            by_note.setdefault(note, []).append(run.name)
     if len(runs) == 1:
-        return list(said)
-    return warnings(runs) + [f"{', '.join(names)}: {note}" for note, names in said.items()]
+        return list(by_note)
+    return warnings(runs) + [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
 
 
 def warnings(runs: list[RunRecord]) -> list[str]:
@@ -107,8 +107,8 @@ def efficiency(runs: list[RunRecord]) -> list[Efficiency]:
     return [Efficiency(label, tuple(sorted(points))) for label, points in curves.items()]
 
 
-def lessons(runs: list[RunRecord]) -> list[Lesson]:
-    """Return a line for each distilled run where the runs differ in their teachers; [] where they do not."""
+def distillation_pairs(runs: list[RunRecord]) -> list[DistillationPair]:
+    """Return each distilled run with its teacher where the runs differ in their teachers; [] where they do not."""
     taught = [run for run in runs if run.settings.get("distill.mode", "none") != "none"]
     if len({run.settings.get("distill.teacher") for run in taught}) < 2:
         return []
@@ -121,7 +121,7 @@ def lessons(runs: list[RunRecord]) -> list[Lesson]:
             teacher = None
         arch = str(teacher.settings.get("model.arch", "")) if teacher else ""
         mode = str(run.settings["distill.mode"])
-        found.append(Lesson(run, mode, folder.name, arch, teacher.top1() if teacher else None))
+        found.append(DistillationPair(run, mode, folder.name, arch, teacher.top1() if teacher else None))
     return found
 
 
@@ -133,5 +133,5 @@ def _short(field: str, value: Any) -> str:
     """Return a setting in a legend: networks by their name alone, paths by their end."""
     if field == "model.arch":
         return str(value)
-    text = said(value)
+    text = format_value(value)
     return f"{field.partition('.')[2] or field} {Path(text).name if '/' in text else text}"

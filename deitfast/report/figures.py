@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from deitfast.report.compare import Efficiency
-from deitfast.report.markup import Html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +79,7 @@ def panel(
     unit: str = "",
     legend: bool = False,
     size: tuple[float, float] = PANEL,
-) -> Html:
+) -> Markup:
     """Return one small plot; curves without points are left out.
 
     Args:
@@ -88,11 +88,11 @@ def panel(
         curves: the lines.
         unit: "share" for values in [0, 1] shown in per cent, "part" for the same from 0 on and not enlarged beyond 5 %,
             "rate" for a learning rate, "" for plain numbers from 0.
-        legend: name the lines inside the plot.
+        legend: name the lines below the plot.
         size: width and height in inches.
     """
     drawn = [curve for curve in curves if len(curve.x)]
-    with _figure(title + x_label, size, title) as (_, axes, svg):
+    with _figure(title + x_label, size, title) as (figure, axes, svg):
         axes.set_title(title)
         axes.set_xlabel(x_label)
         for curve in drawn:
@@ -105,11 +105,11 @@ def panel(
         else:
             _scale(axes, unit, x_label)
         if legend and len(drawn) > 1:
-            axes.legend(handlelength=1.4, labelcolor=SOFT)
+            figure.legend(loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1, labelcolor=SOFT)
     return svg[0]
 
 
-def matrix(confusion: np.ndarray, classes: Sequence[str], *, named: bool) -> Html:
+def matrix(confusion: np.ndarray, classes: Sequence[str], *, named: bool) -> Markup:
     """Return a confusion matrix, int64 [C, C], as a heat map of each row's shares; `named` writes names and counts."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     count = len(classes)
@@ -133,7 +133,7 @@ def matrix(confusion: np.ndarray, classes: Sequence[str], *, named: bool) -> Htm
     return svg[0]
 
 
-def bars(values: Sequence[float], names: Sequence[str]) -> Html:
+def bars(values: Sequence[float], names: Sequence[str]) -> Markup:
     """Return horizontal bars of shares in [0, 1], the first on top."""
     with _figure("bars", (COLUMN, 0.24 * len(values) + 0.7), "accuracy of each class") as (_, axes, svg):
         places = range(len(values))
@@ -148,7 +148,7 @@ def bars(values: Sequence[float], names: Sequence[str]) -> Html:
     return svg[0]
 
 
-def ranked(values: Sequence[float]) -> Html:
+def ranked(values: Sequence[float]) -> Markup:
     """Return the classes' shares in [0, 1] as one falling line: how even the classes are, however many."""
     ordered = sorted(values, reverse=True)
     with _figure("ranked", (COLUMN, 3.0), "accuracy of the classes, best to worst") as (_, axes, svg):
@@ -158,7 +158,7 @@ def ranked(values: Sequence[float]) -> Html:
     return svg[0]
 
 
-def data_efficiency(curves: Sequence[Efficiency]) -> Html:
+def data_efficiency(curves: Sequence[Efficiency]) -> Markup:
     """Return top-1 against the share of the training images."""
     lines = [
         Curve(each.label, [100 * x for x, _ in each.points], [y for _, y in each.points], number)
@@ -173,12 +173,12 @@ def color(number: int) -> str:
 
 
 @contextmanager
-def _figure(salt: str, inches: tuple[float, float], label: str) -> Iterator[tuple["Figure", "Axes", list[Html]]]:
+def _figure(salt: str, inches: tuple[float, float], label: str) -> Iterator[tuple["Figure", "Axes", list[Markup]]]:
     """Open a figure with one plot; when the block ends, its SVG is in the list."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    svg: list[Html] = []
+    svg: list[Markup] = []
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters that its own font lacks: the browser's will have them
         figure = Figure(figsize=inches, layout="constrained", facecolor="none")
@@ -189,7 +189,7 @@ def _figure(salt: str, inches: tuple[float, float], label: str) -> Iterator[tupl
     svg.append(_inline(file.getvalue(), label))
 
 
-def _inline(svg: str, label: str) -> Html:
+def _inline(svg: str, label: str) -> Markup:
     """Return matplotlib's SVG file as an element of a page: no prologue, no fixed size, the page's font and colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -199,8 +199,8 @@ def _inline(svg: str, label: str) -> Html:
         svg = svg.replace(stand_in, variable)
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
-    escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return Html(f'<svg {box[0] if box else ""} role="img" aria-label="{escaped}">{rest}')
+    view = Markup(box[0]) if box else ""
+    return Markup('<svg {} role="img" aria-label="{}">').format(view, label) + Markup(rest)
 
 
 def _scale(axes: "Axes", unit: str, x_label: str) -> None:
@@ -208,7 +208,9 @@ def _scale(axes: "Axes", unit: str, x_label: str) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=x_label == "epoch"))
     low, high = axes.get_ylim()
-    axes.set_ylim(low if unit == "share" and low > 0.15 * high else min(0.0, low), max(high, 0.05 * (unit == "part")))
+    bottom = low if unit == "share" and low > 0.15 * high else min(0.0, low)
+    top = high if bottom else 1.04 * high  # the default margin is a share of the data's range, not of the axis
+    axes.set_ylim(bottom, max(top, 0.05 * (unit == "part")))
     if unit in ("share", "part"):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     elif unit == "rate":

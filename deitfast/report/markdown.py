@@ -1,7 +1,7 @@
 """The report's tables as Markdown, to paste where figures cannot go."""
 
 from deitfast.report import summary
-from deitfast.report.compare import lessons, remarks
+from deitfast.report.compare import distillation_pairs, notes_of
 from deitfast.report.read import RunRecord
 from deitfast.report.summary import TextTable
 
@@ -13,22 +13,21 @@ def markdown(runs: list[RunRecord]) -> str:
     """Return the report's words and tables."""
     parts = [f"# {_plain(summary.title(runs))}"]
     parts += [_plain(summary.lead(run)) for run in runs if len(runs) == 1]
-    if said := remarks(runs):
-        parts.append("\n".join(f"- {_plain(remark)}" for remark in said))
+    if notes := notes_of(runs):
+        parts.append("\n".join(f"- {_plain(note)}" for note in notes))
     parts.append(_table(summary.runs_table(runs)))
-    parts += ["## Every head", _table(summary.heads_table(runs))]
+    parts += ["## Every head, on the validation split", _table(summary.heads_table(runs))]
     if len(runs) > 1:
         parts += ["## What differs between the recipes", _table(summary.differences_table(runs))]
-    if taught := lessons(runs):
-        parts += ["## Teachers", _table(summary.lessons_table(taught))]
+    if pairs := distillation_pairs(runs):
+        parts += ["## Teachers", _table(summary.teachers_table(pairs))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(table: TextTable) -> str:
     if not table.rows:
         return "Nothing is recorded." if table.head[0] != "field" else "Nothing."
-    numeric = [all(row[column][:1].isdigit() for row in table.rows) for column in range(len(table.head))]
-    rule = ["---:" if right else "---" for right in numeric]
+    rule = ["---:" if right else "---" for right in table.numeric]
     rows = [[_plain(cell) for cell in row] for row in (table.head, *table.rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 

@@ -1,17 +1,28 @@
-"""One HTML file: no network, no script; style, figures and pictures inside."""
+"""The report as one HTML file: style, plots and images inside, no script, nothing fetched."""
 
-from importlib import resources
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from deitfast import __version__
-from deitfast.report import sections, summary
-from deitfast.report.compare import remarks
-from deitfast.report.markup import Html, tag
+import numpy as np
+from markupsafe import Markup
+
+from deitfast.report import figures, summary
+from deitfast.report.compare import distillation_pairs, efficiency, notes_of
+from deitfast.report.curves import panels, panels_caption
+from deitfast.report.html import TEMPLATES, render
 from deitfast.report.read import RunRecord
-from deitfast.report.samples import Sample
-from deitfast.report.sections import text_table
+from deitfast.report.samples import ShownImage
+from deitfast.report.summary import TextTable
 
-Pictures = tuple[list[Sample], str]
+Pictures = tuple[list[ShownImage], str]
 """A run's training images, and a sentence on what is missing of them."""
+NAMED_CLASSES = 24
+"""Most classes whose confusion matrix is written with names and counts, and whose accuracies are single bars."""
+DRAWN_CLASSES = 200
+"""Most classes whose confusion matrix is drawn at all: beyond them a cell is smaller than a pixel."""
+NAME_LENGTH = 22
+"""Letters of a class name on an axis."""
 
 
 def page(runs: list[RunRecord], pictures: list[Pictures]) -> str:
@@ -21,81 +32,88 @@ def page(runs: list[RunRecord], pictures: list[Pictures]) -> str:
         runs: at least one.
         pictures: of each run.
     """
-    title = summary.title(runs)
-    style = (resources.files("deitfast") / "report" / "style.css").read_text()
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("link", rel="icon", href="data:,"),
-        tag("style", Html(style)),
-    )
-    several = "several" if len(runs) > 1 else None
-    body = tag("body", _header(title, runs), tag("main", *_main(runs, pictures)), _footer(), class_=several)
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
-
-
-def _header(title: str, runs: list[RunRecord]) -> Html:
-    parts = [tag("h1", title)]
-    if len(runs) == 1:
-        figures = [tag("div", tag("dt", name), tag("dd", value)) for value, name in summary.key_figures(runs[0])]
-        parts += [tag("p", summary.lead(runs[0]), class_="soft"), tag("dl", *figures, class_="figures")]
-    if said := remarks(runs):
-        parts.append(tag("div", tag("ul", *(tag("li", remark) for remark in said)), class_="notes"))
-    return tag("header", *parts)
-
-
-def _main(runs: list[RunRecord], pictures: list[Pictures]) -> list[Html]:
-    """A single run's parts follow each other; of several runs, what is each one's own can be opened."""
-    heads = tag("section", tag("h2", "Every head"), text_table(summary.heads_table(runs)), _meaning(runs))
-    if len(runs) == 1:
-        return [
-            heads,
-            sections.curves(runs),
-            tag("section", tag("h2", "Classes"), sections.classes(runs[0])),
-            tag("section", tag("h2", "What the network sees"), sections.samples(runs[0], *pictures[0])),
-            tag("section", tag("h2", "The run"), _made(runs[0])),
-        ]
-    runs_table = text_table(summary.runs_table(runs), chips=True)
-    return [
-        tag("section", tag("h2", "The runs"), runs_table),
-        sections.curves(runs),
-        sections.comparison(runs),
-        heads,
-        tag("section", tag("h2", "Run by run"), *(_one(*each) for each in enumerate(zip(runs, pictures, strict=True)))),
-    ]
-
-
-def _one(number: int, run_and_pictures: tuple[RunRecord, Pictures]) -> Html:
-    run, pictures = run_and_pictures
-    return tag(
-        "details",
-        tag("summary", sections.chip(number), run.name),
-        tag("p", summary.lead(run), class_="soft"),
-        tag("h3", "Classes"),
-        sections.classes(run),
-        tag("h3", "What the network sees"),
-        sections.samples(run, *pictures),
-        tag("h3", "The run"),
-        _made(run),
-        class_="run",
+    curves = efficiency(runs)
+    pairs = distillation_pairs(runs)
+    return render(
+        TEMPLATES / "report.html",
+        title=summary.title(runs),
+        several=len(runs) > 1,
+        notes=notes_of(runs),
+        key_figures=summary.key_figures(runs[0]),
+        runs=[_run(*each) for each in zip(runs, pictures, strict=True)],
+        panels=panels(runs),
+        panels_caption=panels_caption(runs),
+        heads_table=summary.heads_table(runs),
+        joint=any("joint" in run.final()[1].get("val", {}) for run in runs),
+        runs_table=summary.runs_table(runs),
+        differences_table=summary.differences_table(runs),
+        efficiency={"labels": [each.label for each in curves], "figure": figures.data_efficiency(curves)}
+        if curves
+        else None,
+        teachers_table=summary.teachers_table(pairs) if pairs else None,
     )
 
 
-def _made(run: RunRecord) -> Html:
-    """How a run was made: command, data, machine; the whole recipe to open."""
-    facts = text_table(summary.TextTable([], [list(pair) for pair in summary.facts(run)]))
-    recipe = text_table(summary.settings_table(run))
-    return tag("", tag("div", facts, class_="facts"), tag("details", tag("summary", "The whole recipe"), recipe))
+def _run(run: RunRecord, pictures: Pictures) -> dict[str, Any]:
+    """Return what the page shows of one run alone."""
+    images, note = pictures
+    return {
+        "name": run.name,
+        "lead": summary.lead(run),
+        "classes": _classes(run),
+        "images": images,
+        "images_note": note,
+        "images_caption": " ".join(_images_caption(run)),
+        "facts": TextTable([], [list(pair) for pair in summary.facts(run)]),
+        "settings": summary.settings_table(run),
+    }
 
 
-def _meaning(runs: list[RunRecord]) -> Html:
-    said = "F1, precision and recall are means over the classes; AUC is the mean of each class against the rest."
-    if any("joint" in run.final()[1].get("val", {}) for run in runs):
-        said += " “joint” is the mean of the logits of both heads, the published prediction."
-    return tag("p", said, class_="soft")
+@dataclass(frozen=True)
+class _Classes:
+    """How well a run recognizes each class."""
+
+    named: bool
+    """Whether the classes are few enough to be named one by one."""
+    matrix: Markup | None
+    """The confusion matrix; None where there are too many classes to draw one."""
+    matrix_caption: str
+    accuracies: Markup
+    confused: TextTable
+    best: TextTable
+    worst: TextTable
 
 
-def _footer() -> Html:
-    return tag("footer", f"deitfast {__version__}, report. Dark or light as your system is set.")
+def _classes(run: RunRecord) -> _Classes | None:
+    found = run.confusion()
+    if found is None:
+        return None
+    head, confusion = found
+    names, count = [_shortened(name) for name in run.classes], len(run.classes)
+    named = count <= NAMED_CLASSES
+    known = [(float(r), name) for r, name in zip(summary.recalls(confusion), names, strict=True) if not np.isnan(r)]
+    known.sort(key=lambda pair: -pair[0])
+    values = [value for value, _ in known]
+    counts = "counts of images; " if named else ""
+    return _Classes(
+        named=named,
+        matrix=figures.matrix(confusion, names, named=named) if count <= DRAWN_CLASSES else None,
+        matrix_caption=f"Rows: true class; columns: prediction of head “{head}”; {counts}"
+        "shade: square root of the share of the row. Validation split.",
+        accuracies=figures.bars(values, [name for _, name in known]) if named else figures.ranked(values),
+        confused=summary.confused(confusion, run.classes),
+        best=summary.extremes(confusion, run.classes, best=True),
+        worst=summary.extremes(confusion, run.classes, best=False),
+    )
+
+
+def _images_caption(run: RunRecord) -> Iterator[str]:
+    yield "The first images of the run's first step, as the network gets them: cropped, augmented, mixed."
+    if smoothing := run.settings.get("train.smoothing"):
+        yield f"Percentages are those of the mixture, before label smoothing of {smoothing:g}."
+    if isinstance(repeats := run.settings.get("augment.repeats"), int) and repeats > 1:
+        yield f"An epoch shows an image {repeats} times, each time in another view."
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"

@@ -114,6 +114,12 @@ class RunRecord:
         seconds, waited = sum(self.series("seconds")[1]), self.series("waited_seconds")[1]
         return sum(waited) / seconds if seconds > 0 and waited else None
 
+    def waiting_by_epoch(self) -> tuple[list[int], list[float]]:
+        """Return the epochs, and the share of each one's training time that was spent waiting for data."""
+        seconds, waited = (dict(zip(*self.series(name), strict=True)) for name in ("seconds", "waited_seconds"))
+        shares = {epoch: waited[epoch] / seconds[epoch] for epoch in waited if seconds.get(epoch, 0) > 0}
+        return list(shares), list(shares.values())
+
     def confusion(self) -> tuple[str, np.ndarray] | None:
         """Return the published head and its confusion matrix, int64 [C, C], of the plain weights; None without."""
         heads = self.evaluation.get("val")

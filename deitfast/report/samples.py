@@ -43,8 +43,8 @@ HOST = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One training image and what the network is to say of it."""
+class ShownImage:
+    """A training image, its target and what was done to it."""
 
     image: str
     """A data URI."""
@@ -54,11 +54,11 @@ class Sample:
     """(class name, share) of the mixture, before label smoothing."""
     teacher: str
     """Name of the teacher's class, "" where it is not known."""
-    done: tuple[str, ...]
+    operations: tuple[str, ...]
     """What was done to it after cropping, in order."""
 
 
-def samples_of(run: RunRecord) -> tuple[list[Sample], str]:
+def samples_of(run: RunRecord) -> tuple[list[ShownImage], str]:
     """Return some of a run's training images, and a sentence on what is missing ("" where nothing is)."""
     try:
         recipe = recipes.load(str(run.path / "recipe.toml"))
@@ -146,14 +146,14 @@ def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown:
 
 def _described(
     inputs: AugmentedBatch, shown: np.ndarray, spec: AugmentSpec, classes: tuple[str, ...], teachers: list[str]
-) -> list[Sample]:
+) -> list[ShownImage]:
     pictures = pixels_of(inputs.pixels[torch.from_numpy(shown)], spec)
     found = []
     for row, picture, teacher in zip(shown.tolist(), pictures, teachers, strict=True):
         lam = float(inputs.lam[row])
         own, other = (classes[int(labels[row])] for labels in (inputs.labels, inputs.mix_labels))
         target = ((own, lam), (other, 1 - lam)) if lam < 1 and own != other else ((own, 1.0),)
-        found.append(Sample(_embedded(picture), spec.size, target, teacher, done(inputs.params, row)))
+        found.append(ShownImage(_embedded(picture), spec.size, target, teacher, operations_of(inputs.params, row)))
     return found
 
 
@@ -163,7 +163,7 @@ def pixels_of(normalized: Tensor, spec: AugmentSpec) -> np.ndarray:
     return ((normalized * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def done(params: ViewParams, row: int) -> tuple[str, ...]:
+def operations_of(params: ViewParams, row: int) -> tuple[str, ...]:
     """Return what happens to a row after cropping, in order, as a person would call it."""
     operations = [*params.operation[row].tolist(), *params.jitter[row].tolist()]
     steps = ["flipped"] if params.flip[row] else []

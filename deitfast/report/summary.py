@@ -7,7 +7,7 @@ import numpy as np
 
 from deitfast.eval.evaluate import final_head
 from deitfast.progress import duration
-from deitfast.report.compare import Lesson, differences, said
+from deitfast.report.compare import DistillationPair, differences, format_value
 from deitfast.report.read import WEIGHTS, RunRecord
 
 FIGURES = {
@@ -35,6 +35,12 @@ class TextTable:
 
     head: list[str]
     rows: list[list[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers in every row; never the first."""
+        columns = zip(*self.rows, strict=True)
+        return [n > 0 and all(cell[:1] in "0123456789-<–" for cell in column) for n, column in enumerate(columns)]  # noqa: RUF001
 
 
 def title(runs: list[RunRecord]) -> str:
@@ -140,7 +146,7 @@ def differences_table(runs: list[RunRecord]) -> TextTable:
     return TextTable(["field", *(run.name for run in runs)], [[each.field, *each.values] for each in found])
 
 
-def lessons_table(lessons: list[Lesson]) -> TextTable:
+def teachers_table(pairs: list[DistillationPair]) -> TextTable:
     """Return a row for every student: its teacher, the teacher's top-1 and its own."""
     rows = [
         [
@@ -152,7 +158,7 @@ def lessons_table(lessons: list[Lesson]) -> TextTable:
             share(each.top1),
             share(each.student.top1()),
         ]
-        for each in lessons
+        for each in pairs
     ]
     head = ["student", "its network", "distillation", "teacher", "teacher's network", "teacher's top-1 (%)"]
     return TextTable([*head, "student's top-1 (%)"], rows)
@@ -180,7 +186,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 
 def settings_table(run: RunRecord) -> TextTable:
     """Return every field of a run's recipe."""
-    return TextTable(["field", "value"], [[field, said(value)] for field, value in run.settings.items()])
+    return TextTable(["field", "value"], [[field, format_value(value)] for field, value in run.settings.items()])
 
 
 def recalls(confusion: np.ndarray) -> np.ndarray:

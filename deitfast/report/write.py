@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deitfast.report.compare import remarks
+from deitfast.report.compare import notes_of
 from deitfast.report.markdown import markdown
 from deitfast.report.page import Pictures, page
 from deitfast.report.read import RunRecord, read_runs
@@ -25,7 +25,7 @@ def write_report(folders: list[Path], out: Path, table: Path) -> list[str]:
     """
     runs = read_runs(folders)
     write(runs, [samples_of(run) for run in runs], out, table)
-    return remarks(runs)
+    return notes_of(runs)
 
 
 def write(runs: list[RunRecord], pictures: list[Pictures], out: Path, table: Path) -> None:

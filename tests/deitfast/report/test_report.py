@@ -97,7 +97,7 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     row = {pair: n for n, pair in enumerate(zip(whole.params.sample, whole.params.view, strict=True))}
     rows = [row[pair] for pair in zip(few.params.sample[shown], few.params.view[shown], strict=True)]
     assert torch.equal(few.pixels[shown], whole.pixels[rows])
-    assert torch.equal(few.share[shown], whole.lam[rows])
+    assert torch.equal(few.lam[shown], whole.lam[rows])
     assert torch.equal(few.mix_labels[shown], whole.mix_labels[rows])
     teacher = Teacher(load_teacher(recipe.distill, tuple("abcdefghij")), recipe, CPU)
     labels = teacher.logits(whole.pixels).argmax(1)[rows]
@@ -129,7 +129,7 @@ def test_targets_and_steps_are_told(trained: Path) -> None:
         assert sum(share for _, share in picture.target) == pytest.approx(1)
         assert picture.teacher in tuple("abcdefghij")
         assert picture.image.startswith("data:image/png;base64,")
-        assert len(picture.target) == 1 or set(picture.done) & {"MixUp", "CutMix"}
+        assert len(picture.target) == 1 or set(picture.operations) & {"MixUp", "CutMix"}
 
 
 @pytest.mark.parametrize("missing", FILES)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deitfast.report import summary
-from deitfast.report.compare import differences, efficiency, lessons
+from deitfast.report.compare import differences, distillation_pairs, efficiency
 from deitfast.report.read import distinct, read_run, read_runs
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
@@ -88,7 +88,7 @@ def test_reports_suit_the_number_of_classes(tmp_path: Path, count: int, drawn: i
     outline = Outline(page)
     assert outline.tags.count("svg") == 8 + drawn
     assert ("Recognized worst" in outline.text) == listed
-    assert "Taken for each other most often" in outline.text
+    assert "Most frequent confusions" in outline.text
     assert len(page) < 300_000
 
 
@@ -120,11 +120,11 @@ def test_fractions_of_the_data_make_a_curve_for_each_recipe(tmp_path: Path) -> N
     assert efficiency(read_runs(folders[:1])) == []
 
 
-def test_teachers_are_held_beside_their_students(tmp_path: Path) -> None:
+def test_teachers_are_shown_next_to_their_students(tmp_path: Path) -> None:
     strong, lost = fake(tmp_path / "strong", "model.arch=resnet50", top1=0.8), tmp_path / "lost"
     taught = ["distill.mode=hard", "model.arch=deit_ti"]
     folders = [fake(tmp_path / f"by-{t.name}", *taught, f"distill.teacher={t}") for t in (strong, lost)]
-    found = lessons(read_runs([*folders, strong]))
+    found = distillation_pairs(read_runs([*folders, strong]))
     assert [(each.teacher, each.arch, each.top1) for each in found] == [("strong", "resnet50", 0.8), ("lost", "", None)]
     assert "Teachers and students" in page_of(*folders)
 
