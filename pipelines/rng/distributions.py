@@ -1,9 +1,9 @@
 """Fixed-point maps from uniform words to the distributions of the recipe, exact on every machine.
 
-Qn is an integer that stands for itself / 2^n. The maps, like `pipelines.rng.philox`, are made of operators only and run
-unchanged on numpy arrays, torch tensors, Python integers and inside numba. Floating point appears only where tables are
-made, and there only as + - * / on float64, which IEEE 754 rounds alike everywhere: logarithm and exponential are summed
-here, because those of libm and of numpy differ in the last bit from machine to machine.
+Qn is an integer that stands for itself / 2^n. The maps take int64 numpy arrays; `normal`, which erasing's noise needs
+on the device, takes torch tensors as well. Floating point appears only as + - * / and square roots on float64, which
+IEEE 754 rounds alike everywhere: logarithm and exponential are summed here, because those of libm and of numpy differ
+in the last bit from machine to machine.
 
 A quantile table holds half of a symmetric distribution: 4,097 knots at even steps of probability, from the center
 outwards, joined by straight lines. The farthest cell has 2^-12 of the probability (both tails together); inside it a
@@ -36,17 +36,6 @@ HALF = 1 << 29
 LN2 = 0.6931471805599453
 
 
-def select(condition: Ints, yes: Ints, no: Ints) -> Ints:
-    """Return `yes` where the condition (bool or 0/1) holds, else `no`."""
-    return no + (yes - no) * condition
-
-
-def clip(value: Ints, low: Ints, high: Ints) -> Ints:
-    """Return the value, not below `low` and not above `high`."""
-    value = select(value < low, low, value)
-    return select(value > high, high, value)
-
-
 def shift_half_even(value: Ints, bits: int) -> Ints:
     """Return value / 2^bits rounded as Python's round() does: to the nearest integer, ties to the even one."""
     half = 1 << (bits - 1)
@@ -55,22 +44,10 @@ def shift_half_even(value: Ints, bits: int) -> Ints:
     return nearest - tie * (nearest & 1)
 
 
-def isqrt(value: Ints) -> Ints:
-    """Return floor(sqrt(value)), exactly, for 0 <= value < 2^62.
-
-    Newton's iteration from the power of two above the root: from at most twice the root, five steps reach its floor or
-    one more at 62 bits, and the last line takes that one off again.
-    """
-    safe = value + (value == 0)
-    rest, half_bits = safe, safe * 0
-    for step in (32, 16, 8, 4, 2):
-        large = rest >= (1 << step)
-        rest = rest >> (large * step)
-        half_bits = half_bits + large * (step >> 1)
-    root = 2 << half_bits
-    for _ in range(5):
-        root = (root + safe // root) >> 1
-    return root - (root * root > value) * 1
+def isqrt(value: np.ndarray) -> np.ndarray:
+    """Return floor(sqrt(value)), exactly, for int64 0 <= value < 2^62: the float64 root may be one too large."""
+    root = np.sqrt(value).astype(np.int64)
+    return root - (root * root > value)
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +89,7 @@ def beta(word: Ints, table: Ints) -> Ints:
     The lower half mirrors the upper one as 2^30 - 1 - x, so Beta(1, 1) takes every value equally often.
     """
     distance = distance_from_center(word, table)
-    return select(word >> 31, HALF - 1 - distance, HALF + distance)
+    return np.where(word >> 31, HALF - 1 - distance, HALF + distance)
 
 
 def distance_from_center(word: Ints, table: Ints) -> Ints:

@@ -1,27 +1,15 @@
-"""What is drawn for one view, as functions of integers: one source for numpy, torch, numba and plain Python.
+"""What is drawn for each view, as functions of int64 arrays: (sample, view) and an `AugmentSpec` as integers.
 
-Each function takes an `AugmentSpec` as integers and tables (`pack` and `tables_for` of `rng.packed_spec`) and gives
-the same integers wherever it runs. They branch on the spec, never on what is drawn. `rng.view_params` runs them over
-a batch on the host; inside a compiled decoder they run one view at a time:
-
-    crop_box = compiled().crop_box
-
-    @numba.njit
-    def decode(packed, height, width, spec, tables):
-        sample, view = packed & 0xFFFFFFFFFF, packed >> 40
-        top, left, h, w, resized_h, resized_w, y, x = crop_box(sample, view, height, width, spec, tables)
-
-    decode(packed, height, width, pack(augment), tables_for(augment))
-
-Integers must be signed, or unsigned of at most 32 bits: numba makes floats of uint64 and then refuses to compile.
+Each function takes the spec as `pack` and `tables_for` of `rng.packed_spec` give it, branches on the spec and never on
+what is drawn, and works element by element: a view's parameters do not depend on the batch that it is drawn in.
+`rng.view_params` puts them together for a batch.
 """
 
-from functools import cache
-from types import SimpleNamespace
+import numpy as np
 
 from pipelines.rng import distributions, philox
-from pipelines.rng.distributions import clip, exp2, isqrt, select, shift_half_even
-from pipelines.rng.packed_spec import PADDED, RESIZED, SQUASHED, UNIT, PackedSpec, Tables
+from pipelines.rng.distributions import exp2, isqrt, shift_half_even
+from pipelines.rng.packed_spec import PADDED, SQUASHED, UNIT, PackedSpec, Tables
 from pipelines.rng.philox import Ints, bounded
 from pipelines.rng.policies import AUTOAUGMENT, FIRST_JITTER, RANDAUGMENT
 
@@ -31,35 +19,14 @@ MAX_SIDE = 65535
 """Longest side of a stored image: areas then stay below 2^32."""
 
 
-def crop_box(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, ...]:
-    """Return a view's geometry: window (top, left, height, width), resized (height, width), offset (top, left).
-
-    `height` and `width` are the stored image's, in 1..65535. The window is cut from the stored image and resized; the
-    S x S output is taken from that at the offset, black where it reaches over.
-    """
-    if spec.crop != RESIZED:
-        return placed_crop(sample, view, height, width, spec)
-    found, top, left, h, w = crop_try(sample, view, 0, height, width, spec, tables)
-    for block in range(1, TRIES):
-        ok, new_top, new_left, new_h, new_w = crop_try(sample, view, block, height, width, spec, tables)
-        take = ok * (found == 0)
-        top, left = select(take, new_top, top), select(take, new_left, left)
-        h, w = select(take, new_h, h), select(take, new_w, w)
-        found = found + take
-    middle_top, middle_left, middle_h, middle_w = crop_fallback(height, width, spec)
-    top, left = select(found, top, middle_top), select(found, left, middle_left)
-    h, w = select(found, h, middle_h), select(found, w, middle_w)
-    zero = h * 0
-    return top, left, h, w, zero + spec.size, zero + spec.size, zero, zero
-
-
 def crop_try(
     sample: Ints, view: Ints, block: Ints, height: Ints, width: Ints, spec: PackedSpec, tables: Tables
 ) -> tuple[Ints, ...]:
-    """Return (fits as 0 or 1, top, left, height, width) of one try at a random resized crop.
+    """Return (fits as 0 or 1, top, left, height, width) of one try, block 0 to 9, at a random resized crop.
 
-    Source: torchvision's RandomResizedCrop.get_params; area U(scale), width / height log-uniform, and a uniform
-    position. Where it does not fit, the position means nothing.
+    `height` and `width` are the stored images', in 1..65535 pixels; the window lies in those. Source: torchvision's
+    RandomResizedCrop.get_params; area U(scale), width / height log-uniform, and a uniform position. Where it does not
+    fit, the position means nothing.
     """
     area, aspect, y, x = philox.philox(sample, view, philox.CROP, block, spec.key0, spec.key1)
     half_log = spec.aspect_low + bounded(aspect, spec.aspect_count)
@@ -82,20 +49,20 @@ def crop_fallback(height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, In
     """
     narrow = (width << 28) < height * spec.narrowest
     wide = (width << 28) > height * spec.widest
-    h = select(narrow, clip(shift_half_even(width * spec.narrowest_inverse, 28), 1, height), height)
-    w = select(wide, clip(shift_half_even(height * spec.widest, 28), 1, width), width)
+    h = np.where(narrow, np.clip(shift_half_even(width * spec.narrowest_inverse, 28), 1, height), height)
+    w = np.where(wide, np.clip(shift_half_even(height * spec.widest, 28), 1, width), width)
     return (height - h) >> 1, (width - w) >> 1, h, w
 
 
 def placed_crop(sample: Ints, view: Ints, height: Ints, width: Ints, spec: PackedSpec) -> tuple[Ints, ...]:
-    """Return the geometry (see `crop_box`) of the whole image, resized by its short side, seen at an offset.
+    """Return crop_box, resized, offset (see `view_params.COLUMNS`): the full image, resized by its short side.
 
     PADDED: the offset is uniform and reaches `padding` over each edge. CENTERED: it is torchvision's CenterCrop's.
     SQUASHED: the same of the image resized to a square.
     """
     landscape = height <= width
-    resized_h = select(landscape, spec.short, spec.short * height // width)
-    resized_w = select(landscape, spec.short * width // height, spec.short)
+    resized_h = np.where(landscape, spec.short, spec.short * height // width)
+    resized_w = np.where(landscape, spec.short * width // height, spec.short)
     zero = height * 0
     if spec.crop == SQUASHED:
         resized_h, resized_w = zero + spec.short, zero + spec.short
@@ -125,7 +92,7 @@ def operation(sample: Ints, view: Ints, slot: int, spec: PackedSpec, tables: Tab
         return _of_sub_policy(sample, view, slot, spec, tables)
     which, applied, size, sign = philox.philox(sample, view, philox.OPERATION, slot, spec.key0, spec.key1)
     magnitude = spec.magnitude + ((distributions.normal(size, tables.normal) * spec.magnitude_std) >> 16)
-    magnitude = clip(magnitude, 0, 10 * UNIT) * (1 - (sign >> 31) * 2)
+    magnitude = np.clip(magnitude, 0, 10 * UNIT) * (1 - (sign >> 31) * 2)
     taken = applied < spec.operation
     return taken * (1 + bounded(which, RANDAUGMENT)), taken * magnitude
 
@@ -155,20 +122,9 @@ def jitter(sample: Ints, view: Ints, spec: PackedSpec) -> tuple[Ints, Ints, Ints
     first = order >> 1
     low, high = (first == 0) * 1, 2 - (first == 2) * 1  # the other two
     swapped = order & 1
-    second, third = select(swapped, high, low), select(swapped, low, high)
-    return (
-        FIRST_JITTER + first,
-        FIRST_JITTER + second,
-        FIRST_JITTER + third,
-        _pick(first, brightness, contrast, saturation),
-        _pick(second, brightness, contrast, saturation),
-        _pick(third, brightness, contrast, saturation),
-    )
-
-
-def _pick(index: Ints, zeroth: Ints, first: Ints, second: Ints) -> Ints:
-    """Return the value of that index, 0 to 2."""
-    return select(index == 0, zeroth, select(index == 1, first, second))
+    second, third = np.where(swapped, high, low), np.where(swapped, low, high)
+    factors, drawn = (brightness, contrast, saturation), (first, second, third)
+    return (*(FIRST_JITTER + index for index in drawn), *(np.choose(index, factors) for index in drawn))
 
 
 def erased(sample: Ints, view: Ints, spec: PackedSpec) -> Ints:
@@ -188,19 +144,6 @@ def erase_try(sample: Ints, view: Ints, block: Ints, spec: PackedSpec, tables: T
     h, w = _scaled(root, half_log, tables), _scaled(root, -half_log, tables)
     fits = (h < spec.size) * (w < spec.size) * 1
     return fits, bounded(y, spec.size - h + 1), bounded(x, spec.size - w + 1), h, w
-
-
-def erase_box(sample: Ints, view: Ints, spec: PackedSpec, tables: Tables) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return the erased box (top, left, height, width) in the output; zeros where there is none."""
-    missing = erased(sample, view, spec)
-    top = left = h = w = missing * 0
-    for block in range(1, TRIES + 1):
-        fits, new_top, new_left, new_h, new_w = erase_try(sample, view, block, spec, tables)
-        take = fits * missing
-        top, left, h, w = top + take * new_top, left + take * new_left, h + take * new_h, w + take * new_w
-        missing = missing - take
-    kept = (h > 0) * (w > 0)
-    return top * kept, left * kept, h * kept, w * kept
 
 
 def erase_noise(sample: Ints, view: Ints, pixel: Ints, spec: PackedSpec, table: Ints) -> tuple[Ints, Ints, Ints]:
@@ -230,32 +173,11 @@ def mix(group: Ints, number: Ints, spec: PackedSpec, tables: Tables) -> tuple[In
     h, w = (bottom - top) * cuts, (right - left) * cuts
     area = spec.size * spec.size
     uncovered = ((area - h * w) * UNIT + (area >> 1)) // area
-    lam = select(cuts, uncovered, select(mixes, (mixup_lam + (1 << 13)) >> 14, UNIT))
+    lam = np.where(cuts, uncovered, np.where(mixes, (mixup_lam + (1 << 13)) >> 14, UNIT))
     kept = (h * w > 0) * 1
     return lam, top * kept, left * kept, h * kept, w * kept
 
 
 def _clipped(center: Ints, side: Ints, size: int) -> tuple[Ints, Ints]:
     """Return both ends of a side about its center, clipped to the output."""
-    return clip(center - (side >> 1), 0, size), clip(center + ((side + 1) >> 1), 0, size)
-
-
-@cache
-def compiled() -> SimpleNamespace:
-    """Return `crop_box`, `flip`, `operation`, `jitter`, `erase_box`, `erase_noise`, `mix`, `philox`, compiled by numba.
-
-    Each takes what its namesake here takes, as int64 scalars and numpy `Tables`, and gives the same. They release the
-    GIL and can be called from other compiled code. Compilation happens at the first call, in a second or two.
-    """
-    import numba
-    from numba.extending import register_jitable
-
-    inner = (
-        *(philox.philox, bounded, select, clip, shift_half_even, isqrt, exp2),
-        *(distributions.distance_from_center, distributions.normal, distributions.beta),
-        *(_scaled, _clipped, _of_sub_policy, _pick, crop_try, crop_fallback, placed_crop, erased, erase_try),
-    )
-    for function in inner:
-        register_jitable(function)
-    outer = (crop_box, flip, operation, jitter, erase_box, erase_noise, mix, philox.philox)
-    return SimpleNamespace(**{function.__name__: numba.njit(function, nogil=True) for function in outer})
+    return np.clip(center - (side >> 1), 0, size), np.clip(center + ((side + 1) >> 1), 0, size)

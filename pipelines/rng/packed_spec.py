@@ -8,7 +8,6 @@ import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.rng import distributions, philox
-from pipelines.rng.philox import Ints
 from pipelines.rng.policies import AUTOAUGMENT, OPERATIONS
 from pipelines.spec import AugmentSpec
 
@@ -19,7 +18,7 @@ UNIT = 1 << 16
 
 
 class PackedSpec(NamedTuple):
-    """An `AugmentSpec` as integers, the only form in which draws see it; numba takes it as an argument."""
+    """An `AugmentSpec` as integers, the only form in which draws see it."""
 
     key0: int
     key1: int
@@ -51,13 +50,13 @@ class PackedSpec(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The tables that draws look up, int64: numpy arrays; torch tensors do as well, where a draw runs on those."""
+    """The tables that draws look up: int64 numpy arrays."""
 
-    exp2: Ints  # [257]
-    normal: Ints  # [4097]
-    mixup: Ints  # [4097]
-    cutmix: Ints  # [4097]
-    policy: Ints  # [25 * 2 * 3]: AutoAugment's operation, threshold of its probability and magnitude in Q16
+    exp2: np.ndarray  # [257]
+    normal: np.ndarray  # [4097]
+    mixup: np.ndarray  # [4097]
+    cutmix: np.ndarray  # [4097]
+    policy: np.ndarray  # [25 * 2 * 3]: AutoAugment's operation, threshold of its probability and magnitude in Q16
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Philox4x32-10, the same bits in numpy, numba and torch, and what turns its words into decisions.
+"""Philox4x32-10, the same bits in numpy and torch, and what turns its words into decisions.
 
 Randomness here is a function, not a state. Every draw of deitfast is
 
@@ -21,10 +21,10 @@ is the augmentation seed, low word first. The stream says what is drawn, and wha
 | JITTER | sample, view | 0: order, brightness, contrast, saturation |
 
 The functions below use nothing but Python's operators on integers. So one source runs on numpy int64 arrays, on torch
-int64 tensors of any device, compiled by numba on int64 scalars (`pipelines.rng.draws.compiled`), and on plain Python
-integers. Three traps are avoided: a product of two words wraps modulo 2^64 in int64, which harms neither half;
-torch's and numpy's >> is arithmetic, hence the mask after it; uint64 is never used, as numpy and numba turn its
-mixtures with int64 into float64. numpy scalars (np.int64) warn where they wrap: pass arrays.
+int64 tensors of any device (erasing's noise), and on plain Python integers. Three traps are avoided: a product of two
+words wraps modulo 2^64 in int64, which harms neither half; torch's and numpy's >> is arithmetic, hence the mask after
+it; uint64 is never used, as numpy turns its mixtures with int64 into float64. numpy scalars (np.int64) warn where they
+wrap: pass arrays.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; constants and known
 answers from Random123. numpy's own Philox is 4x64, another generator.
@@ -33,7 +33,7 @@ answers from Random123. numpy's own Philox is 4x64, another generator.
 from typing import Any
 
 Ints = Any
-"""int64: a numpy array, a torch tensor, a scalar inside numba, or a Python integer."""
+"""int64: a numpy array, a torch tensor, or a Python integer."""
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
