@@ -5,13 +5,26 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""Every spec refuses unknown keys by name; the text under a field is its documentation."""
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+"""Every spec refuses unknown keys by name and numbers that are not finite; the text under a field documents it."""
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"must be two numbers in rising order, found {pair[0]:g}, {pair[1]:g}")
+    return pair
+
 
 Probability = float
+AreaShare = Annotated[float, Field(gt=0, le=1)]
+AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
+Areas = Annotated[tuple[AreaShare, AreaShare], AfterValidator(_rising)]
+Ratios = Annotated[tuple[AspectRatio, AspectRatio], AfterValidator(_rising)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(ge=1e-3, le=1)]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -70,11 +83,11 @@ class AugmentSpec:
     """Side of the model's square input in pixels."""
     crop: Literal["resized", "padded"] = "resized"
     """resized: random resized crop; padded: random crop of the zero-padded image (DeiT's rule at 32 px or less)."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Areas = (0.08, 1.0)
     """Area of a random resized crop as a share of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Ratios = (3 / 4, 4 / 3)
     """Width over height of a random resized crop, drawn log-uniformly."""
-    padding: int = Field(default=4, ge=0)
+    padding: int = Field(default=4, ge=0, le=1024)
     """Black pixels around the image for crop = padded."""
     flip: Probability = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
@@ -82,7 +95,7 @@ class AugmentSpec:
     """Operations after the flip: timm's rand-m9-mstd0.5-inc1, AutoAugment's policy for ImageNet, or none."""
     magnitude: float = Field(default=9.0, ge=0, le=10)
     """RandAugment's mean magnitude."""
-    magnitude_std: float = Field(default=0.5, ge=0)
+    magnitude_std: float = Field(default=0.5, ge=0, le=10)
     """Standard deviation of the magnitude."""
     operation_probability: Probability = Field(default=0.5, ge=0, le=1)
     """Probability that each of RandAugment's two drawn operations is applied."""
@@ -90,27 +103,27 @@ class AugmentSpec:
     """Brightness, contrast, saturation in random order, each blended by U(1 - j, 1 + j); with policy = none only."""
     erasing: Probability = Field(default=0.25, ge=0, le=1)
     """Probability of random erasing."""
-    erasing_area: tuple[float, float] = (0.02, 1 / 3)
+    erasing_area: Areas = (0.02, 1 / 3)
     """Area of the erased box as a share of the input's."""
-    erasing_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    erasing_ratio: Ratios = (0.3, 1 / 0.3)
     """Height over width of the erased box, drawn log-uniformly."""
-    mixup: float = Field(default=0.8, ge=0)
+    mixup: float = Field(default=0.8, ge=0, le=1000)
     """MixUp's Beta parameter; 0 switches MixUp off."""
-    cutmix: float = Field(default=1.0, ge=0)
+    cutmix: float = Field(default=1.0, ge=0, le=1000)
     """CutMix's Beta parameter; 0 switches CutMix off."""
     mix_probability: Probability = Field(default=1.0, ge=0, le=1)
     """Probability that a group is mixed at all."""
     mix_switch: Probability = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix where both are on."""
-    mix_group: int = Field(default=64, ge=2, multiple_of=2)
+    mix_group: int = Field(default=64, ge=2, le=65_536, multiple_of=2)
     """Views that share one mode, lambda and box, and are mixed with each other (DeiT's batch per GPU)."""
     repeats: int = Field(default=3, ge=1, le=16)
     """Views of an image in one epoch (repeated augmentation); an epoch then visits 1/repeats of the images."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Mean of the normalization, in [0, 1]."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    std: tuple[Std, Std, Std] = IMAGENET_STD
     """Standard deviation of the normalization, in [0, 1]."""
-    eval_crop: float = Field(default=0.875, gt=0, le=1)
+    eval_crop: float = Field(default=0.875, ge=0.01, le=1)
     """Evaluation resizes the short side to int(size / eval_crop) and takes the center; unused with crop = padded."""
     eval_resize: Literal["shorter", "squash"] = "shorter"
     """shorter: evaluation resizes the short side and keeps the aspect ratio; squash: both sides, whatever the ratio."""
@@ -118,16 +131,6 @@ class AugmentSpec:
     """Antialiased filter of that resize (the ffcv loader has its own). Training always uses bicubic."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every augmentation draw; apart from the seed of the initialization."""
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> "AugmentSpec":
-        for name in ("scale", "ratio", "erasing_area", "erasing_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be two positive numbers in rising order, found {low}, {high}")
-        if self.scale[1] > 1 or self.erasing_area[1] > 1:
-            raise ValueError("scale and erasing_area are shares of the image's area and end at 1")
-        return self
 
 
 Kernels = Literal["auto", "on", "off"]

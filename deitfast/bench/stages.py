@@ -106,7 +106,9 @@ class Workbench:
 
     def changed(self, settings: list[str], dataset: Dataset | None = None) -> "Workbench":
         """Return a bench with other settings or data, with this one's learner where the loader alone differs."""
-        other = Workbench(dataset or self.dataset, recipes.override(self.recipe, settings), self.runtime)
+        other = Workbench(
+            dataset or self.dataset, recipes.override(self.recipe, recipes.parse_settings(settings)), self.runtime
+        )
         same = replace(other.recipe, loader=self.recipe.loader) == self.recipe
         if same and other.dataset.spec.classes == self.dataset.spec.classes:
             other.learner, other.targets = self.learner, self.targets

@@ -110,13 +110,13 @@ class EvalOptions:
         """Return the recipe's section that says in which precision the network computes."""
         if self.run:
             return RunFolder(self.run).recipe().train
-        return recipes.override(Recipe(), list(self.settings)).train
+        return recipes.override(Recipe(), recipes.parse_settings(self.settings)).train
 
     def load(self, device: torch.device) -> TrainedModel:
         """Return the network to evaluate."""
         if self.weights:
             arch = recipes.check_arch(self.arch) if self.arch else None
-            return load_file(self.weights, arch, self.settings, device, ema=self.ema)
+            return load_file(self.weights, arch, recipes.parse_settings(self.settings), device, ema=self.ema)
         return load_run(self.run or Path(), device, ema=self.ema)
 
     def data_folder(self) -> Path:
@@ -128,7 +128,7 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
     """Evaluate a run's network, or one in a file, and print its metrics; write them to `json_file` as well."""
     with start(options.precision(), device) as runtime:
         trained, folder = options.load(runtime.device), options.data_folder()
-        recipe = recipes.override(trained.recipe, [f"loader.name={options.loader}"])
+        recipe = recipes.override(trained.recipe, {"loader.name": options.loader})
         owner = str(options.run or options.weights)
         with closing(Dataset.open(folder)) as dataset:
             classes = dataset.spec.classes
@@ -138,7 +138,7 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
             name, heads, labels = _predict(trained, dataset, options.split, recipe, runtime, display)
             checked = None
             if options.check:
-                slow = recipes.override(recipe, ["loader.name=reference"])
+                slow = recipes.override(recipe, {"loader.name": "reference"})
                 _, others, _ = _predict(trained, dataset, options.split, slow, runtime, display)
                 checked = agreement(heads, others, labels)
     if not runtime.is_main_process:
@@ -209,8 +209,8 @@ class BenchOptions:
     def recipe(self, dataset: Dataset) -> Recipe:
         """Return the recipe whose stages are measured."""
         recipe = recipes.choose(recipes.check_arch(self.arch), dataset.spec.name, typical_side(dataset))
-        given = [f"train.batch={self.batch}"] if self.batch else []
-        return recipes.override(recipe, [*given, *self.settings])
+        given = {"train.batch": self.batch} if self.batch else {}
+        return recipes.override(recipe, given | recipes.parse_settings(self.settings))
 
     def affordable(self, recipe: Recipe, wish: Wish) -> tuple[Recipe, Wish]:
         """Return a recipe whose steps a CPU takes in seconds, where no batch was asked for, and a wish that says so."""
@@ -218,7 +218,7 @@ class BenchOptions:
         if named or wish.part == "loader" or recipe.train.batch <= CPU_BATCH:
             return recipe, wish
         note = f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, which takes a CPU minutes"
-        return recipes.override(recipe, [f"train.batch={CPU_BATCH}"]), replace(wish, notes=(note,))
+        return recipes.override(recipe, {"train.batch": CPU_BATCH}), replace(wish, notes=(note,))
 
 
 def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, out: Console) -> None:

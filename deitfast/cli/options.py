@@ -91,7 +91,7 @@ def plan_training(options: TrainOptions, data: Path) -> TrainJob:
         log.info("--resume: there is no run in %s yet, starting one", options.out)
     recipe = _recipe(options, begun.recipe() if begun else None, name, side)
     if recipe.distill.mode != "none" and not recipe.distill.teacher and name == "demo":
-        recipe = recipes.override(recipe, [f"distill.teacher={DEMO_TEACHER.resolve()}"])
+        recipe = recipes.override(recipe, {"distill.teacher": str(DEMO_TEACHER.resolve())})
     _check_teacher(recipe, options, name, side)
     out = begun.path if begun else options.out or _free_folder(recipe, name)
     return TrainJob(recipe, data, out, options.resume, options.command, options.tensorboard)
@@ -119,7 +119,7 @@ def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> Teach
         if views % recipe.augment.repeats:
             found = f"augment.repeats {recipe.augment.repeats}: that many views of an image in an epoch"
             raise UserError(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
-        recipe = recipes.override(recipe, ["distill.targets=exact", "distill.views=0", f"train.epochs={views}"])
+        recipe = recipes.override(recipe, {"distill.targets": "exact", "distill.views": 0, "train.epochs": views})
     return TeachJob(recipe, data)
 
 
@@ -165,24 +165,24 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         recipe = recipe_of(told, arch) if told else recipes.choose(arch or "deit_ti", dataset, side)
         log.info("recipe %s (another: --recipe, see `deitfast recipes`)", recipe.name)
     if begun and source:
-        recipe = recipes.override(recipe, [f"model.token={begun.model.token}"])
+        recipe = recipes.override(recipe, {"model.token": begun.model.token})
     elif start and start.distilled and recipe.model.arch.startswith("deit_"):
-        recipe = recipes.override(recipe, ["model.token=on"])
+        recipe = recipes.override(recipe, {"model.token": "on"})
     named = {
         "model.arch": options.arch,
         "distill.mode": options.distill,
         "distill.teacher": _teacher_name(options.teacher) if options.teacher else None,
-        "distill.teacher_weights": options.teacher_weights.resolve() if options.teacher_weights else None,
+        "distill.teacher_weights": str(options.teacher_weights.resolve()) if options.teacher_weights else None,
         "distill.cache": _cache_name(options.cache) if options.cache else None,
-        "model.weights": options.weights.resolve() if options.weights else None,
-        "model.finetune": options.finetune.resolve() if options.finetune else None,
+        "model.weights": str(options.weights.resolve()) if options.weights else None,
+        "model.finetune": str(options.finetune.resolve()) if options.finetune else None,
         "train.epochs": options.epochs,
         "train.batch": options.batch,
-        "loader.skip_bad": "true" if options.skip_bad else None,
+        "loader.skip_bad": True if options.skip_bad else None,
         "train.fraction": options.fraction,
     }
-    given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    recipe = recipes.override(recipe, [*overrides(options.ablate), *given, *options.settings])
+    given = {key: value for key, value in named.items() if value is not None}
+    recipe = recipes.override(recipe, overrides(options.ablate) | given | recipes.parse_settings(options.settings))
     recipe = _with_targets(recipe, options)
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
         raise UserError(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
@@ -202,13 +202,13 @@ def _cache_name(cache: str) -> str:
 def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
     """Return the recipe with the targets that --per-image or --views ask for."""
     if options.per_image:
-        return recipes.override(recipe, ["distill.targets=per_image", "distill.views=0"])
+        return recipes.override(recipe, {"distill.targets": "per_image", "distill.views": 0})
     if not options.views:
         return recipe
-    exact = recipes.override(recipe, ["distill.targets=exact", "distill.views=0"])
+    exact = recipes.override(recipe, {"distill.targets": "exact", "distill.views": 0})
     if options.views >= exact.views:  # there is a view for every epoch
         return exact
-    return recipes.override(recipe, ["distill.targets=reused", f"distill.views={options.views}"])
+    return recipes.override(recipe, {"distill.targets": "reused", "distill.views": options.views})
 
 
 def _check_teacher(recipe: Recipe, options: TrainOptions, dataset: str, side: int) -> None:

@@ -45,7 +45,12 @@ def ablation_table() -> Table:
     table.add_column("note", overflow="fold")
     table.add_row("", "the recipe as it is", *map(str, BASE), "")
     for row in ABLATIONS:
-        table.add_row(row.name, "\n".join(row.settings), *map(str, row.paper), row.note)
+        table.add_row(
+            row.name,
+            "\n".join(f"{field}={value}" for field, value in row.changes.items()),
+            *map(str, row.paper),
+            row.note,
+        )
     return table
 
 

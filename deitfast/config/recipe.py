@@ -1,8 +1,12 @@
 """One frozen Recipe: everything that decides what a run learns. Load, override, dump, digest."""
 
+import re
 import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -24,7 +28,7 @@ class Recipe:
     """One tree of settings; nothing else decides what a run learns."""
 
     name: str = "custom"
-    """Name of the recipe, for people."""
+    """Name of the recipe, shown in reports and tables."""
     model: ModelSpec = Field(default_factory=ModelSpec)
     augment: AugmentSpec = Field(default_factory=AugmentSpec)
     distill: DistillSpec = Field(default_factory=DistillSpec)
@@ -35,36 +39,19 @@ class Recipe:
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> "Recipe":
-        transformer = self.model.arch.startswith(("deit_", "vit_"))
-        if transformer and self.augment.size % self.model.patch:
-            raise ValueError(f"augment.size {self.augment.size} is no multiple of model.patch {self.model.patch}")
-        mixed = self.augment.mixup or self.augment.cutmix
-        if mixed and self.train.batch % self.augment.mix_group:
-            raise ValueError(
-                f"train.batch {self.train.batch} is no multiple of augment.mix_group {self.augment.mix_group}; "
-                f"set augment.mix_group to an even divisor of the batch of one rank"
-            )
-        if self.train.batch % self.train.accumulate:
-            raise ValueError(
-                f"train.batch {self.train.batch} is no multiple of train.accumulate {self.train.accumulate}"
-            )
-        if self.train.compile == "graphs" and self.train.accumulate > 1:
-            raise ValueError("train.compile graphs keeps one gradient at a time; set train.accumulate to 1")
-        if self.model.weights and self.model.finetune:
-            raise ValueError("model.weights and model.finetune are two ways to start; set one of them")
-        if self.distill.mode != "none" and not transformer:
-            raise ValueError(f"distill.mode {self.distill.mode} needs a deit_* or vit_* model, found {self.model.arch}")
-        if self.distill.mode != "none" and self.distill.head == "distillation" and self.model.arch.startswith("vit_"):
-            raise ValueError(f"{self.model.arch} has no distillation token; set distill.head to class or take a deit_*")
-        if (self.distill.targets == "reused") != bool(self.distill.views):
-            raise ValueError('distill.views goes with distill.targets = "reused", and that with distill.views')
-        if self.distill.targets == "per_image" and self.distill.cache == "none":
-            raise ValueError('distill.targets = "per_image" needs a distill.cache')
-        if self.distill.views % self.augment.repeats:
-            raise ValueError(
-                f"distill.views {self.distill.views} is no multiple of augment.repeats {self.augment.repeats}"
-            )
+        if broken := [message.format(r=self) for holds, message in RULES if not holds(self)]:
+            raise ValueError("\n".join(broken))
         return self
+
+    @property
+    def transformer(self) -> bool:
+        """Whether the network is a deit_* or vit_*, not a CNN."""
+        return self.model.arch.startswith(("deit_", "vit_"))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether MixUp or CutMix is on."""
+        return bool(self.augment.mixup or self.augment.cutmix)
 
     @property
     def views(self) -> int:
@@ -84,6 +71,52 @@ class Recipe:
         """16 hex digits that name every value of the recipe."""
         return digest(self)
 
+
+RULES: tuple[tuple[Callable[[Recipe], object], str], ...] = (
+    (
+        lambda r: not r.transformer or r.augment.size % r.model.patch == 0,
+        "augment.size {r.augment.size} must be a multiple of model.patch {r.model.patch}",
+    ),
+    (
+        lambda r: not r.mixes or r.train.batch % r.augment.mix_group == 0,
+        "train.batch {r.train.batch} must be a multiple of augment.mix_group {r.augment.mix_group}",
+    ),
+    (
+        lambda r: r.train.batch % r.train.accumulate == 0,
+        "train.batch {r.train.batch} must be a multiple of train.accumulate {r.train.accumulate}",
+    ),
+    (
+        lambda r: r.train.compile != "graphs" or r.train.accumulate == 1,
+        'train.compile = "graphs" requires train.accumulate = 1, found {r.train.accumulate}',
+    ),
+    (
+        lambda r: not (r.model.weights and r.model.finetune),
+        "model.weights and model.finetune are mutually exclusive",
+    ),
+    (
+        lambda r: r.distill.mode == "none" or r.transformer,
+        'distill.mode = "{r.distill.mode}" requires a deit_* or vit_* model, found model.arch = "{r.model.arch}"',
+    ),
+    (
+        lambda r: r.distill.mode == "none" or r.distill.head == "class" or not r.model.arch.startswith("vit_"),
+        'model.arch = "{r.model.arch}" has no distillation token: set distill.head = "class" or use a deit_* model',
+    ),
+    (
+        lambda r: (r.distill.targets == "reused") == bool(r.distill.views),
+        'distill.views {r.distill.views} and distill.targets = "{r.distill.targets}" do not go together: '
+        '"reused" requires a number of views, the other kinds take none',
+    ),
+    (
+        lambda r: r.distill.targets != "per_image" or r.distill.cache != "none",
+        'distill.targets = "per_image" requires a teacher cache: distill.cache must not be "none"',
+    ),
+    (
+        lambda r: r.distill.views % r.augment.repeats == 0,
+        "distill.views {r.distill.views} must be a multiple of augment.repeats {r.augment.repeats}",
+    ),
+)
+"""What must hold between fields of different sections, with the message where it does not. A message gives the full
+name of every field that its rule reads."""
 
 _ADAPTER = TypeAdapter(Recipe)
 _BUILT_IN = resources.files("deitfast") / "config" / "recipes"
@@ -129,59 +162,133 @@ def _tree(name: str) -> tuple[dict[str, Any], str]:
     elif (path := Path(name)).is_file():
         file, origin = path, f"recipe {path}"
     else:
-        raise UserError(f"there is no recipe {name}", expected=f"a TOML file or one of: {', '.join(names())}")
+        close = get_close_matches(name, names(), n=1)
+        raise UserError(
+            f"recipe not found: {name}" + (f" (did you mean {close[0]}?)" if close else ""),
+            expected=f"a TOML file or one of: {', '.join(names())}",
+        )
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), origin
     except ValueError as error:  # TOML's and UTF-8's errors
         raise UserError(f"{origin} is not TOML", found=str(error)) from None
 
 
-def build(tree: dict[str, Any], origin: str) -> Recipe:
-    """Return the recipe of a tree of plain values; `origin` names it in errors.
+def build(tree: dict[str, Any], origin: str = "recipe", problems: Mapping[str, str] | None = None) -> Recipe:
+    """Return the recipe of a tree of plain values.
+
+    Args:
+        tree: values by section and field; a field that is left out has its default.
+        origin: what errors call the recipe.
+        problems: what is wrong already, by full name of the field, to be told with the rest.
 
     Raises:
-        UserError: an unknown key or a bad value, each with its full name.
+        UserError: unknown fields, bad values, fields that do not fit each other: all of them, each by its full name.
     """
-    try:
-        return _ADAPTER.validate_python(tree)
-    except ValidationError as error:
-        raise UserError(f"{origin} does not hold together:\n" + "\n".join(map(_explain, error.errors()))) from None
+    tree = deepcopy(tree)
+    problems = {**(problems or {}), **_take_out_bools(tree)}
+    while True:
+        try:
+            recipe = _ADAPTER.validate_python(tree)
+        except ValidationError as error:
+            found = error.errors()
+            if found[0]["loc"]:  # bad fields: take them out, and look at the rules between the others
+                for each in found:
+                    key, message = _explain(each)
+                    problems[key] = f"{problems[key]}, or{message.removeprefix(key)}" if key in problems else message
+                    _take_out(tree, each["loc"][:2])
+                continue
+            broken = found[0]["msg"].removeprefix("Value error, ").splitlines()
+            unsure = {key.partition("[")[0] for key in problems}
+            problems |= {line: line for line in broken if not unsure & set(re.findall(r"[a-z]+\.[a-z_]+", line))}
+        else:
+            if not problems:
+                return recipe
+        lines = list(problems.values())
+        raise UserError(
+            f"invalid {origin}:" + (f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {x}" for x in lines))
+        )
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "dataclass_exact_type"):
-        return f"  {key}: unknown key{_did_you_mean(key)}"
-    found = f", found {error['input']!r}" if key and error["type"] != "value_error" else ""
-    return f"  {key or 'recipe'}: {error['msg'].removeprefix('Value error, ')}{found}"
+def _take_out_bools(tree: dict[str, Any]) -> dict[str, str]:
+    """Take true and false out where a number or a text belongs, which pydantic would read as 1 and 0; say where."""
+    problems = {}
+    for key, value in _flat(tree).items():
+        if isinstance(value, bool) and not isinstance(_defaults().get(key, True), bool):
+            problems[key] = f"{key} must not be {str(value).lower()}"
+            _take_out(tree, key.split("."))
+    return problems
 
 
-def _did_you_mean(key: str) -> str:
-    close = get_close_matches(key, flatten(Recipe()), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _take_out(tree: dict[str, Any], path: Iterable[str | int]) -> None:
+    *section, name = path
+    (tree.get(section[0], {}) if section else tree).pop(name, None)
 
 
-def override(recipe: Recipe, settings: list[str]) -> Recipe:
-    """Return the recipe with `settings` of the form `a.b=value` in place; values are TOML, or else plain text.
+def _explain(error: Any) -> tuple[str, str]:
+    """Return the full name of the field that pydantic found wrong, as section.field or section.field[i], and why."""
+    section_field, index = error["loc"][:2], [part for part in error["loc"][2:] if isinstance(part, int)]
+    key = ".".join(map(str, section_field)) + "".join(f"[{number}]" for number in index)
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            names = [f"{key}.{name}" for name in error["input"]] if isinstance(error["input"], dict) else [key]
+            close = get_close_matches(names[0], _defaults(), n=1)
+            return key, f"unknown field {', '.join(names)}" + (f" (did you mean {close[0]}?)" if close else "")
+        case "dataclass_type":
+            return key, f"{key} is a section{_example(key)}"
+        case "missing":
+            return key, f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ").partition(", unable")[0].replace("Input should be", "must be")
+    message = (
+        message.replace("a valid tuple", "a list in [brackets]")
+        .replace("a valid integer", "an integer")
+        .replace("a valid", "a")
+    )
+    return key, f"{key} {message}" + ("" if error["type"] == "value_error" else f", found {error['input']!r}")
+
+
+def _example(section: str) -> str:
+    field = next((name for name in _defaults() if name.startswith(f"{section}.")), "")
+    return f"; set one of its fields, such as {field}" if field else ""
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Return the recipe with other values of some fields.
+
+    Args:
+        recipe: the recipe to start from.
+        changes: value by full name, {"train.epochs": 100, ...}.
+        origin: what errors call the result.
 
     Raises:
-        UserError: no `=` in a setting, an unknown key, a bad value, or fields that do not fit each other.
+        UserError: unknown fields, bad values, fields that do not fit each other: all of them, each by its full name.
     """
-    tree = asdict(recipe)
+    tree, problems = asdict(recipe), {}
+    for key, value in changes.items():
+        section, _, field = key.rpartition(".")
+        branch = tree.setdefault(section, {}) if section else tree
+        if isinstance(branch.get(field), dict):
+            problems[key] = f"{key} is a section{_example(key)}"
+        else:
+            branch[field] = value
+    return build(tree, origin, problems)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Return the fields that `--set section.field=value` set, by full name.
+
+    A value is what TOML reads in it, or else plain text; a field that holds text takes it as it stands.
+
+    Raises:
+        UserError: no `=` in a setting.
+    """
+    found = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        path = key.strip().split(".")
-        if not equals:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not key:
             raise UserError(f"--set {setting} has no value", expected="--set section.field=value")
-        branch = tree
-        for part in path[:-1]:
-            branch = branch.get(part)
-            if not isinstance(branch, dict):
-                raise UserError(f"--set {setting}: unknown key {key}{_did_you_mean(key)}")
-        if isinstance(branch.get(path[-1]), dict):
-            raise UserError(f"--set {setting}: {key} is a section", expected=f"one of its fields, as {key}.field=value")
-        branch[path[-1]] = _value(value.strip())
-    return build(tree, f"--set {' --set '.join(settings)}")
+        value = _value(text)
+        found[key] = value if isinstance(value, str) or not isinstance(_defaults().get(key), str) else text
+    return found
 
 
 def _value(text: str) -> Any:
@@ -198,14 +305,21 @@ def dump(recipe: Recipe) -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Return every field of the recipe under its full name: {"augment.size": 224, ...}."""
+    return _flat({field.name: getattr(recipe, field.name) for field in fields(recipe)})
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
+    for key, value in tree.items():
         if is_dataclass(value):
-            flat |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in fields(value)}
-        else:
-            flat[field.name] = value
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    return flatten(Recipe())
 
 
 def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -215,13 +329,17 @@ def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def check_arch(name: str) -> Arch:
-    """Return `name` if a network is called so.
+    """Return `name`.
 
     Raises:
-        UserError: none is.
+        UserError: it is not the name of an architecture.
     """
     if name not in get_args(Arch):
-        raise UserError(f"there is no network called {name}", expected=f"one of: {', '.join(get_args(Arch))}")
+        close = get_close_matches(name, get_args(Arch), n=1)
+        raise UserError(
+            f"unknown architecture {name}" + (f" (did you mean {close[0]}?)" if close else ""),
+            expected=f"one of: {', '.join(get_args(Arch))}",
+        )
     return cast(Arch, name)
 
 
@@ -240,4 +358,4 @@ def choose(arch: Arch, dataset: str, side: int) -> Recipe:
     kind = "demo" if dataset == "demo" else "cifar10" if side <= 64 else "imagenet"
     family = "deit_ti" if arch.startswith(("deit_", "vit_")) else "resnet18"
     recipe = load(exact if exact in names() else f"{family}_{kind}")
-    return override(recipe, [f"model.arch={arch}"])
+    return override(recipe, {"model.arch": arch})

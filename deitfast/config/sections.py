@@ -1,6 +1,6 @@
 """The sections of a recipe: every setting of network, distillation, optimizer, schedule and training."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,6 +11,9 @@ Arch = Literal[
     "deit_ti", "deit_s", "deit_b", "vit_ti", "vit_s", "vit_b",
     "resnet18", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
 ]  # fmt: skip
+MOST_EPOCHS, MOST_IMAGES = 100_000, 1 << 20
+"""Bounds of what is counted in epochs and of what is counted in images of a batch."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,7 +24,7 @@ class ModelSpec:
     """deit_* may carry a distillation token, vit_* have a class token only; the rest are torchvision's CNNs."""
     token: Literal["auto", "on", "off"] = "auto"
     """Distillation token beside the class token; auto: on where `distill` uses one (deit_* only)."""
-    patch: int = Field(default=16, ge=1)
+    patch: int = Field(default=16, ge=1, le=4096)
     """Side of a patch in pixels (transformers only)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the last block, rising linearly from 0 at the first (transformers only)."""
@@ -49,15 +52,15 @@ class DistillSpec:
     targets: Literal["exact", "reused", "per_image"] = "exact"
     """exact: the teacher sees each view (DeiT); reused: `views` views, again and again; per_image: the teacher sees
     each image once, whole and unmixed, and its answers are mixed like labels (not DeiT)."""
-    views: int = Field(default=0, ge=0)
+    views: int = Field(default=0, ge=0, le=MOST_EPOCHS)
     """Views of each image that `targets = "reused"` goes round; a multiple of `augment.repeats`."""
-    top_k: int = Field(default=10, ge=1)
+    top_k: int = Field(default=10, ge=1, le=65_536)
     """Logits that a cache keeps of each soft target (at most all classes); of the others it knows their total."""
     top_dtype: Literal["float16", "float32"] = "float16"
     """How it keeps them."""
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Weight of the distillation term; the base loss has 1 - alpha."""
-    tau: float = Field(default=3.0, gt=0)
+    tau: float = Field(default=3.0, ge=1e-3, le=1e3)
     """Temperature of soft distillation."""
     head: Literal["distillation", "class"] = "distillation"
     """Head that the distillation term is applied to; class: the class token learns from label and teacher alike."""
@@ -71,21 +74,21 @@ class OptimSpec:
 
     name: Literal["adamw", "sgd"] = "adamw"
     """adamw (fused where the device has it) or sgd with Nesterov momentum."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate for a global batch of `lr_batch`; scaled linearly to the run's own."""
-    lr_batch: int = Field(default=512, ge=0)
+    lr_batch: int = Field(default=512, ge=0, le=MOST_IMAGES)
     """Global batch that `lr` is meant for; 0: `lr` is not scaled."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
     """Not applied to 1-D parameters, biases, positions and tokens."""
     decay_dist_token: bool = False
     """Decay the distillation token as the reference does; today's timm does not."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moments."""
-    eps: float = 1e-8
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """AdamW's epsilon."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's momentum."""
-    clip: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=0.0, ge=0, le=1e6)
     """Largest norm of the gradient; 0: no clipping."""
 
 
@@ -95,11 +98,11 @@ class ScheduleSpec:
 
     shape: Literal["cosine", "constant"] = "cosine"
     """What follows warm-up: half a cosine from the peak to `min_lr`, or the peak (the paper's fine-tuning)."""
-    warmup_epochs: float = Field(default=5.0, ge=0)
+    warmup_epochs: float = Field(default=5.0, ge=0, le=MOST_EPOCHS)
     """Epochs of warm-up, inside the run's epochs."""
-    warmup_lr: float = Field(default=1e-6, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0, le=100)
     """Learning rate at the first step; not scaled by the batch."""
-    min_lr: float = Field(default=1e-5, ge=0)
+    min_lr: float = Field(default=1e-5, ge=0, le=100)
     """Learning rate at the end of a cosine; not scaled by the batch."""
     per: Literal["step", "epoch"] = "step"
     """step: a new rate every step; epoch: the reference's, which runs epochs 0 and 1 at warmup_lr."""
@@ -109,11 +112,11 @@ class ScheduleSpec:
 class TrainSpec:
     """How long, how much at once, and in which precision."""
 
-    epochs: int = Field(default=300, ge=1)
+    epochs: int = Field(default=300, ge=1, le=MOST_EPOCHS)
     """Epochs of the run."""
-    batch: int = Field(default=1024, ge=1)
+    batch: int = Field(default=1024, ge=1, le=MOST_IMAGES)
     """Global batch in views, over all ranks and accumulation steps."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=MOST_IMAGES)
     """Parts that each rank's batch is cut into; gradients are summed over them."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the base loss."""
@@ -130,7 +133,7 @@ class TrainSpec:
     """Decay of the averaged weights, evaluated beside the plain ones; 0: none."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the training images used, the same share of every class."""
-    evaluate_every: int = Field(default=1, ge=1)
+    evaluate_every: int = Field(default=1, ge=1, le=MOST_EPOCHS)
     """Epochs between evaluations; the last epoch is always evaluated."""
-    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    checkpoint_minutes: float = Field(default=10.0, ge=0, le=1e6)
     """Minutes between checkpoints inside an epoch; every epoch ends with one. 0: a checkpoint every step."""

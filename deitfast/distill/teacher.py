@@ -84,7 +84,7 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> LoadedTeacher:
         expected = "a run's folder, a file of weights, or a network of torchvision's (regnet_y_16gf, resnet50, ...)"
         problem = f"there is no run in {name}, and no teacher of that name" if name else "no teacher is named"
         raise UserError(problem, expected=expected)
-    trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, (), cpu)
+    trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, {}, cpu)
     own = trained.recipe.augment
     names = trained.classes or _names(f"teacher {name}", trained.outputs)
     chosen = outputs_of(f"teacher {name}", names, classes)

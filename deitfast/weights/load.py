@@ -1,7 +1,9 @@
 """A trained model, read back from its run's folder or from a file of weights: to evaluate, to teach, to export."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def load_run(folder: Path, device: torch.device, *, ema: bool = False) -> Traine
 
 
 def load_file(
-    path: Path, arch: Arch | None, settings: tuple[str, ...], device: torch.device, *, ema: bool = False
+    path: Path, arch: Arch | None, changes: Mapping[str, Any], device: torch.device, *, ema: bool = False
 ) -> TrainedModel:
     """Return the model that a file of weights holds.
 
@@ -69,16 +71,16 @@ def load_file(
     Args:
         path: what `read_weights` reads.
         arch: the network; None: as its width tells it (transformers only).
-        settings: `section.field=value`, the last word on how images are fed to it.
+        changes: fields of the recipe by full name, the last word on how images are fed to it.
         device: where the model goes.
         ema: take the averaged weights.
 
     Raises:
-        UserError: the file cannot be read, is of another network than `arch`, or a setting changes the network.
+        UserError: the file cannot be read, is of another network than `arch`, or a change is one of the network.
     """
     weights = read_weights(path, ema=ema)
     recipe = recipe_of(weights, arch)
-    fed = recipes.override(recipe, list(settings))
+    fed = recipes.override(recipe, changes)
     if (fed.model, fed.augment.size) != (recipe.model, recipe.augment.size) and weights.transformer:
         raise UserError(
             "--set changes the network that the file holds", expected="settings of augment, train and loader"
@@ -103,7 +105,7 @@ def recipe_of(weights: Weights, arch: Arch | None) -> Recipe:
     told = {f"augment.{name}": value for name, value in weights.input.items()}
     if not weights.transformer:
         recipe = recipes.choose(network, "", weights.input.get("size", IMAGENET_SIDE))
-        return recipes.override(recipe, [_setting(name, value) for name, value in told.items()])
+        return recipes.override(recipe, told)
     if weights.arch is None or network.partition("_")[2] != weights.arch.partition("_")[2]:
         width = weights.tensors["pos_embed"].shape[-1]
         raise UserError(f"{weights.path} is no {network}", found=f"{weights.arch or 'a transformer'}, of width {width}")
@@ -115,8 +117,4 @@ def recipe_of(weights: Weights, arch: Arch | None) -> Recipe:
         "augment.size": weights.size,
     }
     recipe = recipes.choose(network, "", weights.size)
-    return recipes.override(recipe, [_setting(name, value) for name, value in fields.items()])
-
-
-def _setting(name: str, value: object) -> str:
-    return f"{name}={list(value) if isinstance(value, tuple) else value}"
+    return recipes.override(recipe, fields)

@@ -16,7 +16,7 @@ def fake(
 ) -> Path:
     """Write a run's folder as training would, without training: two epochs, one head, `top1` at the end."""
     folder.mkdir(parents=True)
-    recipe = recipes.override(Recipe(), ["model.arch=vit_ti", "train.epochs=2", *settings])
+    recipe = recipes.override(Recipe(), recipes.parse_settings(["model.arch=vit_ti", "train.epochs=2", *settings]))
     (folder / "recipe.toml").write_text(recipes.dump(recipe))
     about = {"data": "nowhere", "dataset": data, "fingerprint": data, "classes": classes, "command": [], "start": {}}
     (folder / "run.json").write_text(json.dumps(about))

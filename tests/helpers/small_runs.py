@@ -29,7 +29,7 @@ def tiny_recipe(*settings: str, base: str = "deit_ti_cifar10") -> Recipe:
         "augment.mix_group=8",
         "train.checkpoint_minutes=0",
     ]
-    return recipes.override(recipes.load(base), [*patch, *small, *settings])
+    return recipes.override(recipes.load(base), recipes.parse_settings([*patch, *small, *settings]))
 
 
 def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:

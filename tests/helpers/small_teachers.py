@@ -62,7 +62,7 @@ def distilled(*settings: str, mode: str = "hard") -> Recipe:
 
 def with_cache(recipe: Recipe, folder: Path, *settings: str) -> Recipe:
     """The same recipe with its targets in a cache."""
-    return recipes.override(recipe, [f"distill.cache={folder}", *settings])
+    return recipes.override(recipe, {"distill.cache": str(folder), **recipes.parse_settings(settings)})
 
 
 def taught(data: Path, out: Path, recipe: Recipe) -> TeacherCache:

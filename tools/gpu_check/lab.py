@@ -108,7 +108,9 @@ class Lab:
     def recipe(self) -> Recipe:
         """DeiT-Ti at 224 px, hard-distilled from a full cache; the dali loader also where `auto` would take another."""
         dali = ["loader.name=dali"] if not why_not("dali") else []
-        return recipes.override(recipes.load("deit_ti_imagenet"), [*BASE, *self.scale.photos, *dali])
+        return recipes.override(
+            recipes.load("deit_ti_imagenet"), recipes.parse_settings([*BASE, *self.scale.photos, *dali])
+        )
 
     @cached_property
     def bench(self) -> Workbench:
@@ -123,7 +125,9 @@ class Lab:
     @contextmanager
     def small_bench(self, *settings: str) -> Iterator[Workbench]:
         """Open DeiT-Ti at 32 px, hard-distilled from a full cache, on the small images, with all that it compiles."""
-        recipe = recipes.override(recipes.load("deit_ti_cifar10"), [*BASE, *self.scale.small, *settings])
+        recipe = recipes.override(
+            recipes.load("deit_ti_cifar10"), recipes.parse_settings([*BASE, *self.scale.small, *settings])
+        )
         with fresh(), closing(Workbench(self.small, recipe, self.runtime.with_precision(recipe.train))) as bench:
             yield bench
 

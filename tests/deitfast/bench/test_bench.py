@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_is_refused(tiny_dataset: Path) -> None:
 def test_flops_are_those_of_the_formula(arch: str, width: int, heads: int) -> None:
     chosen = recipes.choose(recipes.check_arch(arch), "imagenet", 400)
     if heads == 2:
-        chosen = recipes.override(chosen, ["model.token=on"])
+        chosen = recipes.override(chosen, {"model.token": "on"})
     tokens, prefix, depth, classes = 196 + heads, heads, 12, 1000
     attention = 2 * 2 * tokens * tokens * width
     block = 2 * tokens * width * width * (3 + 1 + 8) + attention

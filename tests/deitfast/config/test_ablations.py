@@ -49,6 +49,6 @@ def test_the_table_is_the_papers() -> None:
 def test_rows_add_up_and_unknown_ones_are_refused() -> None:
     both = recipes.override(BASE_RECIPE, overrides(("no-mixup", "no-erasing")))
     assert (both.augment.mixup, both.augment.erasing) == (0, 0)
-    with pytest.raises(UserError, match="there is no ablation no-mixing") as caught:
+    with pytest.raises(UserError, match="unknown ablation no-mixing") as caught:
         overrides(("no-mixing",))
     assert all(name in caught.value.expected for name in names())

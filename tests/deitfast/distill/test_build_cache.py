@@ -104,7 +104,7 @@ def test_fifty_steps_have_the_same_losses_in_the_loop_and_from_the_cache(
 ) -> None:
     recipe = distilled("train.epochs=10", "distill.top_k=10", "distill.top_dtype=float32", mode=mode)
     for name, settings in {"loop": [], "through": [f"distill.cache={tmp_path / 'cache'}"]}.items():
-        run(tiny_small, tmp_path / name, recipes.override(recipe, settings))
+        run(tiny_small, tmp_path / name, recipes.override(recipe, recipes.parse_settings(settings)))
     run(tiny_small, tmp_path / "full", with_cache(recipe, tmp_path / "cache"))
     curves = [[row["distill"] for row in RunFolder(tmp_path / name).metrics()] for name in ("loop", "through", "full")]
     assert len(curves[0]) == 10
@@ -143,7 +143,7 @@ def test_a_run_of_fewer_views_completes_the_cache_of_a_longer_one(
     tiny_small: Path, tmp_path: Path, judged, fewer: list[str]
 ) -> None:
     longer = distilled("train.epochs=5")
-    shorter = recipes.override(longer, fewer)
+    shorter = recipes.override(longer, recipes.parse_settings(fewer))
     taught(tiny_small, tmp_path / "whole", longer)
     opened(tiny_small, tmp_path / "begun", longer)
     run(tiny_small, tmp_path / "run", with_cache(shorter, tmp_path / "begun"))

@@ -36,7 +36,7 @@ def test_another_value_of_any_field_that_makes_a_view_is_refused(tiny_small: Pat
     value = OTHER.get(field, 0.4)
     assert value != getattr(recipe.augment, field)
     with pytest.raises(UserError, match=rf"another .*augment\.{field}") as caught:
-        opened(tiny_small, tmp_path / "cache", recipes.override(recipe, [f"augment.{field}={value}"]))
+        opened(tiny_small, tmp_path / "cache", recipes.override(recipe, {f"augment.{field}": value}))
     assert f"augment.{field} {value!r}" in str(caught.value.expected)
 
 

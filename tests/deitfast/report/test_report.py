@@ -82,7 +82,7 @@ def test_figures_share_no_ids_that_differ(trained: Path) -> None:
 def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     tiny_small: Path, trained: Path, tmp_path: Path, monkeypatch, settings: tuple[str, ...]
 ) -> None:
-    recipe = recipes.override(read_recipe(trained), ["train.batch=64", *settings])
+    recipe = recipes.override(read_recipe(trained), recipes.parse_settings(["train.batch=64", *settings]))
     with closing(Dataset.open(tiny_small)) as dataset:
         with closing(open_training(dataset, recipe, CPU)) as loader:
             whole = augment(next(loader.epoch(0)), recipe.augment, dtype=torch.float32, train=True)
@@ -104,8 +104,8 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     assert answers == ["abcdefghij"[label] for label in labels.tolist()]
     assert note == ""
     if recipe.augment.repeats == 1:  # from a cache, of a teacher who is gone
-        taught(tiny_small, tmp_path / "cache", recipes.override(recipe, ["train.epochs=1"]))
-        alone = recipes.override(recipe, ["distill.teacher=", f"distill.cache={tmp_path / 'cache'}"])
+        taught(tiny_small, tmp_path / "cache", recipes.override(recipe, {"train.epochs": 1}))
+        alone = recipes.override(recipe, {"distill.teacher": "", "distill.cache": str(tmp_path / "cache")})
         assert samples._teachers_answers(alone, tuple("abcdefghij"), few, shown) == (answers, "")
 
 
@@ -114,7 +114,9 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def test_pictures_are_the_pixels_before_normalization(tiny_small: Path, trained: Path) -> None:
-    recipe = recipes.override(read_recipe(trained), ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.erasing=0.0"])
+    recipe = recipes.override(
+        read_recipe(trained), {"augment.mixup": 0.0, "augment.cutmix": 0.0, "augment.erasing": 0.0}
+    )
     spec = replace(recipe.augment, policy="none", color_jitter=0.0, flip=0.0, padding=0)
     with closing(Dataset.open(tiny_small)) as dataset:
         inputs, shown = samples.first_inputs(dataset, replace(recipe, augment=spec))

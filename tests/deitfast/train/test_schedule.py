@@ -76,7 +76,7 @@ def test_rates_stay_between_their_bounds(epochs, steps, warmup, data):
 @pytest.mark.parametrize("per", ["step", "epoch"])
 def test_a_constant_rate_is_the_references_fine_tuning(per):
     """The reference's command for 384 px has --lr 5e-6 --min-lr 5e-6, which makes its cosine flat."""
-    recipe = recipes.override(recipes.load("deit_b_384_finetune"), [f"schedule.per={per}"])
+    recipe = recipes.override(recipes.load("deit_b_384_finetune"), {"schedule.per": per})
     peak = peak_lr(recipe.optim, recipe.train.batch)
     flat = ScheduleSpec(min_lr=peak, per=per)
     rates = [learning_rate(recipe.schedule, peak, 30, 100, epoch, 50) for epoch in range(30)]

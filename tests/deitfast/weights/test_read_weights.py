@@ -34,7 +34,7 @@ def deit(size=32, patch=8, classes=7, distilled=False, arch="deit_ti"):
 
 def assert_logits(file: Path, expected: torch.Tensor, arch=None) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(joint(load_file(file, arch, (), CPU).model(PIXELS)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(joint(load_file(file, arch, {}, CPU).model(PIXELS)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -61,7 +61,7 @@ def test_official_and_timm_files_give_their_networks_logits(tmp_path: Path, layo
             halves = {name: value.half() for name, value in state.items()}
             save_file(halves, file := tmp_path / "model.safetensors")
             theirs.load_state_dict(halves)
-    trained = load_file(file, "deit_ti", (), CPU)
+    trained = load_file(file, "deit_ti", {}, CPU)
     assert (trained.recipe.augment.size, trained.recipe.model.patch, trained.outputs) == (32, 8, 7)
     assert trained.recipe.distilled == distilled
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_torchvisions_files_give_their_networks_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_logits(tmp_path / "resnet18.pth", theirs(PIXELS), "resnet18")
     with pytest.raises(UserError, match="does not tell which network"):
-        load_file(tmp_path / "resnet18.pth", None, (), CPU)
+        load_file(tmp_path / "resnet18.pth", None, {}, CPU)
 
 
 def without(state: dict, *names: str) -> dict:
@@ -149,7 +149,7 @@ def without(state: dict, *names: str) -> dict:
 def test_files_of_other_networks_are_refused_by_name(tmp_path: Path, change, says: str) -> None:
     torch.save({"model": change(timm_model().state_dict())}, tmp_path / "weights.pth")
     with pytest.raises(UserError) as caught:
-        load_file(tmp_path / "weights.pth", "deit_ti", (), CPU)
+        load_file(tmp_path / "weights.pth", "deit_ti", {}, CPU)
     assert says in str(caught.value)
     assert "weights.pth" in str(caught.value) or "square" in says
 
@@ -157,14 +157,14 @@ def test_files_of_other_networks_are_refused_by_name(tmp_path: Path, change, say
 def test_other_networks_names_settings_and_sizes_are_refused(tmp_path: Path) -> None:
     torch.save({"model": timm_model(distilled=True).state_dict()}, file := tmp_path / "weights.pth")
     with pytest.raises(UserError, match="is no deit_s"):
-        load_file(file, "deit_s", (), CPU)
+        load_file(file, "deit_s", {}, CPU)
     with pytest.raises(UserError, match="no distillation token"):
-        load_file(file, "vit_ti", (), CPU)
+        load_file(file, "vit_ti", {}, CPU)
     with pytest.raises(UserError, match="--set changes the network"):
-        load_file(file, None, ("augment.size=64",), CPU)
+        load_file(file, None, {"augment.size": 64}, CPU)
     with pytest.raises(UserError, match=r"shapes: pos_embed 1 x 18 x 192 instead of 1 x 66 x 192"):
         load_weights(deit(64, distilled=True), read_weights(file))
-    assert load_file(file, None, ("augment.mean=[0.5, 0.5, 0.5]",), CPU).recipe.augment.mean == (0.5, 0.5, 0.5)
+    assert load_file(file, None, {"augment.mean": [0.5, 0.5, 0.5]}, CPU).recipe.augment.mean == (0.5, 0.5, 0.5)
 
 
 class Trap:
@@ -279,7 +279,7 @@ def test_exports_and_runs_read_back_with_classes_and_normalization(student: Path
     trained = load_run(student, CPU)
     (file,) = export_timm(trained, tmp_path / "deit.safetensors")
     for source in (file, student):
-        back = load_file(source, None, (), CPU)
+        back = load_file(source, None, {}, CPU)
         assert back.classes == tuple("abcdefghij")
         assert back.recipe.augment.mean == trained.recipe.augment.mean
         assert read_weights(source).kind == "deitfast"
@@ -297,7 +297,7 @@ def test_the_384_models_are_timms_by_name(tmp_path: Path) -> None:
     from deitfast.weights.export import timm_config
     from deitfast.weights.load import TrainedModel
 
-    recipe = recipes.override(recipes.load("deit_b_384_finetune"), ["model.token=on"])
+    recipe = recipes.override(recipes.load("deit_b_384_finetune"), {"model.token": "on"})
     with torch.device("meta"):
         ours = deit(384, 16, 1000, distilled=True, arch="deit_b")
         config = timm_config(TrainedModel(ours, recipe, (), 1000, 1))

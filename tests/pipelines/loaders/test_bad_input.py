@@ -153,7 +153,7 @@ def test_training_counts_what_it_skips(tiny_small: Path, tmp_path: Path) -> None
     recipe = tiny_recipe("augment.repeats=1", "train.epochs=1", "train.ema=0", "train.batch=80")
     with pytest.raises(DeitfastError, match="sample 3 is damaged"):
         run(data, tmp_path / "run", recipe)
-    run(data, tmp_path / "skipping", override(recipe, ["loader.skip_bad=true"]))
+    run(data, tmp_path / "skipping", override(recipe, {"loader.skip_bad": True}))
     folder = RunFolder(tmp_path / "skipping")
     assert [row["skipped"] for row in folder.metrics()] == [1]
     assert folder.log.read_text().count("sample 3 is damaged") == 1
