@@ -20,7 +20,7 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 
 Probability = float
 AreaShare = Annotated[float, Field(gt=0, le=1)]
-AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
+AspectRatio = Annotated[float, Field(ge=1 / 64, le=64)]
 Areas = Annotated[tuple[AreaShare, AreaShare], AfterValidator(_rising)]
 Ratios = Annotated[tuple[AspectRatio, AspectRatio], AfterValidator(_rising)]
 Mean = Annotated[float, Field(ge=0, le=1)]

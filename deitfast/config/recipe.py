@@ -219,7 +219,7 @@ def _take_out_bools(tree: dict[str, Any]) -> dict[str, str]:
     return problems
 
 
-def _take_out(tree: dict[str, Any], path: Iterable[str | int]) -> None:
+def _take_out(tree: dict[str, Any], path: Iterable[Any]) -> None:
     *section, name = path
     (tree.get(section[0], {}) if section else tree).pop(name, None)
 
