@@ -105,7 +105,7 @@ def cached_share(file: int) -> float:
 
 def _read_all(files: dict[Path, int], reader: Reader, samples: np.ndarray, served: int, threads: int) -> Sample:
     def read(sample: int) -> None:
-        place = reader.place(sample)
+        place = reader.location(sample)
         os.pread(files[place.file], place.size, place.offset)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -120,7 +120,7 @@ def _files(reader: Reader) -> Iterator[dict[Path, int]]:
     """Open the files that a split's images lie in, for reading."""
     with ExitStack() as stack:
         files = {}
-        for path in {reader.place(sample).file for sample in range(reader.num_samples)}:
+        for path in {reader.location(sample).file for sample in range(reader.num_samples)}:
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, files[path])
         yield files

@@ -158,9 +158,9 @@ def verify_dataset(folder: Path, display: Display) -> bool:
     if len(report.damages) > SHOWN_DAMAGES:
         log.error("... and %d more", len(report.damages) - SHOWN_DAMAGES)
     checked = ", ".join(f"{count:,} {name}" for name, count in report.samples.items())
-    verdict = "all whole" if report.whole else f"{len(report.damages):,} damaged"
+    verdict = "all whole" if report.intact else f"{len(report.damages):,} damaged"
     log.info("%s: %s images read, compared with their CRC32 and decoded: %s", folder, checked, verdict)
-    return report.whole
+    return report.intact
 
 
 def verify_cache(folder: Path, display: Display) -> bool:

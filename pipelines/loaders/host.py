@@ -85,7 +85,7 @@ class Plan:
         Raises:
             DeitfastError: the bytes are not those that were converted.
         """
-        return self.reader.checked_sample(sample) if self.spec.check else self.reader.sample(sample)
+        return self.reader.read_verified(sample) if self.spec.check else self.reader.sample(sample)
 
     def canvas(self, rows: int, *, blank: bool = True) -> torch.Tensor:
         """Return uint8 [rows, S, S, 3], zeros if `blank`, in page-locked memory where the device is CUDA."""
@@ -206,7 +206,7 @@ def decoded(plan: Plan, codec: Codec, sample: int, top: int, left: int, height: 
 def undecodable(reader: Reader, sample: int, found: str = "") -> DeitfastError:
     """Return the error for a sample whose bytes are those that were converted, but cannot be decoded."""
     return DeitfastError(
-        f"sample {sample} of {reader.place(sample).file} cannot be decoded",
+        f"sample {sample} of {reader.location(sample).file} cannot be decoded",
         expected=f"a JPEG of {reader.widths[sample]} x {reader.heights[sample]} pixels",
         found=found,
         remedy="run deitfast verify on the data set and convert it again, or leave it out with loader.skip_bad",

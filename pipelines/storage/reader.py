@@ -13,7 +13,7 @@ JPEG, RAW = 0, 1
 REMEDY = "convert the dataset again, or copy the file again from where it is whole"
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where a sample's bytes lie, as they are stored."""
 
     file: Path
@@ -52,7 +52,7 @@ class Reader(Protocol):
         """
         ...
 
-    def checked_sample(self, index: int) -> np.ndarray:
+    def read_verified(self, index: int) -> np.ndarray:
         """Return `sample(index)` once its CRC32 is right.
 
         Raises:
@@ -60,7 +60,7 @@ class Reader(Protocol):
         """
         ...
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> ByteRange:
         """Return where a sample is stored."""
         ...
 
@@ -72,7 +72,7 @@ class Reader(Protocol):
 def damaged(reader: Reader, index: int, expected: str, found: str) -> DeitfastError:
     """Return the error that says that a sample is not what was written."""
     return DeitfastError(
-        f"{reader.place(index).file}: sample {index} is damaged",
+        f"{reader.location(index).file}: sample {index} is damaged",
         expected=expected,
         found=found,
         remedy="`deitfast verify` lists everything damaged; then " + REMEDY,
@@ -87,6 +87,6 @@ def compare_crc(reader: Reader, index: int, data: np.ndarray) -> np.ndarray:
     """
     found = zlib.crc32(data.data)
     if found != reader.crcs[index]:
-        expected = f"CRC32 {reader.crcs[index]:08x} over {len(data):,} bytes at {reader.place(index).offset:,}"
+        expected = f"CRC32 {reader.crcs[index]:08x} over {len(data):,} bytes at {reader.location(index).offset:,}"
         raise damaged(reader, index, expected, f"CRC32 {found:08x}")
     return data

@@ -74,7 +74,7 @@ class BadImageError(Exception):
 
 
 @dataclass(frozen=True)
-class Codec:
+class EncodeOptions:
     """How images are stored.
 
     Args:
@@ -114,7 +114,7 @@ class Codec:
 
 
 @dataclass(frozen=True)
-class Sample:
+class EncodedImage:
     """One image as it goes into the dataset."""
 
     mode: int
@@ -126,7 +126,7 @@ class Sample:
     kind: Kind
 
 
-def transcode(content: bytes | np.ndarray, name: str, codec: Codec) -> Sample:
+def transcode(content: bytes | np.ndarray, name: str, codec: EncodeOptions) -> EncodedImage:
     """Turn a file's bytes, or pixels uint8 [H, W, 3], into a sample, having decoded all of it.
 
     Raises:
@@ -154,7 +154,7 @@ def stored_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             width, height = image.size
-            _prove(image, data)
+            _check_decodes(image, data)
     except BadImageError:
         raise
     except Exception as error:  # as above
@@ -168,8 +168,8 @@ def count_kinds(kinds: np.ndarray) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _transcode(image: Image.Image, content: bytes, name: str, codec: Codec) -> Sample:
-    kind = _traits(image, name)
+def _transcode(image: Image.Image, content: bytes, name: str, codec: EncodeOptions) -> EncodedImage:
+    kind = _image_attributes(image, name)
     if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further ones behind it
         image.load()
         return _store(_to_rgb(image), kind, codec, lossless=True)
@@ -177,19 +177,19 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: Codec) -> S
     passable = image.mode == "RGB" and read_frame(content).marker in HUFFMAN_FRAMES
     as_it_is = codec.quality is None and not codec.shrinks(size)
     if passable and as_it_is:
-        _prove(image, content)
-        return _sample(JPEG, size, content, kind | Kind.PASSED)
+        _check_decodes(image, content)
+        return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     _check_end(content)
     image.load()
     if image.mode == "L" and as_it_is:
-        return _sample(JPEG, size, _gray_to_rgb(image), kind | Kind.REENCODED)
+        return _encoded_image(JPEG, size, _gray_to_rgb(image), kind | Kind.REENCODED)
     sample = _store(_to_rgb(image), kind, codec, lossless=False)
     if passable and (sample.width, sample.height) == size and len(sample.data) >= len(content):
-        return _sample(JPEG, size, content, kind | Kind.PASSED)
+        return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     return sample
 
 
-def _store(image: Image.Image, kind: Kind, codec: Codec, *, lossless: bool) -> Sample:
+def _store(image: Image.Image, kind: Kind, codec: EncodeOptions, *, lossless: bool) -> EncodedImage:
     """Shrink an RGB image if asked and store it: raw if it is small and was lossless, else as JPEG."""
     shrunk = codec.shrink(image)
     if shrunk is not image:
@@ -197,12 +197,12 @@ def _store(image: Image.Image, kind: Kind, codec: Codec, *, lossless: bool) -> S
     if max(shrunk.size) > LONGEST_SIDE:
         raise BadImageError(f"a side of {max(shrunk.size)} pixels; at most {LONGEST_SIDE} can be stored")
     if lossless and max(shrunk.size) <= RAW_SIDE:
-        return _sample(RAW, shrunk.size, shrunk.tobytes(), kind | Kind.RAW)
-    return _sample(JPEG, shrunk.size, codec.encode(shrunk), kind | Kind.REENCODED)
+        return _encoded_image(RAW, shrunk.size, shrunk.tobytes(), kind | Kind.RAW)
+    return _encoded_image(JPEG, shrunk.size, codec.encode(shrunk), kind | Kind.REENCODED)
 
 
-def _sample(mode: int, size: tuple[int, int], data: bytes, kind: Kind) -> Sample:
-    return Sample(mode, size[0], size[1], data, zlib.crc32(data), kind)
+def _encoded_image(mode: int, size: tuple[int, int], data: bytes, kind: Kind) -> EncodedImage:
+    return EncodedImage(mode, size[0], size[1], data, zlib.crc32(data), kind)
 
 
 def _save(image: Image.Image, **options: Any) -> bytes:
@@ -229,7 +229,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _traits(image: Image.Image, name: str) -> Kind:
+def _image_attributes(image: Image.Image, name: str) -> Kind:
     """Return what is special about an image, from its header."""
     kind = Kind(0)
     mode = image.mode
@@ -247,7 +247,7 @@ def _traits(image: Image.Image, name: str) -> Kind:
         kind |= Kind.ROTATED
     if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):
         kind |= Kind.MISNAMED
-    if image.format not in ("JPEG", "MPO") and _several(image):
+    if image.format not in ("JPEG", "MPO") and _has_more_frames(image):
         kind |= Kind.FRAMES
     return kind
 
@@ -258,7 +258,7 @@ def _raw_modes(image: Any) -> Iterable[object]:
         yield arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
 
 
-def _several(image: Image.Image) -> bool:
+def _has_more_frames(image: Image.Image) -> bool:
     """Say whether there are further frames, or pages of a TIFF."""
     try:
         return getattr(image, "is_animated", False)
@@ -273,7 +273,7 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _prove(image: Image.Image, content: bytes) -> None:
+def _check_decodes(image: Image.Image, content: bytes) -> None:
     """Decode all of a JPEG's coefficients, at an eighth of its size: 1.4 times as fast, and nothing else could fail.
 
     Every cut is found. Bits flipped inside the compressed data, or an end marker added after a cut, mostly are not:

@@ -37,7 +37,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What `verify` looked at and what it found."""
 
     folder: Path
@@ -50,12 +50,12 @@ class Report:
     damages: tuple[Damage, ...]
 
     @property
-    def whole(self) -> bool:
+    def intact(self) -> bool:
         """Whether nothing is damaged."""
         return not self.damages
 
 
-def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Progress | None = None) -> Report:
+def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Progress | None = None) -> VerifyReport:
     """Check a dataset: each file's size and index, each sample's CRC32 and, if asked, that it decodes to its size.
 
     Args:
@@ -76,7 +76,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
     except UserError:
         raise
     except DeitfastError as failure:
-        return Report(folder, {}, 0, decode, (Damage("", None, "", str(failure)),))
+        return VerifyReport(folder, {}, 0, decode, (Damage("", None, "", str(failure)),))
     damages: list[Damage] = []
     samples, size = {}, 0
     for name, split in spec.splits.items():
@@ -91,7 +91,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
         samples[name] = reader.num_samples
         size += int(reader.sizes.sum())
         reader.close()
-    return Report(folder, samples, size, decode, tuple(damages))
+    return VerifyReport(folder, samples, size, decode, tuple(damages))
 
 
 def damaged_samples(
@@ -113,12 +113,12 @@ def damaged_samples(
 
 def _check(reader: Reader, numbers: range, decode: bool) -> list[tuple[int, str]]:
     checked = ((number, _sample_damage(reader, number, decode)) for number in numbers)
-    return [(number, f"{reader.place(number).file.name}: {reason}") for number, reason in checked if reason]
+    return [(number, f"{reader.location(number).file.name}: {reason}") for number, reason in checked if reason]
 
 
 def _sample_damage(reader: Reader, number: int, decode: bool) -> str:
     try:
-        data = reader.checked_sample(number)
+        data = reader.read_verified(number)
         if isinstance(reader, ShardReader):
             reader.check_frame(number)
         if decode and reader.modes[number] == JPEG:

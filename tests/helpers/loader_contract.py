@@ -96,7 +96,7 @@ def damaged(reader: Reader, folder: Path, sample: int) -> Reader:
     """Copy a split with one bit of one sample flipped."""
     path = folder / f"damaged{reader.path.suffix}"
     (shutil.copytree if reader.path.is_dir() else shutil.copy)(reader.path, path)
-    place = reader.place(sample)
+    place = reader.location(sample)
     file = path / place.file.name if path.is_dir() else path
     content = bytearray(file.read_bytes())
     content[place.offset + place.size // 2] ^= 1

@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.storage.formats.beton_writer import RECORD
 from pipelines.storage.formats.format import beton, shards
 from pipelines.storage.reader import Reader
-from pipelines.storage.transcode import Kind, Sample
+from pipelines.storage.transcode import EncodedImage, Kind
 from tools.parity.pictures import photograph
 
 
@@ -32,7 +32,7 @@ def write_split(path: Path, images: list[tuple[Image.Image, bytes | None]], shar
     records = np.zeros(len(images), RECORD)
     for index, (image, encoded) in enumerate(images):
         data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
-        sample = form.stored(Sample(mode, image.width, image.height, data, zlib.crc32(data), Kind(0)))
+        sample = form.stored(EncodedImage(mode, image.width, image.height, data, zlib.crc32(data), Kind(0)))
         place = writer.append(sample, 100 + index)
         records[index] = (True, mode, 0, image.width, image.height, 100 + index, sample.crc32, len(sample.data), place)
     writer.finish(records)

@@ -286,8 +286,8 @@ def test_repeated_images_are_the_same_under_new_numbers(photos: Reader) -> None:
     again = Repeated(photos, 3)
     assert again.num_samples == 3 * photos.num_samples
     for index in (0, 28, 29, 57, 86):
-        assert (again.checked_sample(index) == photos.sample(index % 29)).all()
-        assert again.place(index) == photos.place(index % 29)
+        assert (again.read_verified(index) == photos.sample(index % 29)).all()
+        assert again.location(index) == photos.location(index % 29)
         assert again.labels[index] == photos.labels[index % 29]
     with closing(open_train("reference", again, RESIZED)) as loader:
         assert sum(len(batch.labels) for batch in loader.epoch(0)) == 84

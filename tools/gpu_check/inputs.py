@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
-from pipelines.storage.reader import Place, Reader
+from pipelines.storage.reader import ByteRange, Reader
 from tools.parity.pictures import photograph
 
 SUFFIXES = (".jpeg", ".jpg")
@@ -44,13 +44,13 @@ class Repeated:
         """See `Reader`."""
         return self._reader.sample(index % self._own)
 
-    def checked_sample(self, index: int) -> np.ndarray:
+    def read_verified(self, index: int) -> np.ndarray:
         """See `Reader`."""
-        return self._reader.checked_sample(index % self._own)
+        return self._reader.read_verified(index % self._own)
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> ByteRange:
         """See `Reader`."""
-        return self._reader.place(index % self._own)
+        return self._reader.location(index % self._own)
 
     def close(self) -> None:
         """See `Reader`."""

@@ -27,7 +27,7 @@ from pipelines.storage.dataset import (
 )
 from pipelines.storage.entry import Source
 from pipelines.storage.formats.format import Format, beton
-from pipelines.storage.transcode import Codec
+from pipelines.storage.transcode import EncodeOptions
 from pipelines.storage.verify import Progress
 from pipelines.workers import usable_cores
 
@@ -54,7 +54,7 @@ def convert(
         source: the images.
         output: the folder to make, or to go on with.
         max_side: shrink longer images to this longest side in pixels; 0: none.
-        quality: JPEG quality; None: re-encode (at 95) only what must be. See `transcode.Codec`.
+        quality: JPEG quality; None: re-encode (at 95) only what must be. See `transcode.EncodeOptions`.
         workers: processes; 0: one a usable core; 1: this one.
         skip_bad: leave out files that are no whole images and list them in skipped.txt, rather than stop at the first.
         form: how splits are stored; None: as one .beton file each.
@@ -69,7 +69,7 @@ def convert(
     """
     _check_source(source)
     job = Job(
-        source, Path(output), Codec(max_side, quality), workers or usable_cores(), skip_bad,
+        source, Path(output), EncodeOptions(max_side, quality), workers or usable_cores(), skip_bad,
         progress or (lambda *_: None), _listing(source), form or beton(),
     )  # fmt: skip
     with file_lock(job.output, "conversion"), explain_os_error(job.output, GO_ON):
@@ -122,10 +122,10 @@ def _already_there(job: Job) -> DatasetSpec:
     if (spec.name, spec.classes, spec.codec, spec.source) != asked:
         raise UserError(
             f"{job.output}: holds another dataset already",
-            expected=_told(
+            expected=_describe(
                 job.source.kind, job.described, job.codec_spec, [job.paths(split)[0].name for split in spec.splits]
             ),
-            found=_told(spec.name, spec.source, spec.codec, [split.file for split in spec.splits.values()]),
+            found=_describe(spec.name, spec.source, spec.codec, [split.file for split in spec.splits.values()]),
             remedy="give another output folder, or remove this one",
         )
     dataset = Dataset(job.output, spec)
@@ -137,7 +137,7 @@ def _already_there(job: Job) -> DatasetSpec:
     return spec
 
 
-def _told(kind: str, source: str, codec: dict[str, int], files: list[str]) -> str:
+def _describe(kind: str, source: str, codec: dict[str, int], files: list[str]) -> str:
     """Return what a dataset is, for people."""
     options = ", ".join(f"{name} {value}" for name, value in codec.items())
     return f"{kind} from {source}, {options}, in {' and '.join(files)}"

@@ -23,7 +23,7 @@ from pipelines.storage.convert.journal import Journal
 from pipelines.storage.dataset import content_fingerprint
 from pipelines.storage.entry import Entry, Source
 from pipelines.storage.formats.format import Format, Writer, beton, shards
-from pipelines.storage.transcode import BadImageError, Codec, Sample, count_kinds, transcode
+from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, count_kinds, transcode
 from pipelines.storage.verify import Progress, damaged_samples
 from pipelines.workers import in_order
 
@@ -41,7 +41,7 @@ class Job:
 
     source: Source
     output: Path
-    codec: Codec
+    codec: EncodeOptions
     workers: int
     skip_bad: bool
     progress: Progress
@@ -83,9 +83,9 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
     """Convert one split, or finish what an interrupted run left; return its spec and what was skipped."""
     entries = job.source.splits[split]
     final, unfinished = job.paths(split)
-    _reclaim(job, split)
+    _resume_or_clean(job, split)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_room(job, split, unfinished))
+        stack.enter_context(_explain_disk_full(job, split, unfinished))
         journal = Journal(journal_path(job, split), job.key, job.form.written(unfinished))
         stack.callback(journal.close)
         writer = job.form.writer(unfinished, entries, journal.records)
@@ -103,7 +103,7 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
     return spec, [f"{entries[number].name}\t{reason}" for number, reason in sorted(journal.reasons.items())]
 
 
-def _reclaim(job: Job, split: str) -> None:
+def _resume_or_clean(job: Job, split: str) -> None:
     """Make room for a split: go on with what a killed run had finished, remove what it had written in another format.
 
     Raises:
@@ -137,10 +137,10 @@ def check_counts(source: Source, split: str, counts: np.ndarray) -> None:
 
 
 def convert_batch(
-    source: Source, codec: Codec, stored: Callable[[Sample], Sample], entries: Sequence[Entry]
-) -> list[Sample | str]:
+    source: Source, codec: EncodeOptions, stored: Callable[[EncodedImage], EncodedImage], entries: Sequence[Entry]
+) -> list[EncodedImage | str]:
     """Read and transcode some entries: a worker's task. A string says why an image is bad."""
-    outcomes: list[Sample | str] = []
+    outcomes: list[EncodedImage | str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
         for entry in entries:
@@ -188,13 +188,13 @@ def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
 
 
 def _write(
-    job: Job, split: str, numbers: range, outcomes: Sequence[Sample | str], writer: Writer, journal: Journal
+    job: Job, split: str, numbers: range, outcomes: Sequence[EncodedImage | str], writer: Writer, journal: Journal
 ) -> None:
     """Append a batch's samples to the data and to the journal, in order."""
     entries = job.source.splits[split]
     for number, outcome in zip(numbers, outcomes, strict=True):
         label = entries[number].label
-        if isinstance(outcome, Sample):
+        if isinstance(outcome, EncodedImage):
             offset = writer.append(outcome, label)
             size = len(outcome.data)
             record = (
@@ -269,7 +269,7 @@ def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSp
 
 
 @contextlib.contextmanager
-def _room(job: Job, split: str, path: Path) -> Iterator[None]:
+def _explain_disk_full(job: Job, split: str, path: Path) -> Iterator[None]:
     """Turn a full disk into a DeitfastError that says how much room the rest of the split needs."""
     try:
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import DeitfastError
-from pipelines.storage.reader import JPEG, RAW, REMEDY, Place, compare_crc
+from pipelines.storage.reader import JPEG, RAW, REMEDY, ByteRange, compare_crc
 
 VERSION = 2
 MIN_PAGE = 1 << 21
@@ -25,7 +25,7 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("crc32", "<i8")], align=True)
-PLACE = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 
 IMAGE_FIELD, INT_FIELD = 2, 1  # FFCV's type identifiers of RGBImageField and IntField
 FIELDS = np.array([(IMAGE_FIELD, b"image", b""), (INT_FIELD, b"label", b""), (INT_FIELD, b"crc32", b"")], dtype=FIELD)
@@ -42,7 +42,7 @@ class BetonReader:
     """A `reader.Reader` of one .beton file, through a read-only memory map.
 
     Opening checks the whole index (header, fields, metadata, allocation table) for consistency, so that no later
-    access can leave the file; image data is compared with its CRC32 only by `checked_sample`.
+    access can leave the file; image data is compared with its CRC32 only by `read_verified`.
 
     Args:
         path: the file.
@@ -79,9 +79,9 @@ class BetonReader:
         header = self._read_header()
         self.num_samples, self.page_size, table = int(header["samples"]), int(header["page_size"]), int(header["table"])
         metadata = self._bytes[PREAMBLE : index_end(self.num_samples)].view(SAMPLE)
-        places = self._bytes[table:].view(PLACE)
-        self._check_places(metadata, places, table)
-        self._take(metadata, places)
+        table_rows = self._bytes[table:].view(ALLOCATION)
+        self._check_allocation(metadata, table_rows, table)
+        self._load_columns(metadata, table_rows)
         self._check_values(metadata["crc32"])
         crc = zlib.crc32(self._bytes[: index_end(self.num_samples)].data)
         self.index_crc32 = zlib.crc32(self._bytes[table:].data, crc)
@@ -93,13 +93,13 @@ class BetonReader:
         start = self.offsets[index]
         return self._bytes[start : start + self.sizes[index]]
 
-    def checked_sample(self, index: int) -> np.ndarray:
+    def read_verified(self, index: int) -> np.ndarray:
         """Return `sample(index)` once its CRC32 is right. Raises DeitfastError."""
         return compare_crc(self, index, self.sample(index))
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> ByteRange:
         """Return where a sample is stored."""
-        return Place(self.path, int(self.offsets[index]), int(self.sizes[index]))
+        return ByteRange(self.path, int(self.offsets[index]), int(self.sizes[index]))
 
     def close(self) -> None:
         """Let go of the file. Views already handed out stay valid; may be called twice."""
@@ -139,21 +139,21 @@ class BetonReader:
         found = ", ".join(f"{f['name'].decode('ascii', 'replace')} (type {f['type']})" for f in fields)
         self._require(bool(same), "fields image (type 2), label (type 1), crc32 (type 1)", found)
         self._require(samples >= 1, "at least one sample", samples)
-        size = table + samples * PLACE.itemsize
+        size = table + samples * ALLOCATION.itemsize
         self._require(self.file_size == size, f"{size:,} bytes for {samples:,} samples", f"{self.file_size:,} bytes")
         self._require(index_end(samples) <= table, "the allocation table after the metadata", f"at byte {table:,}")
         return header
 
-    def _check_places(self, metadata: np.ndarray, places: np.ndarray, table: int) -> None:
+    def _check_allocation(self, metadata: np.ndarray, table_rows: np.ndarray, table: int) -> None:
         """Check that every sample lies between metadata and table, alone, in order and inside one page."""
         n, limit = self.num_samples, np.uint64(table)
-        numbered = (places["sample"] == np.arange(n, dtype=np.uint64)).all()
+        numbered = (table_rows["sample"] == np.arange(n, dtype=np.uint64)).all()
         self._require(bool(numbered), "an allocation table in the samples' order", "another order")
-        agree = (places["offset"] == metadata["image"]["offset"]).all()
+        agree = (table_rows["offset"] == metadata["image"]["offset"]).all()
         self._require(bool(agree), "metadata and allocation table that agree", "different offsets")
-        bounded = (places["offset"] <= limit) & (places["size"] <= limit) & (places["size"] > 0)
+        bounded = (table_rows["offset"] <= limit) & (table_rows["size"] <= limit) & (table_rows["size"] > 0)
         self._require(bool(bounded.all()), "samples inside the file", f"sample {int(np.argmin(bounded))} outside it")
-        offsets, sizes = places["offset"].astype(np.int64), places["size"].astype(np.int64)
+        offsets, sizes = table_rows["offset"].astype(np.int64), table_rows["size"].astype(np.int64)
         ends = offsets + sizes
         starts = np.concatenate([[index_end(n)], ends[:-1]])
         apart = (offsets >= starts) & (ends <= table)
@@ -161,13 +161,13 @@ class BetonReader:
         whole = offsets // self.page_size == (ends - 1) // self.page_size
         self._require(bool(whole.all()), "each sample inside one page", f"sample {int(np.argmin(whole))} crosses pages")
 
-    def _take(self, metadata: np.ndarray, places: np.ndarray) -> None:
+    def _load_columns(self, metadata: np.ndarray, table_rows: np.ndarray) -> None:
         """Keep the index as contiguous columns."""
         image = metadata["image"]
         self.labels = metadata["label"].astype(np.int64)
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
         self.modes = image["mode"].astype(np.uint8)
-        self.offsets, self.sizes = places["offset"].astype(np.int64), places["size"].astype(np.int64)
+        self.offsets, self.sizes = table_rows["offset"].astype(np.int64), table_rows["size"].astype(np.int64)
         self.crcs = metadata["crc32"].astype(np.uint32)
 
     def _check_values(self, crcs: np.ndarray) -> None:

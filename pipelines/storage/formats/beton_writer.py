@@ -7,8 +7,8 @@ import numpy as np
 
 from pipelines.errors import DeitfastError
 from pipelines.files import write_all
-from pipelines.storage.formats.beton import FIELDS, HEADER, MAX_PAGE, MIN_PAGE, PLACE, SAMPLE, VERSION, index_end
-from pipelines.storage.transcode import Sample
+from pipelines.storage.formats.beton import ALLOCATION, FIELDS, HEADER, MAX_PAGE, MIN_PAGE, SAMPLE, VERSION, index_end
+from pipelines.storage.transcode import EncodedImage
 
 USUAL_PAGE = 1 << 23  # FFCV's default; a smaller page wastes more at its end
 SMALL_DATASET = 1 << 28
@@ -54,7 +54,7 @@ class BetonWriter:
             os.ftruncate(self._fd, 0)  # nothing of an older attempt may show through the gaps
         os.ftruncate(self._fd, self.end)
 
-    def append(self, sample: Sample, label: int) -> int:
+    def append(self, sample: EncodedImage, label: int) -> int:
         """Write one sample's bytes and return their offset; what else is known of it goes into the index."""
         data = sample.data
         self._grow(len(data))
@@ -74,14 +74,14 @@ class BetonWriter:
         stored = records[records["stored"]]
         table = _up(self.end, self.page_size)  # whole pages: FFCV reads no less
         header = np.array((VERSION, len(FIELDS), self.page_size, len(stored), table), dtype=HEADER)
-        metadata, places = np.zeros(len(stored), dtype=SAMPLE), np.zeros(len(stored), dtype=PLACE)
+        metadata, table_rows = np.zeros(len(stored), dtype=SAMPLE), np.zeros(len(stored), dtype=ALLOCATION)
         for name in ("mode", "width", "height", "offset"):
             metadata["image"][name] = stored[name]
         metadata["label"], metadata["crc32"] = stored["label"], stored["crc32"]
-        places["sample"] = np.arange(len(stored))
-        places["offset"], places["size"] = stored["offset"], stored["size"]
+        table_rows["sample"] = np.arange(len(stored))
+        table_rows["offset"], table_rows["size"] = stored["offset"], stored["size"]
         os.ftruncate(self._fd, self.end)
-        write_all(self._fd, places.tobytes(), table)
+        write_all(self._fd, table_rows.tobytes(), table)
         write_all(self._fd, header.tobytes() + FIELDS.tobytes() + metadata.tobytes(), 0)
         self.sync()
 

@@ -14,7 +14,7 @@ from pipelines.storage.formats.beton_writer import BetonWriter
 from pipelines.storage.formats.wds_reader import ShardReader
 from pipelines.storage.formats.wds_writer import ShardWriter, remove_folder, shards_end, with_png
 from pipelines.storage.reader import Reader
-from pipelines.storage.transcode import Sample
+from pipelines.storage.transcode import EncodedImage
 
 SHARD_SIZE = 1_000_000_000
 """Bytes of a shard, at most: some 9,000 of ImageNet's images, so 140 shards in all."""
@@ -27,7 +27,7 @@ class Writer(Protocol):
     end: int
     """Bytes written so far, by this writer and those before it."""
 
-    def append(self, sample: Sample, label: int) -> int:
+    def append(self, sample: EncodedImage, label: int) -> int:
         """Write one sample and return where its bytes are, for the journal."""
         ...
 
@@ -50,7 +50,7 @@ class Format:
 
     suffix: str
     """Of the split's file, or folder, after the split's name."""
-    stored: Callable[[Sample], Sample]
+    stored: Callable[[EncodedImage], EncodedImage]
     """Give a sample the bytes that are stored of it; picklable, for the workers."""
     written: Callable[[Path], int]
     """Tell how many bytes of data an unfinished split has (0: there is none), as the journal's offsets count them."""
@@ -98,5 +98,5 @@ def shards(size: int = SHARD_SIZE) -> Format:
     )
 
 
-def _as_it_is(sample: Sample) -> Sample:
+def _as_it_is(sample: EncodedImage) -> EncodedImage:
     return sample

@@ -27,7 +27,7 @@ from pipelines.storage.formats.wds import (
     padded,
     shard_file,
 )
-from pipelines.storage.reader import JPEG, REMEDY, Place, compare_crc, damaged
+from pipelines.storage.reader import JPEG, REMEDY, ByteRange, compare_crc, damaged
 
 
 class ShardReader:
@@ -64,7 +64,7 @@ class ShardReader:
         self.rows = self._parse(index)
         """ROW [N]."""
         self._check_rows()
-        self._take()
+        self._load_columns()
         self.firsts = first_samples(self.rows)
         """int64 [number of shards]: each one's first sample."""
         lasts = np.append(self.firsts[1:], self.num_samples) - 1
@@ -83,14 +83,14 @@ class ShardReader:
         stored = self._shard(index)[start : start + self._stored[index]]
         return stored if self.modes[index] == JPEG else self._pixels(index, stored)
 
-    def checked_sample(self, index: int) -> np.ndarray:
+    def read_verified(self, index: int) -> np.ndarray:
         """Return `sample(index)` once its CRC32 is right. Raises DeitfastError."""
         return compare_crc(self, index, self.sample(index))
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> ByteRange:
         """Return where a sample is stored."""
         shard = shard_file(self.path, int(self._numbers[index]))
-        return Place(shard, int(self._offsets[index]), int(self._stored[index]))
+        return ByteRange(shard, int(self._offsets[index]), int(self._stored[index]))
 
     def check_frame(self, index: int) -> None:
         """Check the bytes around a sample's image, which this reader does not need but every other one does.
@@ -98,7 +98,7 @@ class ShardReader:
         Raises:
             DeitfastError: its headers or its label are not those that were written.
         """
-        _, start, size = self.place(index)
+        _, start, size = self.location(index)
         shard = self._shard(index)
         expected = frame(index, int(self.labels[index]), int(self.modes[index]), size)
         if shard[start - FRAME : start].tobytes() != expected or shard[start + size : start + padded(size)].any():
@@ -129,7 +129,9 @@ class ShardReader:
     def _parse(self, index: bytes) -> np.ndarray:
         size = len(index) - len(MAGIC)
         if not index.startswith(MAGIC) or size <= 0 or size % ROW.itemsize:
-            raise self._spoiled(f"{MAGIC!r} and rows of {ROW.itemsize} bytes", f"{index[:16]!r} and {size:,} bytes")
+            raise self._corrupt_index(
+                f"{MAGIC!r} and rows of {ROW.itemsize} bytes", f"{index[:16]!r} and {size:,} bytes"
+            )
         return np.frombuffer(index, ROW, offset=len(MAGIC))
 
     def _check_rows(self) -> None:
@@ -142,9 +144,11 @@ class ShardReader:
         laid[0] &= steps[0] == 1
         known = np.isin(rows["mode"], list(EXTENSIONS)) & (rows["height"] > 0) & (rows["width"] > 0)
         if not (laid & known).all():
-            raise self._spoiled("samples one after the other", f"another place for sample {np.argmin(laid & known)}")
+            raise self._corrupt_index(
+                "samples one after the other", f"another place for sample {np.argmin(laid & known)}"
+            )
 
-    def _take(self) -> None:
+    def _load_columns(self) -> None:
         """Keep the index as contiguous columns."""
         rows, self.num_samples = self.rows, len(self.rows)
         self.labels, self.modes = rows["label"].astype(np.int64), np.ascontiguousarray(rows["mode"])
@@ -154,7 +158,7 @@ class ShardReader:
         self._offsets, self._stored = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
         self.sizes = np.where(self.modes == JPEG, self._stored, self.heights.astype(np.int64) * self.widths * 3)
 
-    def _spoiled(self, expected: str, found: str) -> DeitfastError:
+    def _corrupt_index(self, expected: str, found: str) -> DeitfastError:
         return DeitfastError(f"{self.path / INDEX}: not a whole index", expected=expected, found=found, remedy=REMEDY)
 
     def _open_shards(self) -> list[np.ndarray]:
@@ -184,8 +188,8 @@ class ShardReader:
         if len(content) != size or found != begins:
             raise DeitfastError(
                 f"{path}: not the shard that {INDEX} describes",
-                expected=f"{size:,} bytes, {_told(begins)}",
-                found=f"{len(content):,} bytes, {_told(found)}",
+                expected=f"{size:,} bytes, {_describe(begins)}",
+                found=f"{len(content):,} bytes, {_describe(found)}",
                 remedy=REMEDY,
             )
         return content
@@ -210,7 +214,7 @@ def shard_damages(reader: ShardReader) -> list[str]:
     return damages + [f"{name}: a shard that {INDEX} does not know" for name in extra]
 
 
-def _told(start: bytes) -> str:
+def _describe(start: bytes) -> str:
     """Return what the first FRAME bytes of a shard say, for people."""
     try:
         digits, image = (tarfile.TarInfo.frombuf(start[at : at + BLOCK], "ascii", "replace") for at in (0, 2 * BLOCK))

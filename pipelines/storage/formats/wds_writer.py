@@ -24,10 +24,10 @@ from pipelines.storage.formats.wds import (
     shard_file,
 )
 from pipelines.storage.reader import RAW
-from pipelines.storage.transcode import Sample
+from pipelines.storage.transcode import EncodedImage
 
 
-def with_png(sample: Sample) -> Sample:
+def with_png(sample: EncodedImage) -> EncodedImage:
     """Return a sample as shards hold it: raw pixels as a PNG, so that any program reads it; the CRC32 stays theirs."""
     if sample.mode != RAW:
         return sample
@@ -63,7 +63,7 @@ class ShardWriter:
         remove_shards(path, keep=self._shard + bool(len(stored)))
         self._fd = self._open()
 
-    def append(self, sample: Sample, label: int) -> int:
+    def append(self, sample: EncodedImage, label: int) -> int:
         """Write one sample and return its image's offset."""
         used, size = self.end - self._start, FRAME + padded(len(sample.data))
         if used and used + size + len(TRAILER) > self.shard_size:

@@ -21,7 +21,7 @@ PIXELS = 3 * SIDE * SIDE
 
 
 @dataclass(frozen=True, slots=True)
-class Planes:
+class PlanarImage:
     """One CIFAR image: 3,072 bytes at an offset, all red, then all green, then all blue."""
 
     path: str
@@ -33,12 +33,12 @@ class Planes:
         return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(3, SIDE, SIDE).transpose(1, 2, 0))
 
 
-class Batch(NamedTuple):
+class LabeledImages(NamedTuple):
     """One of the archive's files of images."""
 
     labels: np.ndarray
     """int64 [N]."""
-    images: list[Planes]
+    images: list[PlanarImage]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _class_names(layout: Layout, data: bytes, where: str) -> tuple[str, ...]:
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
 
 
-def _read_binary(layout: Layout, name: str, listing: Listing, folder: str, workspace: Workspace) -> Batch:
+def _read_binary(layout: Layout, name: str, listing: Listing, folder: str, workspace: Workspace) -> LabeledImages:
     """Read the labels of a .bin file and locate its images, which are read where they lie."""
     file = listing.files[folder + name]
     data, record = file.read(), layout.record_head + PIXELS
@@ -166,10 +166,10 @@ def _read_binary(layout: Layout, name: str, listing: Listing, folder: str, works
     labels = np.frombuffer(data, np.uint8).reshape(count, record)[:, layout.record_head - 1].astype(np.int64)
     place = file if isinstance(file, Extent) else _store(data, name, workspace)
     first = place.offset + layout.record_head
-    return Batch(labels, [Planes(place.path, first + row * record) for row in range(count)])
+    return LabeledImages(labels, [PlanarImage(place.path, first + row * record) for row in range(count)])
 
 
-def _read_python(layout: Layout, name: str, listing: Listing, folder: str, workspace: Workspace) -> Batch:
+def _read_python(layout: Layout, name: str, listing: Listing, folder: str, workspace: Workspace) -> LabeledImages:
     """Read a pickled batch and store its pixels in the workspace (3,072 bytes an image) to be read by offset."""
     where = printable(listing.origin)
     content = _unpickle(listing.files[folder + name].read(), where, name)
@@ -181,7 +181,9 @@ def _read_python(layout: Layout, name: str, listing: Listing, folder: str, works
         found = f"{len(labels)}" if isinstance(labels, list) else "none"
         raise _damaged(where, name, f"{len(pixels)} {layout.labels_key}", found)
     place = _store(np.ascontiguousarray(pixels).tobytes(), name, workspace)
-    return Batch(np.array(labels, np.int64), [Planes(place.path, row * PIXELS) for row in range(len(labels))])
+    return LabeledImages(
+        np.array(labels, np.int64), [PlanarImage(place.path, row * PIXELS) for row in range(len(labels))]
+    )
 
 
 def _store(data: bytes, name: str, workspace: Workspace) -> Extent:

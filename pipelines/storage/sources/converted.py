@@ -25,7 +25,7 @@ class Converted:
     def read(self) -> bytes | np.ndarray:
         """Return the stored JPEG, or raw pixels as uint8 [H, W, 3]. Raises DeitfastError if it is damaged."""
         reader = _opened(self.folder, self.fingerprint).split(self.split)
-        data = reader.checked_sample(self.sample)
+        data = reader.read_verified(self.sample)
         if reader.modes[self.sample] == JPEG:
             return data.tobytes()
         return data.reshape(int(reader.heights[self.sample]), int(reader.widths[self.sample]), 3)

@@ -67,9 +67,9 @@ def _from_devkit(listing: Listing, name: str, classes: list[str]) -> dict[int, s
                 ):
                     members[posixpath.basename(member.name)] = file.read()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise _unclear(name, "the development kit of ILSVRC2012", str(error)) from None
+        raise _parse_error(name, "the development kit of ILSVRC2012", str(error)) from None
     if missing := {"meta.mat", GROUND_TRUTH} - members.keys():
-        raise _unclear(name, "data/meta.mat and data/" + GROUND_TRUTH, f"no {' and no '.join(sorted(missing))}")
+        raise _parse_error(name, "data/meta.mat and data/" + GROUND_TRUTH, f"no {' and no '.join(sorted(missing))}")
     return _official(members[GROUND_TRUTH], members["meta.mat"], name)
 
 
@@ -83,7 +83,7 @@ def _official(ground_truth: bytes, meta: bytes, name: str) -> dict[int, str]:
         wnids = read_meta(meta)
         return {number: wnids[int(line)] for number, line in enumerate(ground_truth.split(), 1)}
     except (ValueError, KeyError, IndexError, struct.error, zlib.error, UnicodeDecodeError) as error:
-        raise _unclear(name, "numbers 1 to 1000 that meta.mat explains", repr(error)) from None
+        raise _parse_error(name, "numbers 1 to 1000 that meta.mat explains", repr(error)) from None
 
 
 def _from_synset_lines(listing: Listing, name: str, classes: list[str]) -> dict[int, str]:
@@ -91,7 +91,7 @@ def _from_synset_lines(listing: Listing, name: str, classes: list[str]) -> dict[
     lines = listing.files[name].read().decode("utf-8", "replace").split()
     for number, line in enumerate(lines, 1):
         if not WNID.fullmatch(line):
-            raise _unclear(name, "one wnid such as n01440764 a line", f"{line!r} in line {number}")
+            raise _parse_error(name, "one wnid such as n01440764 a line", f"{line!r} in line {number}")
     return dict(enumerate(lines, 1))
 
 
@@ -105,7 +105,7 @@ def _from_pairs(listing: Listing, name: str, classes: list[str]) -> dict[int, st
         if number and words and (WNID.fullmatch(words[0]) or words[0].isdecimal()):
             labels[int(number[1])] = words[0] if WNID.fullmatch(words[0]) else int(words[0])
         elif line.strip() and not (row == 1 and line.startswith("ImageId")):
-            raise _unclear(name, "an image's name and its class in each line", f"{line[:60]!r} in line {row}")
+            raise _parse_error(name, "an image's name and its class in each line", f"{line[:60]!r} in line {row}")
     places = [label for label in labels.values() if isinstance(label, int)]
     if places and max(places) + 1 != len(classes) and len(classes) != 1000:
         raise UserError(
@@ -115,7 +115,7 @@ def _from_pairs(listing: Listing, name: str, classes: list[str]) -> dict[int, st
             remedy=f"use one of {ACCEPTED.rpartition(' or ')[0]} instead",
         )
     if places and max(places) >= len(classes):
-        raise _unclear(name, f"places below {len(classes):,}", f"{max(places):,}")
+        raise _parse_error(name, f"places below {len(classes):,}", f"{max(places):,}")
     return {number: label if isinstance(label, str) else classes[label] for number, label in labels.items()}
 
 
@@ -170,5 +170,5 @@ def _matrix(content: bytes) -> list[Any]:
     return list(struct.unpack(f"<{len(values) // struct.calcsize(NUMBERS[kind])}{NUMBERS[kind]}", values))
 
 
-def _unclear(name: str, expected: str, found: str) -> DeitfastError:
+def _parse_error(name: str, expected: str, found: str) -> DeitfastError:
     return DeitfastError(f"{printable(name)} cannot be understood", expected=expected, found=found)

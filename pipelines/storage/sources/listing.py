@@ -112,9 +112,9 @@ def list_files(path: Path, workspace: Workspace, skip: frozenset[str] = frozense
         if magic.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             _index_zip(path, listing)
         elif opener:
-            _index_tar(_whole(_decompress(path, opener, workspace)), listing, workspace)
+            _index_tar(_whole_file(_decompress(path, opener, workspace)), listing, workspace)
         else:
-            _index_tar(_whole(path), listing, workspace)
+            _index_tar(_whole_file(path), listing, workspace)
     listing.files = dict(sorted(listing.files.items()))
     return listing
 
@@ -153,7 +153,7 @@ def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspa
             raise DeitfastError(f"{printable(folder)} cannot be listed: {error.strerror}") from None
         for child in children:
             name = prefix + child.name
-            is_folder, is_file = _leads_to(child)
+            is_folder, is_file = _entry_type(child)
             if is_folder:
                 if child.name not in skip and not is_hidden(child.name):
                     listing.folders.add(name)
@@ -166,7 +166,7 @@ def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspa
                 workspace.progress("listing files", len(listing.files), 0)
 
 
-def _leads_to(child: os.DirEntry[str]) -> tuple[bool, bool]:
+def _entry_type(child: os.DirEntry[str]) -> tuple[bool, bool]:
     """Return whether an entry, or what a link leads to, is a folder and whether a file; a link may lead nowhere."""
     try:
         return child.is_dir(), child.is_file()
@@ -219,11 +219,11 @@ def _index_tar(tar: Extent, listing: Listing, workspace: Workspace) -> None:
     """List a tar's files. Links to members become those members; of equal names the last counts, as in extracting."""
     links = {}
     for member in _members(tar, listing.origin, workspace):
-        name = _normal(member.name)
+        name = _normalized(member.name)
         if member.isdir():
             listing.folders.add(name)
         elif member.issym() or member.islnk():
-            links[name] = _normal(posixpath.join(posixpath.dirname(name) * member.issym(), member.linkname))
+            links[name] = _normalized(posixpath.join(posixpath.dirname(name) * member.issym(), member.linkname))
         elif member.isreg() and not member.issparse():
             listing.files[name] = Extent(tar.path, member.offset_data, member.size)
     files = listing.files
@@ -238,7 +238,7 @@ def _index_zip(path: Path, listing: Listing) -> None:
     except zipfile.BadZipFile as error:
         raise _damaged(path, str(error)) from None
     for member in members:
-        name = _normal(member.filename)
+        name = _normalized(member.filename)
         if member.is_dir():
             listing.folders.add(name)
             continue
@@ -280,11 +280,11 @@ def _decompress(path: Path, opener: Opener, workspace: Workspace) -> Path:
     return target
 
 
-def _whole(path: Path) -> Extent:
+def _whole_file(path: Path) -> Extent:
     return Extent(os.fspath(path), 0, path.stat().st_size)
 
 
-def _normal(name: str) -> str:
+def _normalized(name: str) -> str:
     """Return a member's name without ./, //, .. and leading slashes: a name, never a path to follow."""
     return posixpath.normpath("/" + name).lstrip("/")
 

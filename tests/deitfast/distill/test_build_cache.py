@@ -159,7 +159,7 @@ def test_nothing_is_kept_of_images_that_cannot_be_read(
     data = tmp_path / "damaged"
     shutil.copytree(tiny_small, data)
     with closing(Dataset.open(data)) as dataset:
-        place = dataset.split("train").place(3)
+        place = dataset.split("train").location(3)
     content = bytearray(place.file.read_bytes())
     content[place.offset] ^= 1
     place.file.write_bytes(content)

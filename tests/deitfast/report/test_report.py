@@ -87,8 +87,8 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
         with closing(open_training(dataset, recipe, CPU)) as loader:
             whole = augment(next(loader.epoch(0)), recipe.augment, dtype=torch.float32, train=True)
         reader, read = dataset.split("train"), []
-        original = type(reader).checked_sample
-        monkeypatch.setattr(type(reader), "checked_sample", lambda self, n: read.append(n) or original(self, n))
+        original = type(reader).read_verified
+        monkeypatch.setattr(type(reader), "read_verified", lambda self, n: read.append(n) or original(self, n))
         few, shown = samples.first_inputs(dataset, recipe)
         assert len(shown) == samples.SHOWN
         assert sorted(read) == sorted(set(few.params.sample.tolist()))

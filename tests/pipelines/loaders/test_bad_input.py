@@ -55,7 +55,7 @@ def test_a_damaged_sample_is_named(name: str, hurt: Reader) -> None:
     error = within(60, lambda: list(open_eval(name, hurt, PADDED).epoch(0)))
     assert isinstance(error, DeitfastError)
     assert f"sample {BAD}" in str(error)
-    assert str(hurt.place(BAD).file) in str(error)
+    assert str(hurt.location(BAD).file) in str(error)
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -19,7 +19,7 @@ from pipelines.storage.dataset import Dataset
 from pipelines.storage.formats.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
 from pipelines.storage.formats.beton_writer import RECORD, BetonWriter
 from pipelines.storage.reader import JPEG, RAW
-from pipelines.storage.transcode import Kind, Sample
+from pipelines.storage.transcode import EncodedImage, Kind
 from pipelines.storage.verify import verify
 from tests.helpers.sample_images import MemorySource, drawn, entries, jpeg, pixels
 
@@ -31,7 +31,7 @@ def write(path: Path, images: list[np.ndarray], planned: int = 0) -> None:
     for image in images:
         data = image.tobytes()
         height, width = image.shape[:2]
-        offset = writer.append(Sample(RAW, width, height, data, zlib.crc32(data), Kind.RAW), 7)
+        offset = writer.append(EncodedImage(RAW, width, height, data, zlib.crc32(data), Kind.RAW), 7)
         records.append((True, RAW, 4, width, height, 7, zlib.crc32(data), len(data), offset))
     writer.finish(np.array(records, dtype=RECORD))
     writer.close()
@@ -59,7 +59,7 @@ def test_written_samples_read_back(tmp_path_factory, sizes, spare):
     write(path, images, planned=len(images) + spare)
     reader = BetonReader(path)
     assert list(zip(reader.heights, reader.widths, strict=True)) == sizes
-    assert [reader.checked_sample(n).tobytes() for n in range(len(images))] == [image.tobytes() for image in images]
+    assert [reader.read_verified(n).tobytes() for n in range(len(images))] == [image.tobytes() for image in images]
     assert (reader.offsets // reader.page_size == (reader.offsets + reader.sizes - 1) // reader.page_size).all()
     assert reader.labels.tolist() == [7] * len(images)
     assert (reader.file_size - 24 * len(images)) % reader.page_size == 0  # FFCV reads whole pages
@@ -71,7 +71,7 @@ def test_large_samples_double_the_page(tmp_path):
     write(tmp_path / "x.beton", images)
     reader = BetonReader(tmp_path / "x.beton")
     assert reader.page_size == 1 << 23
-    assert [reader.checked_sample(n).tobytes() for n in range(5)] == [image.tobytes() for image in images]
+    assert [reader.read_verified(n).tobytes() for n in range(5)] == [image.tobytes() for image in images]
 
 
 def test_reading_copies_nothing_and_cannot_write(beton):
@@ -93,9 +93,9 @@ def test_a_flipped_byte_is_found_by_its_sample_only(beton):
     content[offset] ^= 1
     beton.write_bytes(content)
     reader = BetonReader(beton)
-    reader.checked_sample(3)
+    reader.read_verified(3)
     with pytest.raises(DeitfastError, match=r"x\.beton: sample 4 is damaged"):
-        reader.checked_sample(4)
+        reader.read_verified(4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -224,7 +224,7 @@ def test_a_split_file_that_was_swapped_or_cut_is_refused(tiny_dataset, tmp_path)
 def test_verify_finds_nothing_in_a_whole_dataset(tiny_dataset):
     seen = []
     report = verify(tiny_dataset, workers=2, progress=lambda *step: seen.append(step))
-    assert report.whole
+    assert report.intact
     assert report.samples == {"train": 32, "val": 8}
     assert seen[-1][:3] == ("val", 8, 8)
 
@@ -239,7 +239,7 @@ def test_verify_collects_all_damage(tiny_dataset, tmp_path):
     (folder / "train.beton").write_bytes(content)
     (folder / "val.beton").write_bytes(b"")
     report = verify(folder, workers=2)
-    assert not report.whole
+    assert not report.intact
     samples = {(damage.sample, damage.label) for damage in report.damages if damage.split == "train"}
     assert {(2, "cat"), (17, "bee"), (5, "bee")} <= samples
     assert any("CRC32 of the index" in damage.reason for damage in report.damages)
@@ -285,7 +285,7 @@ def test_ffcv_reads_jpegs_of_all_sizes(ffcv, tiny_dataset, cache):
     assert len(ffcv[f"{cache} jpeg image"]) == ours.num_samples
     assert np.array_equal(ffcv[f"{cache} jpeg label"][:, 0], ours.labels)
     for number, image in enumerate(ffcv[f"{cache} jpeg image"]):
-        whole = pixels(ours.checked_sample(number).tobytes())
+        whole = pixels(ours.read_verified(number).tobytes())
         side = min(whole.shape[:2])
         top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
         crop = whole[top : top + side, left : left + side]
@@ -300,4 +300,4 @@ def test_skipped_samples_leave_no_hole_in_the_index(tmp_path):
     reader = Dataset.open(tmp_path / "d").split("train")
     assert reader.modes.tolist() == [RAW, JPEG, RAW]
     assert reader.labels.tolist() == [0, 1, 1]
-    assert reader.checked_sample(2).tobytes() == contents[3].tobytes()
+    assert reader.read_verified(2).tobytes() == contents[3].tobytes()

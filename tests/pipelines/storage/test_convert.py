@@ -25,7 +25,7 @@ def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):
     reader = dataset.split("train")
     assert dataset.spec == spec == read_spec(tmp_path / "d")
     assert reader.labels.tolist() == [entry.label for entry in source.splits["train"]]
-    assert [reader.checked_sample(n).tobytes() for n in range(4)] == list(odd.values())[:4]
+    assert [reader.read_verified(n).tobytes() for n in range(4)] == list(odd.values())[:4]
     assert train.fingerprint == content_fingerprint(reader)
     assert seen[0] == ("train", 0, 40, 0)
     assert ("train", 40, 40) in [step[:3] for step in seen]

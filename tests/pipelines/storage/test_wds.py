@@ -58,7 +58,7 @@ def test_both_formats_hold_the_same(odd, mixed_shards, tmp_path):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
     for number in range(one.num_samples):
-        assert one.sample(number).tobytes() == two.checked_sample(number).tobytes()
+        assert one.sample(number).tobytes() == two.read_verified(number).tobytes()
     assert set(one.modes) == {JPEG, RAW}
     assert len(list((mixed_shards / "train.wds").glob("*.tar"))) > 5
 
@@ -114,7 +114,7 @@ def test_a_dataset_as_a_source_is_shrunk_and_refused_where_it_is_damaged(tiny_da
     assert max(reader.heights.max(), reader.widths.max()) == 100
     assert spec.splits["train"].counts == Dataset.open(tiny_dataset).spec.splits["train"].counts
     broken = shutil.copytree(tiny_dataset, tmp_path / "broken")
-    place = Dataset.open(broken).split("train").place(5)
+    place = Dataset.open(broken).split("train").location(5)
     flip(place.file, place.offset + 100)
     with pytest.raises(DeitfastError, match="sample 5 is damaged"):
         convert(open_source("dataset", broken), tmp_path / "x", workers=1)
@@ -190,12 +190,12 @@ def test_shards_that_are_not_those_of_the_index_are_refused_by_name(copy, damage
 def test_a_flipped_byte_names_its_shard_and_sample(copy, mode):
     reader = Dataset.open(copy).split("train")
     number = int(np.flatnonzero(reader.modes == mode)[3])
-    place = reader.place(number)
-    reader.checked_sample(number)
+    place = reader.location(number)
+    reader.read_verified(number)
     flip(place.file, place.offset + place.size // 2)
     reader = Dataset.open(copy).split("train")
     with pytest.raises(DeitfastError, match=rf"{place.file}: sample {number} is damaged"):
-        reader.checked_sample(number)
+        reader.read_verified(number)
     damages = verify(copy, workers=1).damages
     assert [(damage.split, damage.sample) for damage in damages] == [("train", number)]
 
@@ -204,18 +204,18 @@ def test_a_flipped_byte_names_its_shard_and_sample(copy, mode):
     ("where", "says"), [(-1536, "headers"), (-1024, "label"), (-512, "headers"), (-1, "headers"), (0, "padding")]
 )
 def test_verify_finds_what_would_mislead_other_programs(copy, where, says):
-    place = Dataset.open(copy).split("train").place(6)
+    place = Dataset.open(copy).split("train").location(6)
     assert place.size % 512
     flip(place.file, place.offset + (where or place.size))
     reader = Dataset.open(copy).split("train")
-    assert reader.checked_sample(6).size
+    assert reader.read_verified(6).size
     damages = verify(copy, workers=1).damages
     assert [(damage.split, damage.sample) for damage in damages] == [("train", 6)]
     assert says in damages[0].reason
 
 
 def test_verify_looks_at_the_files_beside_the_samples(copy):
-    assert verify(copy, workers=1).whole
+    assert verify(copy, workers=1).intact
     folder = copy / "train.wds"
     flip(folder / "000001.idx", 12)
     (folder / "000002.idx").unlink()
@@ -246,8 +246,8 @@ def test_a_shard_is_filled_to_the_byte(tmp_path, short, each):
     images = [(Image.fromarray(drawn(8, 8)), bytes([number]) * 2000) for number in range(6)]
     whole = 3 * (3 * 512 + 2048) + 1024  # headers and label, image, end of the file
     reader = write_split(tmp_path / "x.wds", images, shard_size=whole - short)
-    assert [int(reader.place(number).file.stem) for number in range(6)] == [number // each for number in range(6)]
-    assert [reader.checked_sample(number)[0] for number in range(6)] == list(range(6))
+    assert [int(reader.location(number).file.stem) for number in range(6)] == [number // each for number in range(6)]
+    assert [reader.read_verified(number)[0] for number in range(6)] == list(range(6))
 
 
 def test_a_sample_larger_than_a_shard_has_one_for_itself(tmp_path):
@@ -255,7 +255,7 @@ def test_a_sample_larger_than_a_shard_has_one_for_itself(tmp_path):
     noise = Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8))
     images = [(Image.fromarray(drawn(8, 8)), None), (noise, jpeg(200, 200) + bytes(40_000)), (noise, jpeg(20, 20))]
     reader = write_split(tmp_path / "x.wds", images)
-    assert [reader.place(number).file.name for number in range(3)] == ["000000.tar", "000001.tar", "000002.tar"]
+    assert [reader.location(number).file.name for number in range(3)] == ["000000.tar", "000001.tar", "000002.tar"]
     assert reader.file_size == sum(path.stat().st_size for path in (tmp_path / "x.wds").glob("*.tar"))
 
 

@@ -17,7 +17,7 @@ from tests.helpers.sample_images import pixels
 def stored_images(folder: Path) -> list[bytes]:
     """Every sample's image file as the shards hold it."""
     reader = Dataset.open(folder).split("train")
-    places = [reader.place(number) for number in range(reader.num_samples)]
+    places = [reader.location(number) for number in range(reader.num_samples)]
     return [place.file.read_bytes()[place.offset : place.offset + place.size] for place in places]
 
 
