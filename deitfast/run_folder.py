@@ -1,19 +1,15 @@
 """A run's folder: the recipe as run, where it ran, what it measured."""
 
 import json
-import platform
-import sys
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from deitfast import __version__
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe, differences
+from deitfast.environment import environment
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write, explain_os_error
-from pipelines.workers import usable_cores
+from pipelines.files import write_text
 
 
 @dataclass(frozen=True)
@@ -158,51 +154,3 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
             damaged += 1
     lines, are = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
     return rows, f"{lines} of {file.name} could not be read and {are} left out." if damaged else ""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all, and the folder that it is to be in.
-
-    Raises:
-        DeitfastError: the disk is full or not writable.
-    """
-    with explain_os_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(text.encode())
-
-
-def environment() -> dict[str, Any]:
-    """Return the machine and the versions that a run's figures depend on."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    libraries = ("torch", "torchvision", "numpy", "numba", "pillow", "pydantic", "ffcv")
-    libraries += ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12")
-    return {
-        "deitfast": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": usable_cores(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "cuda": torch.version.cuda if cuda else None,
-        "libraries": {name: version(name) for name in libraries},
-        "executable": sys.executable,
-    }
-
-
-def version(library: str) -> str | None:
-    """Return a library's version, None where it is not installed."""
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -15,7 +15,7 @@ class DeitfastError(Exception):
 
     def __init__(self, problem: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
         self.problem, self.expected, self.found, self.remedy = problem, expected, found, remedy
-        details = (("expected", expected), ("found", found), ("do", remedy))
+        details = (("expected", expected), ("found", found), ("hint", remedy))
         super().__init__("\n".join([problem, *(f"  {name}: {text}" for name, text in details if text)]))
 
 

@@ -62,6 +62,18 @@ def explain_os_error(
         raise DeitfastError(f"cannot write {what}", found=str(error), remedy=remedy) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically, making its folder where it is missing.
+
+    Raises:
+        DeitfastError: the disk is full or not writable.
+    """
+    with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(text.encode())
+
+
 def sync_folder(folder: Path) -> None:
     """Have the folder's entries (after a rename) on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

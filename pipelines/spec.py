@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from pipelines.choices import LoaderName
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 """Every spec refuses unknown keys by name and numbers that are not finite; the text under a field documents it."""
 
@@ -131,11 +133,6 @@ class AugmentSpec:
     """Antialiased filter of that resize (the ffcv loader has its own). Training always uses bicubic."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every augmentation draw; apart from the seed of the initialization."""
-
-
-Kernels = Literal["auto", "on", "off"]
-"""Whether augmentation runs in Triton's kernels or in batched torch; auto: the kernels on CUDA, if Triton is there."""
-LoaderName = Literal["auto", "resident", "dali", "cpu", "ffcv", "reference"]
 
 
 @dataclass(frozen=True, config=STRICT)

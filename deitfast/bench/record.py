@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from deitfast.run_folder import write_text
 from pipelines.errors import DeitfastError
+from pipelines.files import write_text
 from pipelines.spec import STRICT
 
 

@@ -18,8 +18,8 @@ from deitfast.bench.stages import Workbench, all_together, copying, device_stage
 from deitfast.bench.timing import Pace, Work, measure
 from deitfast.bench.verdict import Cost, Setup, cost_of, judge, loader_costs, predict, starved, with_loader
 from deitfast.config.recipe import Recipe
+from deitfast.environment import environment
 from deitfast.progress import Bar, Display
-from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset

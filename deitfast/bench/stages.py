@@ -18,8 +18,8 @@ from deitfast.distill.cache_files import is_present
 from deitfast.distill.cache_key import target_spec, uses_cache
 from deitfast.distill.encoding import decode, encode, from_records
 from deitfast.distill.teacher import Teacher, load_teacher
+from deitfast.environment import environment
 from deitfast.models.vit import reads_patches
-from deitfast.run_folder import environment
 from deitfast.runtime import Runtime
 from deitfast.train.step import TrainStep
 from pipelines.augment.chain import AugmentedBatch, augment

@@ -43,12 +43,13 @@ from deitfast.eval.evaluate import agreement, final_head, measured, predict
 from deitfast.models.class_names import require_classes
 from deitfast.progress import Display
 from deitfast.report.write import PAGE, write_report
-from deitfast.run_folder import RunFolder, write_text
+from deitfast.run_folder import RunFolder
 from deitfast.runtime import Runtime, start
 from deitfast.train.trainer import train
 from deitfast.weights.export import export, format_of
 from deitfast.weights.load import TrainedModel, load_file, load_run
 from pipelines.errors import UserError
+from pipelines.files import write_text
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 log = logging.getLogger("deitfast")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from deitfast.run_folder import environment
+from deitfast.environment import environment
 from deitfast.runtime import choose_amp, choose_compile
 from pipelines.augment.chain import kernels_run
 from pipelines.loaders.factory import available, free_memory

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
-from deitfast.config.recipe import Arch, Recipe
+from deitfast.config.choices import Arch
+from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import typical_side
 from deitfast.distill.build_cache import TeachJob
 from deitfast.run_folder import RunFolder

@@ -15,7 +15,8 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from deitfast.config.sections import Arch, DistillSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
+from deitfast.config.choices import Arch
+from deitfast.config.sections import DistillSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
 from pipelines.errors import UserError
 from pipelines.spec import STRICT, AugmentSpec, LoaderSpec, digest
 

@@ -5,12 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipelines.spec import STRICT, Kernels
+from deitfast.config.choices import Arch, DistillMode
+from pipelines.choices import Kernels
+from pipelines.spec import STRICT
 
-Arch = Literal[
-    "deit_ti", "deit_s", "deit_b", "vit_ti", "vit_s", "vit_b",
-    "resnet18", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
-]  # fmt: skip
 MOST_EPOCHS, MOST_IMAGES = 100_000, 1 << 20
 """Bounds of what is counted in epochs and of what is counted in images of a batch."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -40,7 +38,7 @@ class ModelSpec:
 class DistillSpec:
     """How the teacher teaches, and which head learns from it."""
 
-    mode: Literal["none", "soft", "hard"] = "none"
+    mode: DistillMode = "none"
     """hard: cross-entropy with the teacher's argmax; soft: KL divergence at temperature tau."""
     teacher: str = ""
     """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""

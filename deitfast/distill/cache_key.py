@@ -13,7 +13,7 @@ from deitfast.data_loaders import training_sampler, training_subset
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, is_cache, read_manifest, require_same
 from deitfast.distill.teacher import FINGERPRINT_FIELDS, LoadedTeacher, load_teacher
-from deitfast.run_folder import version
+from deitfast.environment import version
 from deitfast.runtime import Runtime
 from deitfast.weights.torchvision import is_torchvision_model
 from pipelines.errors import UserError

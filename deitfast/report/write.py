@@ -7,7 +7,7 @@ from deitfast.report.markdown import markdown
 from deitfast.report.page import Pictures, page
 from deitfast.report.read import RunRecord, read_runs
 from deitfast.report.samples import samples_of
-from deitfast.run_folder import write_text
+from pipelines.files import write_text
 
 PAGE, TABLE = "report.html", "report.md"
 """Files of a run's own report, in its folder."""

@@ -21,7 +21,7 @@ from deitfast.eval.evaluate import evaluate, final_head
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.models.vit import reads_patches
 from deitfast.progress import Bar, Display, duration, logging_to
-from deitfast.run_folder import RunFolder, RunInfo, write_text
+from deitfast.run_folder import RunFolder, RunInfo
 from deitfast.runtime import Runtime
 from deitfast.train.callbacks import Callbacks
 from deitfast.train.optim import peak_lr
@@ -34,7 +34,7 @@ from pipelines.augment.chain import augment
 from pipelines.batch import Batch, Loader
 from pipelines.device import explain_oom
 from pipelines.errors import DeitfastError
-from pipelines.files import file_lock
+from pipelines.files import file_lock, write_text
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")

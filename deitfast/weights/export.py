@@ -9,11 +9,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from deitfast.models.vit import VisionTransformer, joint
-from deitfast.run_folder import write_text
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.read import INPUT_FIELDS, METADATA
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, explain_os_error
+from pipelines.files import atomic_write, explain_os_error, write_text
 
 FORMATS = ("timm", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}

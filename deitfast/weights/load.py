@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from deitfast.config import recipe as recipes
-from deitfast.config.recipe import Arch, Recipe
+from deitfast.config.choices import Arch
+from deitfast.config.recipe import Recipe
 from deitfast.models.vit import VisionTransformer, build_model
 from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint

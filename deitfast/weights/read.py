@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deitfast.config.recipe import Arch
+from deitfast.config.choices import Arch
 from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
 from deitfast.weights.huggingface import is_hugging_face, to_timm

@@ -21,12 +21,13 @@ from pipelines.augment.patches import cut_patches
 from pipelines.augment.torch_ops import ops
 from pipelines.augment.torch_ops.erase import erase
 from pipelines.batch import Batch
+from pipelines.choices import Kernels
 from pipelines.device import to_device
 from pipelines.errors import UserError
 from pipelines.rng.packed_spec import UNIT
 from pipelines.rng.policies import OPERATIONS
 from pipelines.rng.view_params import COLUMNS, SLICES, ViewParams
-from pipelines.spec import AugmentSpec, Kernels
+from pipelines.spec import AugmentSpec
 
 
 @dataclass(frozen=True)

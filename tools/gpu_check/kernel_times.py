@@ -4,8 +4,9 @@ import torch
 
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch
+from pipelines.choices import Kernels
 from pipelines.errors import UserError
-from pipelines.spec import AugmentSpec, Kernels
+from pipelines.spec import AugmentSpec
 
 SLEEP = 40_000_000
 """GPU cycles, some 20 ms: while it sleeps the host starts all of a run, so that no gap between kernels is timed."""

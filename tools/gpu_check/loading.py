@@ -9,10 +9,11 @@ import torch
 from deitfast.bench.stages import whole_loader
 from deitfast.bench.timing import measure
 from pipelines.batch import Batch
+from pipelines.choices import LoaderName
 from pipelines.loaders.dali.calibration import cache_file
 from pipelines.loaders.factory import open_loader
 from pipelines.rng.sampler import EvalSampler, Sampler, SamplerSpec, TrainSampler
-from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
+from pipelines.spec import AugmentSpec, LoaderSpec
 from tools.gpu_check.lab import Lab, rates
 from tools.gpu_check.record import Figure, Note
 from tools.parity.loading import ALLOWED

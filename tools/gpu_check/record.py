@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic import dataclasses as checked
 
 from deitfast.bench.record import read_record
-from deitfast.run_folder import write_text
+from pipelines.files import write_text
 from pipelines.spec import STRICT
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from deitfast.run_folder import environment
+from deitfast.environment import environment
 from tools.gpu_check import alternatives, augmentation, loading, peer, small, suite, training
 from tools.gpu_check.lab import Lab
 from tools.gpu_check.record import FORMAT, Figure, Note, Record, Section, save

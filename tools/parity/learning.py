@@ -14,7 +14,8 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from deitfast.config.recipe import Arch, ModelSpec, OptimSpec, ScheduleSpec
+from deitfast.config.choices import Arch
+from deitfast.config.recipe import ModelSpec, OptimSpec, ScheduleSpec
 from deitfast.models.vit import build_model, joint
 from deitfast.train.losses import hard_distillation, mixed_cross_entropy, soft_distillation
 from deitfast.train.optim import build_optimizer, peak_lr

@@ -13,9 +13,10 @@ from torchvision.transforms import functional
 
 from deitfast.bench.peer_loaders import stored_image
 from pipelines.batch import Batch
+from pipelines.choices import LoaderName
 from pipelines.loaders.factory import available, open_loader
 from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
-from pipelines.spec import AugmentSpec, LoaderName, LoaderSpec
+from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory

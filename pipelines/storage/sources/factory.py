@@ -1,7 +1,9 @@
 """Open any source of images by its kind."""
 
 from pathlib import Path
+from typing import get_args
 
+from pipelines.choices import SourceKind
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.cifar import open_cifar
 from pipelines.storage.sources.converted import open_dataset
@@ -11,7 +13,7 @@ from pipelines.storage.sources.imagenet import open_imagenet
 from pipelines.storage.sources.listing import printable
 from pipelines.storage.sources.opened_source import OpenedSource, Progress, Workspace
 
-KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
+KINDS: tuple[str, ...] = get_args(SourceKind)
 
 
 def open_source(

@@ -21,9 +21,9 @@ from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import MANIFEST, PARTS, TARGETS
 from deitfast.distill.targets import CachedTargets
 from deitfast.run_folder import RunFolder
+from pipelines.choices import LoaderName
 from pipelines.errors import DeitfastError
 from pipelines.loaders.factory import available
-from pipelines.spec import LoaderName
 from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import run, weights
 from tests.helpers.small_teachers import (
