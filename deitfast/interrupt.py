@@ -9,25 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from deitfast.runtime import Runtime
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the run to end, and it can be gone on from here. Its text is the signal's name."""
+    """The run is to end, and can be resumed from here. Its text is the signal's name."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
 
 
 class Stop:
-    """Whether somebody asked the run to end."""
+    """Whether the run is to end."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.signal = 0
-        """Number of the signal that asked; 0: nobody did."""
+        """Number of the signal that came; 0: none."""
         self._runtime = runtime
         self._raise_now = False
 
@@ -44,28 +41,19 @@ class Stop:
         if self._raise_now:
             raise Interrupted(number)
 
-    def check(self, *, sync: bool) -> None:
-        """Raise Interrupted where somebody asked, on every rank alike.
-
-        Several ranks agree only where `sync` is true: where they wait for each other anyway.
-        """
-        if self._runtime.world == 1:
-            asked = self.signal
-        elif sync:
-            votes = torch.tensor([float(self.signal)], device=self._runtime.device)
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-            asked = int(votes.item())
-        else:
-            return
+    def check(self, *, sync: bool = False) -> None:
+        """Raise Interrupted where a signal came: to this rank if it is alone, to any rank if all `sync` here."""
+        alone = self._runtime.world == 1
+        asked = self.signal if alone else int(self._runtime.max_over_ranks([self.signal])[0]) if sync else 0
         if asked:
             raise Interrupted(asked)
 
     @contextmanager
     def interruptible(self, when: bool = True) -> Iterator[None]:
-        """Let a request end the block in its middle, if `when`; of several ranks none may leave alone, so none does.
+        """Let a signal end the block in its middle, if `when`; of several ranks none may leave alone, so none does.
 
         Raises:
-            Interrupted: asked to end, before or inside the block.
+            Interrupted: a signal came, before or inside the block.
         """
         self._raise_now = when and self._runtime.world == 1
         try:

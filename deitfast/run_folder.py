@@ -62,14 +62,13 @@ class RunFolder:
         write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
         write_text(self.path / "recipe.toml", recipes.dump(recipe))
 
-    def open(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
-        """Start the run's folder, or make sure that the run to be resumed is the one that is there.
+    def check(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
+        """Make sure that a run may start here, or that the one to be resumed is the one that is there.
 
         Raises:
             UserError: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
         """
         if not self.exists():
-            self.create(recipe, info)
             return
         if not resume:
             raise UserError(
@@ -89,10 +88,14 @@ class RunFolder:
                 expected=f"fingerprint {begun.fingerprint}",
                 found=f"{info.fingerprint} in {info.data}",
             )
-        if info.start and info.start != begun.start:
+
+    def check_start(self, info: RunInfo) -> None:
+        """Make sure that a resumed run that is to begin anew begins with the weights that it began with."""
+        before = self.info().start
+        if info.start and info.start != before:
             raise UserError(
                 f"{info.start['file']} is not what {self.path} was started from",
-                expected=f"blake2b {begun.start.get('blake2b')}",
+                expected=f"blake2b {before.get('blake2b')}",
                 found=info.start["blake2b"],
                 remedy="start a new run with another --out",
             )

@@ -26,8 +26,11 @@ FLUSH_SECONDS = 10.0
 class Targets(Protocol):
     """What the training loop asks for targets."""
 
-    cache: TeacherCache | None
-    """Where answers are kept, if they are."""
+    @property
+    def cache(self) -> TeacherCache | None:
+        """The cache that keeps targets, if there is one."""
+        ...
+
     teacher_views: int
     """Views that went through the teacher so far."""
 
@@ -54,7 +57,8 @@ class OnlineTeacher:
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self._teacher, self._hard = teacher, recipe.distill.mode == "hard"
-        self.cache, self.teacher_views = None, 0
+        self.cache: TeacherCache | None = None
+        self.teacher_views = 0
 
     def start_epoch(self, epoch: int) -> None:
         """All epochs are alike."""

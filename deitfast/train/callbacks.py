@@ -25,12 +25,12 @@ class Callbacks:
         self._report = LiveReport(folder) if folder else None
         self._board = TensorBoard(folder / "tensorboard") if folder and tensorboard else None
 
-    def look(self, step: int, **figures: float) -> None:
+    def log_step(self, step: int, **figures: float) -> None:
         """Show figures of the current epoch so far; `step` counts from the run's start, and is not the epoch's last."""
         if self._board:
             self._board.write(step, {f"{RUNNING}/{name}": value for name, value in figures.items()})
 
-    def epoch(self, step: int, row: dict[str, Any], *, last: bool) -> None:
+    def log_epoch(self, step: int, row: dict[str, Any], *, last: bool) -> None:
         """Show an epoch's row of metrics.jsonl, which is written already."""
         if self._board:
             waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)

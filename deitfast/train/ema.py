@@ -22,8 +22,9 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.model = deepcopy(model).eval().requires_grad_(False)
-        """The averaged model: evaluate this."""
+        self.model = deepcopy(model).eval()
+        """The averaged model: evaluate this. It trains by no gradient, but its parameters look like the model's own, so
+        that both share one compiled evaluation."""
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deitfast.config.recipe import DistillSpec
-from pipelines.augment.chain import AugmentedBatch
 from pipelines.errors import UserError
 
 PARTS = ("loss", "base", "distill")
@@ -68,7 +66,19 @@ def soft_distillation(
 
 
 def distilled_loss(
-    heads: tuple[Tensor, ...], inputs: AugmentedBatch, teacher: Tensor | None, spec: DistillSpec, smoothing: float
+    heads: tuple[Tensor, ...],
+    labels: Tensor,
+    mix_labels: Tensor,
+    lam: Tensor,
+    teacher: Tensor | None = None,
+    valid: Tensor | None = None,
+    *,
+    mode: Literal["none", "soft", "hard"] = "hard",
+    head: Literal["distillation", "class"] = "distillation",
+    alpha: float = 0.5,
+    tau: float = 3.0,
+    normalization: Literal["batch", "batch_classes"] = "batch",
+    smoothing: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (1 - alpha) x base + alpha x distillation, and its parts for the record.
 
@@ -77,10 +87,17 @@ def distilled_loss(
 
     Args:
         heads: (class logits,) or (class logits, distillation logits), each [B, C].
-        inputs: labels, partners' labels and shares are read; rows that are not valid count for nothing.
+        labels: int64 [B].
+        mix_labels: int64 [B], labels of the rows that MixUp or CutMix mixed in; `labels` without.
+        lam: float32 [B], weight of a row's own label; ones without mixing.
         teacher: int64 [B] labels for hard, or [B, 2] of row and partner to be mixed like labels; floating-point [B, C]
             logits for soft distillation; None without.
-        spec: mode, weight and head of the distillation.
+        valid: bool [B], the rows that count; None: all.
+        mode: none, soft (KL divergence at temperature `tau`) or hard (cross-entropy with the teacher's label).
+        head: the logits that the distillation term is applied to.
+        alpha: weight of the distillation term.
+        tau: temperature of soft distillation.
+        normalization: divisor of the soft term, see `soft_distillation`.
         smoothing: label smoothing of the base loss.
 
     Returns:
@@ -89,7 +106,7 @@ def distilled_loss(
     Raises:
         UserError: distillation into a head that the model does not have, or without a teacher's target.
     """
-    own_head = spec.mode != "none" and spec.head == "distillation"
+    own_head = mode != "none" and head == "distillation"
     if own_head and len(heads) < 2:
         raise UserError(
             "distillation into the distillation head of a model that has none",
@@ -97,22 +114,21 @@ def distilled_loss(
             found=f"{len(heads)} head",
             remedy="set model.token to auto or on, or distill.head to class",
         )
-    taught = heads[:1] if own_head else heads
-    targets, valid = (inputs.labels, inputs.mix_labels, inputs.lam), inputs.valid
-    each = [mixed_cross_entropy(head, *targets, smoothing, valid) for head in taught]
+    labeled = heads[:1] if own_head else heads
+    each = [mixed_cross_entropy(logits, labels, mix_labels, lam, smoothing, valid) for logits in labeled]
     base = torch.stack(each).mean()
-    if spec.mode == "none":
+    if mode == "none":
         return base, {"loss": base.detach(), "base": base.detach(), "distill": torch.zeros_like(base)}
     if teacher is None:
-        raise UserError(f"distill.mode is {spec.mode}, but no teacher's target came with the batch")
+        raise UserError(f"distill.mode is {mode}, but no teacher's target came with the batch")
     student = heads[1] if own_head else heads[0]
-    if spec.mode == "hard" and teacher.ndim == 2:  # labels of both images of a mixture, each seen by itself
-        distill = mixed_cross_entropy(student, teacher[:, 0], teacher[:, 1], inputs.lam, 0, valid)
-    elif spec.mode == "hard":
+    if mode == "hard" and teacher.ndim == 2:  # labels of both images of a mixture, each seen by itself
+        distill = mixed_cross_entropy(student, teacher[:, 0], teacher[:, 1], lam, 0, valid)
+    elif mode == "hard":
         distill = hard_distillation(student, teacher, valid)
     else:
-        distill = soft_distillation(student, teacher, spec.tau, spec.normalization, valid)
-    total = (1 - spec.alpha) * base + spec.alpha * distill
+        distill = soft_distillation(student, teacher, tau, normalization, valid)
+    total = (1 - alpha) * base + alpha * distill
     return total, {"loss": total.detach(), "base": base.detach(), "distill": distill.detach()}
 
 

@@ -2,22 +2,22 @@
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from deitfast.runtime import Runtime
 from deitfast.train.losses import PARTS
 
 
 class DivergedError(Exception):
-    """The loss was not finite."""
+    """The loss, or a weight, is not finite."""
 
-    def __init__(self, epoch: int, steps: int) -> None:
-        self.epoch, self.steps = epoch, steps
-        super().__init__(f"epoch {epoch + 1}, step {steps}")
+    def __init__(self, epoch: int, steps: int, what: str = "the loss") -> None:
+        self.epoch, self.steps, self.what = epoch, steps, what
+        super().__init__(f"{what} is not finite at epoch {epoch + 1}, step {steps}")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TrainState:
     waited: float = 0.0
     """Part of it that they waited for data."""
     teacher_views: int = 0
-    """Views of those steps that went through this rank's teacher."""
+    """Views of those steps that this rank's teacher was run on."""
     skipped: int = 0
     """Rows of them whose image could not be read."""
 
@@ -44,31 +44,28 @@ class TrainState:
         """Return the beginning of an epoch."""
         return cls(torch.zeros(len(PARTS), device=device), epoch)
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint.
+    def over_ranks(self, runtime: Runtime) -> "TrainState":
+        """Return the state of the whole run: the mean of all ranks' losses, the sums of what they count.
 
-        Raises:
-            DivergedError: the sums are not finite, so the weights may be past saving.
+        Every rank must call it. Waits for the device.
         """
-        self.means()
+        if runtime.world == 1:
+            return self
+        *losses, skipped, views = runtime.sum_over_ranks([*self.losses.tolist(), self.skipped, self.teacher_views])
+        mean = torch.tensor(losses, dtype=torch.float64) / runtime.world
+        return replace(self, losses=mean.float(), skipped=int(skipped), teacher_views=int(views))
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint. Waits for the device."""
         return {**asdict(self), "losses": self.losses.tolist()}
 
     @classmethod
-    def restore(cls, state: dict[str, Any], device: torch.device) -> "TrainState":
-        """Return the position that `state` was taken of."""
-        names = ("epoch", "steps", "seconds", "waited", "teacher_views", "skipped")
-        own = {name: state[name] for name in names if name in state}  # older checkpoints did not count the last two
-        return cls(torch.tensor(state["losses"], device=device), **own)
-
-    def sum_over_ranks(self, world: int) -> None:
-        """Count what all `world` ranks did, at an epoch's end: the mean of their losses, all rows skipped."""
-        if world == 1:
-            return
-        dist.all_reduce(self.losses)
-        self.losses /= world
-        skipped = torch.tensor(self.skipped, device=self.losses.device)
-        dist.all_reduce(skipped)
-        self.skipped = int(skipped)
+    def restore(cls, state: dict[str, Any], runtime: Runtime) -> "TrainState":
+        """Return the state that `state` was taken of `over_ranks`: what is counted is rank 0's from here."""
+        names = ("epoch", "steps", "seconds", "waited")
+        counted = ("teacher_views", "skipped")
+        own = {name: state[name] for name in names} | {n: state[n] if runtime.is_main_process else 0 for n in counted}
+        return cls(torch.tensor(state["losses"], device=runtime.device), **own)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every part of the loss over the epoch so far. Waits for the device.

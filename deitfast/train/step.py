@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,28 +30,34 @@ class TrainStep:
         recipe: Recipe,
         classes: int,
         runtime: Runtime,
-        start: Callable[[nn.Module], dict[str, str]] | None = None,
+        init_weights: Callable[[nn.Module], dict[str, str]] | None = None,
     ) -> None:
         """Build model, optimizer, averaged weights and gradient scaler from the recipe.
 
-        The initialization depends on `train.seed` alone, so every rank starts from the same weights. `start` may put
-        others in their place, before anything is derived from them, and describes them.
+        The initialization depends on `train.seed` alone, so every rank starts from the same weights. `init_weights` may
+        put others in their place, before anything is derived from them, and describes them.
         """
         self.recipe, self.runtime = recipe, runtime
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
-        self.started = start(model) if start else {}
-        """What `start` says of the weights that it put in; empty without."""
+        self.initial_weights = init_weights(model) if init_weights else {}
+        """What `init_weights` says of the weights that it put in; empty without."""
         # built on the CPU whatever the device: the same seed gives the same weights everywhere
         self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimizer = build_optimizer(self.model, recipe.optim, recipe.train.batch)
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-        self.loss = distilled_loss
+        distill = recipe.distill
+        self.loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = partial(
+            distilled_loss, mode=distill.mode, head=distill.head, alpha=distill.alpha, tau=distill.tau,
+            normalization=distill.normalization, smoothing=recipe.train.smoothing,
+        )  # fmt: skip
+        self.accumulate = recipe.train.accumulate
+        """Micro-batches of a step, one after the other, whose gradients are summed."""
         self.graphs = runtime.compile and takes_graphs(recipe, runtime)
         if runtime.compile:
             self._compile()
-        self.parallel = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
+        self.ddp_model = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
 
     def _compile(self) -> None:
         """Compile model, averaged model and loss, each as one graph or not at all, for the shapes they are used with.
@@ -61,7 +68,7 @@ class TrainStep:
         self.model.compile(**how)
         if self.ema:
             self.ema.model.compile(**how)
-        self.loss = torch.compile(distilled_loss, **how)
+        self.loss = torch.compile(self.loss, **how)
 
     def step(self, inputs: AugmentedBatch, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
         """Update the model on one rank's batch.
@@ -75,24 +82,20 @@ class TrainStep:
         Returns:
             float32 [3] on the device, detached: total, base and distillation loss, averaged over the batch.
         """
-        self.parallel.train()
+        self.ddp_model.train()
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(seed)
-        pieces = _pieces(inputs, teacher, self.recipe.train.accumulate)
+        micro_batches = split_batch(inputs, teacher, self.accumulate)
         losses = torch.zeros(len(PARTS), device=self.runtime.device)
-        for number, (piece, target) in enumerate(pieces):
-            last = number == len(pieces) - 1
-            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():  # pyright: ignore
+        for number, (micro, target) in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with nullcontext() if last or self.ddp_model is self.model else self.ddp_model.no_sync():  # pyright: ignore
                 with self.runtime.autocast():
-                    heads = self.parallel(piece.pixels)
-                total, parts = self.loss(heads, piece, target, self.recipe.distill, self.recipe.train.smoothing)
-                self.scaler.scale(total / len(pieces)).backward()
-            losses += torch.stack([parts[name] for name in PARTS]) / len(pieces)
-        self._update(lr)
-        return losses
-
-    def _update(self, lr: float) -> None:
+                    heads = self.ddp_model(micro.pixels)
+                total, parts = self.loss(heads, micro.labels, micro.mix_labels, micro.lam, target, micro.valid)
+                self.scaler.scale(total / len(micro_batches)).backward()
+            losses += torch.stack([parts[name] for name in PARTS]) / len(micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.recipe.optim.clip:
@@ -103,6 +106,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model)
+        return losses
 
     def state(self) -> dict[str, Any]:
         """Return all that learning has changed, for a checkpoint."""
@@ -130,16 +134,18 @@ def takes_graphs(recipe: Recipe, runtime: Runtime) -> bool:
     return train.compile == "graphs" or (train.compile == "auto" and small and alone)
 
 
-def _pieces(inputs: AugmentedBatch, teacher: Tensor | None, count: int) -> list[tuple[AugmentedBatch, Tensor | None]]:
+def split_batch(
+    inputs: AugmentedBatch, teacher: Tensor | None, count: int
+) -> list[tuple[AugmentedBatch, Tensor | None]]:
+    """Return a batch and its targets as `count` micro-batches of equal size, in order, as views of the same memory."""
     if count == 1:
         return [(inputs, teacher)]
     rows = len(inputs.labels) // count
-    cuts = [slice(i * rows, (i + 1) * rows) for i in range(count)]
     tensors = ("pixels", "labels", "mix_labels", "lam", "valid")
     return [
         (
             replace(inputs, **{name: getattr(inputs, name)[cut] for name in tensors}),
             None if teacher is None else teacher[cut],
         )
-        for cut in cuts
+        for cut in (slice(number * rows, (number + 1) * rows) for number in range(count))
     ]

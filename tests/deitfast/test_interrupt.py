@@ -152,7 +152,6 @@ def test_what_diverged_unseen_is_not_saved(
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "LOOKS_AN_EPOCH", 1)
         patch.setattr(step_module.TrainStep, "step", diverged)
         stopped(tiny_small, tmp_path / "run")
     assert "the loss is not finite at epoch 1, step 2" in caplog.text
@@ -162,7 +161,7 @@ def test_what_diverged_unseen_is_not_saved(
 
 def test_several_ranks_leave_together_only() -> None:
     stop = Stop(replace(CPU, world=2))
-    stop(signal.SIGINT, None)
+    stop.handle_signal(signal.SIGINT, None)
     with stop.interruptible():
         pass
     stop.check(sync=False)

@@ -18,8 +18,7 @@ from deitfast.config.choices import Arch
 from deitfast.config.recipe import ModelSpec, OptimSpec, ScheduleSpec
 from deitfast.models.vit import build_model, joint
 from deitfast.train.losses import hard_distillation, mixed_cross_entropy, soft_distillation
-from deitfast.train.optim import build_optimizer, peak_lr
-from deitfast.train.schedule import learning_rate
+from deitfast.train.optim import build_optimizer, learning_rate, peak_lr
 from tools.parity.check import Check, compare
 
 Loss = Callable[[Tensor], Tensor]

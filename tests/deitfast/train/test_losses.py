@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from deitfast.config.recipe import DistillSpec
 from deitfast.train.losses import PARTS, distilled_loss, hard_distillation, mixed_cross_entropy, soft_distillation
 from pipelines.augment.chain import AugmentedBatch
 from pipelines.errors import UserError
@@ -52,6 +51,13 @@ def dense_cross_entropy(logits, inputs, smoothing):
 def dense_kl(logits, teacher, tau):
     p, q = (torch.softmax(values.double() / tau, dim=1) for values in (teacher, logits))
     return tau**2 * (p * (p.log() - q.log())).sum()
+
+
+def loss_of(heads, inputs, teacher=None, mode="none", **settings):
+    """`distilled_loss` of a batch's plain tensors."""
+    return distilled_loss(
+        tuple(heads), inputs.labels, inputs.mix_labels, inputs.lam, teacher, inputs.valid, mode=mode, **settings
+    )
 
 
 def assert_agree(ours, expected, *logits):
@@ -122,9 +128,8 @@ def test_soft_distillation_vanishes_where_the_student_says_what_the_teacher_says
 def test_distilled_loss_weighs_base_and_distillation(mode, head, alpha):
     case = sample(5, heads=2 if head == "distillation" else 1)
     logits = [z.requires_grad_() for z in case.logits]
-    spec = DistillSpec(mode=mode, alpha=alpha, tau=2.0, head=head)
     teacher = case.teacher.argmax(1) if mode == "hard" else case.teacher
-    total, parts = distilled_loss(tuple(logits), case.inputs, teacher, spec, 0.1)
+    total, parts = loss_of(logits, case.inputs, teacher, mode, alpha=alpha, tau=2.0, head=head)
     base = dense_cross_entropy(logits[0], case.inputs, 0.1)
     if mode == "hard":
         one_hot = F.one_hot(case.teacher.argmax(1), CLASSES)
@@ -142,7 +147,7 @@ def test_distilled_loss_weighs_base_and_distillation(mode, head, alpha):
 def test_without_a_teacher_every_head_learns_from_the_labels(heads):
     case = sample(6, heads=heads)
     logits = [z.requires_grad_() for z in case.logits]
-    total, parts = distilled_loss(tuple(logits), case.inputs, None, DistillSpec(), 0.1)
+    total, parts = loss_of(logits, case.inputs)
     expected = torch.stack([dense_cross_entropy(z, case.inputs, 0.1) for z in logits]).mean()
     assert_agree(total, expected, *logits)
     assert parts["distill"] == 0
@@ -156,16 +161,16 @@ def test_the_reference_agrees_for_hard_distillation():
     expected = 0.5 * dense_cross_entropy(a.double(), case.inputs, 0.1) + 0.5 * F.cross_entropy(
         b, case.teacher.argmax(1)
     )
-    total, _ = distilled_loss((a, b), case.inputs, case.teacher.argmax(1), DistillSpec(mode="hard"), 0.1)
+    total, _ = loss_of((a, b), case.inputs, case.teacher.argmax(1), "hard")
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_missing_head_and_missing_teacher_are_named():
     case = sample(8)
     with pytest.raises(UserError, match="model that has none"):
-        distilled_loss((case.logits[0],), case.inputs, case.teacher, DistillSpec(mode="soft"), 0.1)
+        loss_of(case.logits[:1], case.inputs, case.teacher, "soft")
     with pytest.raises(UserError, match="no teacher's target"):
-        distilled_loss(tuple(case.logits), case.inputs, None, DistillSpec(mode="hard"), 0.1)
+        loss_of(case.logits, case.inputs, None, "hard")
 
 
 @pytest.mark.parametrize("mode", ["none", "hard", "soft"])
@@ -175,17 +180,14 @@ def test_rows_that_are_not_valid_count_for_nothing(mode):
     names = ("pixels", "labels", "mix_labels", "lam", "valid")
     fewer = replace(case.inputs, **{name: getattr(case.inputs, name)[kept] for name in names})
     logits = [z.requires_grad_() for z in case.logits]
-    spec = DistillSpec(mode=mode)
-    expected, _ = distilled_loss(
-        tuple(z[kept] for z in logits), fewer, teacher if teacher is None else teacher[kept], spec, 0.1
-    )
+    expected, _ = loss_of([z[kept] for z in logits], fewer, teacher if teacher is None else teacher[kept], mode)
     poisoned = tuple(torch.where(kept[:, None], z, torch.nan) for z in logits)
-    ours, _ = distilled_loss(poisoned, replace(case.inputs, valid=kept), teacher, spec, 0.1)
+    ours, _ = loss_of(poisoned, replace(case.inputs, valid=kept), teacher, mode)
     assert_agree(ours, expected, *logits)
 
 
 def test_a_batch_without_a_valid_row_teaches_nothing():
     case = sample(10)
     inputs = replace(case.inputs, valid=torch.zeros(BATCH, dtype=torch.bool))
-    total, _ = distilled_loss(tuple(case.logits), inputs, None, DistillSpec(), 0.1)
+    total, _ = loss_of(case.logits, inputs)
     assert total == 0

@@ -10,8 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import OptimSpec, ScheduleSpec
-from deitfast.train.optim import peak_lr
-from deitfast.train.schedule import learning_rate
+from deitfast.train.optim import learning_rate, peak_lr
 
 PEAK = 1e-3
 BY_EPOCH = ScheduleSpec(per="epoch")

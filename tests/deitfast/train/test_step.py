@@ -144,5 +144,5 @@ def test_graphs_are_for_small_inputs_on_one_gpu(settings: list[str], world: int,
 
 
 def test_graphs_keep_one_gradient_at_a_time() -> None:
-    with pytest.raises(UserError, match=r"set train\.accumulate to 1"):
+    with pytest.raises(UserError, match=r"requires train\.accumulate = 1"):
         override(tiny_recipe(), {"train.compile": "graphs", "train.accumulate": 2})

@@ -1,0 +1,89 @@
+"""The training loop of one epoch: batch, augmentation, targets, update, and a look about once a second."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+from deitfast.config.recipe import Recipe
+from deitfast.distill.targets import Targets
+from deitfast.interrupt import Interrupted, Stop
+from deitfast.models.vit import reads_patches
+from deitfast.runtime import Runtime
+from deitfast.train.monitor import Observation, StepMonitor
+from deitfast.train.optim import learning_rate, peak_lr
+from deitfast.train.state import DivergedError, TrainState
+from deitfast.train.step import TrainStep
+from pipelines.augment.chain import augment
+from pipelines.batch import Loader
+from pipelines.device import explain_oom
+
+STEP_MEMORY = ("the training step", "lower train.batch, raise train.accumulate, or take a smaller model")
+"""What runs out of memory in a step, and what to do then."""
+
+
+class TrainLoop:
+    """Everything that a step needs, and the steps. `train` runs it, and what measures training runs the same."""
+
+    def __init__(
+        self, recipe: Recipe, runtime: Runtime, loader: Loader, train_step: TrainStep, targets: Targets | None
+    ) -> None:
+        self.recipe, self.runtime, self.loader = recipe, runtime, loader
+        self.train_step, self.targets = train_step, targets
+        # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
+        needs_teacher = targets is not None and not (targets.cache and targets.cache.complete)
+        self.patch = 0 if needs_teacher else reads_patches(train_step.model)
+        self.monitor = StepMonitor(runtime)
+        self.first_step_pending = True
+        """Whether this process has done no step yet: the first one compiles, which can take minutes."""
+
+    def epoch(self, state: TrainState, stop: Stop, save_due: Callable[[], bool]) -> Iterator[Observation | None]:
+        """Do what is left of the current epoch, and yield after each step what the monitor has seen, if it looked.
+
+        Args:
+            state: where the run stands; brought forward with every step.
+            stop: a request to end, answered between two steps, or at once while waiting for a batch or compiling.
+            save_due: says whether it is time for a checkpoint; asked after each step.
+
+        Raises:
+            DivergedError: a rank's loss is not finite.
+            Interrupted: asked to stop, on every rank alike.
+        """
+        recipe, train, steps = self.recipe, self.recipe.train, self.loader.steps_per_epoch
+        peak = peak_lr(recipe.optim, train.batch)
+        if self.targets:
+            self.targets.start_epoch(state.epoch)
+        began = time.monotonic()
+        with closing(self.loader.epoch(state.epoch, state.steps)) as batches:  # pyright: ignore
+            while True:
+                with stop.interruptible():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                state.waited += time.monotonic() - began
+                with explain_oom(*STEP_MEMORY), stop.interruptible(self.first_step_pending):
+                    inputs = augment(
+                        batch, recipe.augment, dtype=self.runtime.input_dtype, train=True, patch=self.patch,
+                        kernels=train.kernels,
+                    )  # fmt: skip
+                    targets = None
+                    if self.targets:
+                        before = self.targets.teacher_views
+                        targets = self.targets.get(inputs, batch.skipped)
+                        state.teacher_views += self.targets.teacher_views - before
+                    lr = learning_rate(recipe.schedule, peak, train.epochs, steps, state.epoch, state.steps)
+                    state.losses += self.train_step.step(
+                        inputs, targets, lr, state.step_seed(train.seed, self.runtime.rank)
+                    )
+                self.first_step_pending = False
+                state.steps += 1
+                state.skipped += batch.skipped
+                seen = self.monitor.after_step(state, stop.signal, save_due())
+                yield seen
+                if seen and seen.diverged:
+                    raise DivergedError(state.epoch, state.steps)
+                if seen and seen.signal:
+                    raise Interrupted(seen.signal)
+                stop.check()
+                now = time.monotonic()
+                state.seconds += now - began
+                began = now
