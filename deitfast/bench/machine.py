@@ -1,4 +1,4 @@
-"""What the machine can do: a matrix product, the operations that a step needs, and reading from the disk."""
+"""What the machine can do: a matrix product, the arithmetic of a step, and reading from the disk."""
 
 import ctypes
 import mmap
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitfast.bench.record import Arithmetic, Disk, Measured, Sample, counted
-from deitfast.bench.timing import Clock, Pace, Work, measure, processor_seconds
+from deitfast.bench.record import Arithmetic, Disk, Measured, Measurement, pluralize
+from deitfast.bench.timing import BenchCase, Clock, TimingOptions, measure, processor_seconds
+from deitfast.bench.workbench import Workbench
 from deitfast.config.recipe import Recipe
 from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
@@ -22,7 +23,7 @@ from pipelines.loaders.factory import free_memory
 from pipelines.storage.reader import Reader
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 2048}
-"""Rows and columns of the matrices whose product the step is held against."""
+"""Rows and columns of the matrices whose product the step is compared with."""
 COLD_BYTES = 1 << 28
 """Most that one measurement of the disk reads."""
 STILL_CACHED = 0.05
@@ -32,7 +33,7 @@ STILL_CACHED = 0.05
 def flops_per_image(recipe: Recipe, classes: int) -> float:
     """Return the floating-point operations of forward and backward for one image, matrix products and convolutions.
 
-    Counted on a model without memory, so nothing is computed. Each multiplication and each addition is one.
+    Counted on a model on the meta device, so nothing is computed. Each multiplication and each addition is one.
     """
     images = 2
     with torch.device("meta"):
@@ -43,20 +44,20 @@ def flops_per_image(recipe: Recipe, classes: int) -> float:
     return counter.get_total_flops() / images
 
 
-def matrix_product(runtime: Runtime, clock: Clock, pace: Pace) -> tuple[float, int]:
+def matrix_product(runtime: Runtime, clock: Clock, timing: TimingOptions) -> tuple[float, int]:
     """Return the FLOP/s of a square matrix product in the step's dtype, and the side of its matrices."""
     side = PRODUCT_SIDE.get(runtime.device.type, PRODUCT_SIDE["cpu"])
     one, other = (torch.randn(side, side, device=runtime.device).to(runtime.input_dtype) for _ in range(2))
     out = torch.empty_like(one)
-    work = Work("matrix product", "", "device", 1, lambda: torch.mm(one, other, out=out), on_device=True)
-    (found,) = measure([work], clock, pace)
+    case = BenchCase("matrix product", "", "device", 1, lambda: torch.mm(one, other, out=out), on_device=True)
+    (found,) = measure([case], clock, timing)
     return 2 * side**3 * found.rate, side
 
 
-def arithmetic(recipe: Recipe, classes: int, step: Measured, runtime: Runtime, clock: Clock, pace: Pace) -> Arithmetic:
-    """Return how far the measured step is from the device's matrix product."""
-    flops = flops_per_image(recipe, classes)
-    product, side = matrix_product(runtime, clock, pace)
+def arithmetic(bench: Workbench, step: Measured, timing: TimingOptions) -> Arithmetic:
+    """Return the measured step's FLOP/s and those of a large matrix product on the same device."""
+    flops = flops_per_image(bench.recipe, len(bench.dataset.spec.classes))
+    product, side = matrix_product(bench.runtime, bench.clock, timing)
     return Arithmetic(flops, flops * step.rate, product, side)
 
 
@@ -85,7 +86,7 @@ def measure_disk(reader: Reader, repeats: int, threads: int, rounds: int) -> Dis
                 note = f"the page cache kept {kept:.0%} of a file when told to drop it: the disk was not measured"
                 return Disk(None, note, fits)
             found.append(_read_all(files, reader, wanted, served, threads))
-    what = f"{len(wanted):,} images in random order on {counted(threads, 'thread')}, the page cache dropped before"
+    what = f"{len(wanted):,} images in random order on {pluralize(threads, 'thread')}, the page cache dropped before"
     return Disk(Measured("reading, disk", what, "disk", False, tuple(found)), "", fits)
 
 
@@ -103,7 +104,7 @@ def cached_share(file: int) -> float:
     return 1.0 if failed else float(np.mean(pages & 1))
 
 
-def _read_all(files: dict[Path, int], reader: Reader, samples: np.ndarray, served: int, threads: int) -> Sample:
+def _read_all(files: dict[Path, int], reader: Reader, samples: np.ndarray, served: int, threads: int) -> Measurement:
     def read(sample: int) -> None:
         place = reader.location(sample)
         os.pread(files[place.file], place.size, place.offset)
@@ -112,7 +113,7 @@ def _read_all(files: dict[Path, int], reader: Reader, samples: np.ndarray, serve
         spent, began = processor_seconds(), time.perf_counter()
         for _ in pool.map(read, samples.tolist()):
             pass
-        return Sample(served, time.perf_counter() - began, processor_seconds() - spent)
+        return Measurement(served, time.perf_counter() - began, processor_seconds() - spent)
 
 
 @contextmanager

@@ -1,174 +1,124 @@
-"""A record of a bench as one HTML file that needs nothing else: bars are boxes with a width, there is no script."""
+"""A benchmark record as one HTML file that needs nothing else: bars are boxes with a width, there is no script."""
 
-from collections.abc import Iterable
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
-from deitfast.bench.record import Change, Measured, Peer, Record, versions
-from deitfast.bench.tables import figure, headline, ratios, rows, sentences
+from deitfast.bench.record import Baseline, BaselineKind, BenchRecord, Change, Measured, Setting, versions
+from deitfast.bench.tables import TITLES, format_rate, headline, ratios, sentences, stages_in_order
+from deitfast.report.html import render
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --faint: #667; --line: #d8dce2; --bar: #5b8def; --worst: #d9534f;
-  --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --faint: #9aa3ad; --line: #3a4048; --bar: #6f9bf5;
-  --worst: #ef6b66; --paper: #16191d; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 1000px; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 1.8rem 0 .5rem; }
-p { margin: .3rem 0; } .faint { color: var(--faint); font-size: .85rem; }
-.verdict { border-left: 4px solid var(--worst); padding: .3rem .8rem; margin: 1rem 0; }
-.bars { display: grid; gap: .45rem; margin: 0; }
-.row { display: grid; grid-template-columns: 13rem 1fr 6rem; gap: .2rem .7rem; align-items: center; }
-.track { background: color-mix(in srgb, var(--line) 45%, transparent); height: 1.1rem; position: relative; }
-.fill { background: var(--bar); height: 100%; } .worst .fill { background: var(--worst); }
-.spread { position: absolute; top: 50%; border-top: 2px solid var(--ink); opacity: .75; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.row .what { grid-column: 2 / -1; margin-top: -.25rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; } dt { color: var(--faint); }
-dd { margin: 0; }
-@media (max-width: 600px) {
-  .row { grid-template-columns: 1fr 5.5rem; } .row .track { grid-column: 1 / -1; grid-row: 2; }
-  .row .what { grid-column: 1 / -1; margin-top: 0; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; }
-}
-"""
-DOCUMENT = """<!doctype html>
-<html lang=en>
-<head>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<link rel=icon href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 FAR = 4
-"""Times the predicted rate at which the bars of limits end: what is further away is out of the way, however far."""
+"""Times the predicted rate at which the bars of limits end: what is further away is far from limiting anything."""
 
 
-def page(record: Record) -> str:
-    """Return the record as an HTML document."""
-    setting, verdict = record.setting, record.verdict
-    parts = [f"<h1>{escape(setting.arch)}: where the time goes</h1>", f"<p class=faint>{escape(headline(setting))}</p>"]
-    found = [*sentences(record)]
-    if verdict:
-        parts.append(f"<div class=verdict>{''.join(map(_paragraph, found))}</div>")
-        parts.append(f"<h2>What each part allows, images/s (bars end at {figure(FAR * verdict.predicted)})</h2>")
-        parts.append(_limits(record))
-    else:
-        parts += map(_paragraph, found)
-    parts += ["<h2>Microseconds an image, each stage alone</h2>", _stages(record)]
-    if changes := [*record.remedies, *record.trials]:
-        parts += ["<h2>What a change brings, images/s with loader and step together</h2>", _changes(changes)]
-    for kind, title in (("loader", "Loaders side by side, images/s"), ("step", "Steps side by side, images/s")):
-        if peers := [peer for peer in record.peers if peer.kind == kind]:
-            parts += [f"<h2>{title}</h2>", _peers(peers)]
-    parts += [_paragraph(line) for line in (*ratios(record), *record.notes)]
-    parts += ["<h2>Measured on</h2>", _machine(record)]
-    body = "\n".join(parts)
-    return DOCUMENT.format(title=escape(f"deitfast bench: {setting.arch}"), style=STYLE, body=body)
+@dataclass(frozen=True)
+class Bar:
+    """A line with a name, a bar and a number."""
+
+    name: str
+    value: float
+    note: str = ""
+    limiting: bool = False
+    low: float | None = None
+    high: float | None = None
+    """Lowest and highest measured, drawn as a thin line; None without."""
 
 
-def _limits(record: Record) -> str:
+@dataclass(frozen=True)
+class Chart:
+    """Bars of one unit under a heading."""
+
+    title: str
+    bars: list[Bar]
+    most: float
+    """Value at which a bar is full."""
+    skipped: list[str]
+    """What was not measured, and why."""
+
+
+def page(record: BenchRecord) -> str:
+    """Return a record of `deitfast bench` as an HTML document."""
+    assert record.setting is not None
+    return render(
+        Path(__file__).with_name("bench.html"),
+        title=f"{record.setting.arch}: where the time goes",
+        headline=headline(record.setting),
+        verdict=record.verdict is not None,
+        sentences=list(sentences(record)),
+        charts=list(_charts(record, record.setting)),
+        closing=[*ratios(record), *record.notes],
+        facts=_machine(record, record.setting),
+        rate=format_rate,
+    )
+
+
+def _charts(record: BenchRecord, setting: Setting) -> list[Chart]:
+    charts = []
+    if record.verdict:
+        charts.append(_limits(record))
+    charts.append(_stages(record, setting))
+    if changes := [*record.suggestions, *record.trials]:
+        charts.append(_chart("What a change brings: loader and step together, images/s", _changes(changes)))
+    for kind in get_args(BaselineKind):
+        if baselines := [each for each in record.baselines if each.kind == kind]:
+            bars = [_measured(each.name, each.measured, each.version) for each in baselines if each.measured]
+            charts.append(_chart(f"{TITLES[kind]}, images/s", bars, baselines))
+    return charts
+
+
+def _chart(title: str, bars: list[Bar], baselines: Sequence[Baseline] = ()) -> Chart:
+    skipped = [f"not measured: {each.name} ({each.skipped})" for each in baselines if not each.measured]
+    return Chart(title, bars, max((max(bar.value, bar.high or 0) for bar in bars), default=1), skipped)
+
+
+def _limits(record: BenchRecord) -> Chart:
     assert record.verdict is not None
-    limits = record.verdict.limits
-    most = FAR * record.verdict.predicted
-    lines = [_row(name, rate, most, worst=name == record.verdict.limit) for name, rate in limits.items()]
+    verdict = record.verdict
+    bars = [Bar(name, rate, limiting=name == verdict.limit) for name, rate in verdict.limits.items()]
     if record.together:
-        lines.append(_measured_row("loader and step together", record.together, most))
-    return _bars(lines)
+        bars.append(_measured("loader and step together, measured", record.together))
+    most = FAR * verdict.predicted
+    return Chart(f"What each resource allows at most, images/s (bars end at {format_rate(most)})", bars, most, [])
 
 
-def _stages(record: Record) -> str:
-    """Bars of microseconds, of a loader's threaded stages divided by its threads: what each takes of its lane."""
-    worst = record.verdict.bottleneck if record.verdict else ""
-    alone = [stage for stage in rows(record) if stage.lane and stage is not record.loader]
-    times = {stage.name: stage.seconds * 1e6 / (record.setting.workers if stage.threaded else 1) for stage in alone}
-    most = max(times.values(), default=1)
-    lines = [
-        _row(stage.name, times[stage.name], most, worst=stage.name == worst, note=_note(record, stage))
-        for stage in alone
-    ]
-    return _bars(lines)
+def _stages(record: BenchRecord, setting: Setting) -> Chart:
+    """Bars of microseconds per image; of a loader's threaded stages, divided by its threads."""
+    slowest = record.verdict.bottleneck if record.verdict else ""
+    bars = []
+    for stage in stages_in_order(record):
+        if stage.resource and stage is not record.loader:
+            micros = stage.seconds * 1e6 / (setting.workers if stage.threaded else 1)
+            rates = f"{format_rate(min(stage.rates))} to {format_rate(max(stage.rates))} images/s"
+            shared = f"shared by {setting.workers} threads; one alone: " if stage.threaded else ""
+            bars.append(Bar(stage.name, micros, f"{stage.what}; {shared}{rates}", stage.name == slowest))
+    return _chart("Microseconds per image, each stage alone", bars)
 
 
-def _note(record: Record, stage: Measured) -> str:
-    shared = f", shared by {record.setting.workers} threads" if stage.threaded else ""
-    each = " on one of them" if stage.threaded else ""
-    return f"{stage.what}{shared}; {figure(min(stage.rates))} to {figure(max(stage.rates))} images/s{each}"
+def _changes(changes: Sequence[Change]) -> list[Bar]:
+    bars = []
+    for change in changes:
+        bars.append(Bar(change.change, change.predicted or 0, f"predicted from: {change.basis}"))
+        if change.measured:
+            bars.append(_measured("measured", change.measured))
+    return bars
 
 
-def _peers(peers: list[Peer]) -> str:
-    most = max((max(peer.measured.rates) for peer in peers if peer.measured), default=1)
-    lines = [
-        _measured_row(peer.name, peer.measured, most, peer.version)
-        if peer.measured
-        else f"<p class=faint>left out: {escape(peer.name)} ({escape(peer.left_out)})</p>"
-        for peer in peers
-    ]
-    return _bars(lines)
-
-
-def _changes(changes: list[Change]) -> str:
-    rates = [rate for change in changes if change.measured for rate in change.measured.rates]
-    most = max([*rates, *(change.predicted for change in changes if change.predicted)], default=1)
-    lines = [
-        _row(change.change, change.predicted or 0, most, note=f"predicted: {change.how}")
-        + (_measured_row("measured", change.measured, most) if change.measured else "")
-        for change in changes
-    ]
-    return _bars(lines)
-
-
-def _measured_row(name: str, found: Measured, most: float, version: str = "") -> str:
+def _measured(name: str, found: Measured, version: str = "") -> Bar:
     low, high = min(found.rates), max(found.rates)
-    version = f" ({version})" if version else ""
-    cost = f"{found.cpu_seconds * 1e6:,.0f} us of processor time an image"
-    note = f"{found.what}{version}; {figure(low)} to {figure(high)}, {cost}"
-    return _row(name, found.rate, most, note=note, spread=(low, high))
+    note = f"{found.what}{f' ({version})' if version else ''}; {format_rate(low)} to {format_rate(high)} images/s, "
+    note += f"{found.cpu_seconds * 1e6:,.0f} us of processor time per image"
+    return Bar(name, found.rate, note, low=low, high=high)
 
 
-def _row(
-    name: str,
-    value: float,
-    most: float,
-    *,
-    worst: bool = False,
-    note: str = "",
-    spread: tuple[float, float] | None = None,
-) -> str:
-    """Return a line with a bar of `value`, full at `most`, and a thin line from the lowest to the highest measured."""
-    line = ""
-    if spread:
-        left, right = (min(100.0, 100 * edge / most) for edge in spread)
-        line = f"<div class=spread style='left:{left:.2f}%;width:{max(right - left, 0.3):.2f}%'></div>"
-    width = min(100.0, 100 * value / most)
-    bar = f"<div class=track><div class=fill style='width:{width:.2f}%'></div>{line}</div>"
-    number = f"<div class=number>{figure(value)}</div>"
-    small = f"<div class='what faint'>{escape(note)}</div>" if note else ""
-    return f"<div class='row{' worst' if worst else ''}'><div>{escape(name)}</div>{bar}{number}{small}</div>"
-
-
-def _bars(lines: Iterable[str]) -> str:
-    return f"<div class=bars>{''.join(lines)}</div>"
-
-
-def _machine(record: Record) -> str:
-    machine, setting = record.machine, record.setting
-    facts = {
-        "when": record.made,
-        "processor": f"{machine['processor']}, {setting.cores} cores for this process",
-        "device": f"{setting.device}, {setting.device_name}",
-        "system": f"{machine['system']}, Python {machine['python']}",
-        "versions": f"deitfast {machine['deitfast']}, {versions(machine)}",
-        "command": " ".join(record.command),
-    }
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in facts.items()) + "</dl>"
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+def _machine(record: BenchRecord, setting: Setting) -> list[tuple[str, str]]:
+    machine = record.machine
+    return [
+        ("when", record.made),
+        ("processor", f"{machine['processor']}, {setting.cores} cores for this process"),
+        ("device", f"{setting.device}, {setting.device_name}"),
+        ("system", f"{machine['system']}, Python {machine['python']}"),
+        ("versions", f"deitfast {machine['deitfast']}, {versions(machine)}"),
+        ("command", " ".join(record.command)),
+    ]

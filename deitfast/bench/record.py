@@ -1,47 +1,40 @@
-"""What one call of `deitfast bench` found, every sample of it. Table, JSON and HTML are made from this alone.
+"""The result of `deitfast bench` and of tools/gpu_check, with every measurement. Table, JSON and HTML are made of it.
 
-This file is the schema of `--json`: a `Record` as a JSON object, fields by their names here, seconds and bytes without
-prefixes. `load` reads a file back and refuses anything else. A change that older readers would misread raises FORMAT.
+This file is the schema of `--json`: a `BenchRecord` as a JSON object, fields by their names here, seconds and bytes
+without prefixes. `load` reads a file back and refuses anything else. FORMAT is raised with every change of the schema.
 """
 
 import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from deitfast.environment import environment
 from pipelines.errors import DeitfastError
 from pipelines.files import write_text
 from pipelines.spec import STRICT
 
-
-class Versioned(Protocol):
-    """A record that says which version of its schema it is."""
-
-    @property
-    def format(self) -> int:
-        """The version."""
-        ...
-
-
-T = TypeVar("T", bound=Versioned)
-FORMAT = 1
+FORMAT = 2
 """Version of the schema."""
 OURS = "deitfast"
-"""Our own name among the peers."""
-Lane = Literal["disk", "loader", "copy", "device"]
-"""What a stage occupies. Stages of one lane take turns; lanes work at the same time."""
-
-Kind = Literal["loader", "step"]
-"""What a peer takes the place of."""
+"""Our own name among the baselines."""
+Resource = Literal["disk", "loader", "copy", "device"]
+"""What a stage occupies. Stages of one resource run one after another; resources work at the same time."""
+BaselineKind = Literal["loader", "step"]
+"""What a baseline replaces."""
+Unit = Literal["images/s", "crops/s", "ms", "s", "share", "GB", "levels", "count"]
+"""Unit of a figure; levels: of 255; share: of 1."""
+Outcome = Literal["done", "failed", "left out"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Sample:
+class Measurement:
     """One measurement."""
 
     images: int
@@ -51,21 +44,21 @@ class Sample:
     cpu_seconds: float
     """Processor time of all threads, and of worker processes where there are any."""
     waited_seconds: float = 0.0
-    """Of `seconds`, those in which the step had no batch to work on (loader and step together only)."""
+    """Part of `seconds` in which the step had no batch to work on (loader and step together only)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Measured:
-    """A stage, or several at once: all of its measurements."""
+    """All measurements of a stage, or of several at once."""
 
     name: str
     what: str
     """What was done, in a few words."""
-    lane: Lane | None
-    """None where the stages of several lanes run together."""
+    resource: Resource | None
+    """None where stages of several resources run together."""
     threaded: bool
     """Whether the loader's threads share this work; it was measured on one thread."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Measurement, ...]
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -74,17 +67,17 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """The figure to quote: the median, in images/s."""
+        """Median rate in images/s: the figure to quote."""
         return statistics.median(self.rates)
 
     @property
     def seconds(self) -> float:
-        """Seconds an image, median."""
+        """Seconds per image, median."""
         return self._median(lambda sample: sample.seconds / sample.images)
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time an image, median, in seconds."""
+        """Processor time per image in seconds, median."""
         return self._median(lambda sample: sample.cpu_seconds / sample.images)
 
     @property
@@ -92,7 +85,7 @@ class Measured:
         """Share of the time in which the step waited, median."""
         return self._median(lambda sample: sample.waited_seconds / sample.seconds)
 
-    def _median(self, value: Callable[[Sample], float]) -> float:
+    def _median(self, value: Callable[[Measurement], float]) -> float:
         return statistics.median(map(value, self.samples))
 
 
@@ -116,7 +109,7 @@ class Setting:
     data_bytes: int
     """Of its training split's file."""
     max_side: int
-    """What the data set was converted with; 0: untouched."""
+    """Longest side that the data set was converted with; 0: images as they were."""
     loader: str
     workers: int
     """The loader's threads."""
@@ -128,55 +121,55 @@ class Setting:
 
 @dataclass(frozen=True, config=STRICT)
 class Verdict:
-    """What holds the whole back."""
+    """What limits training."""
 
     bottleneck: str
-    """Name of the stage that takes most of the binding limit."""
+    """Name of the stage that takes most of the limiting resource."""
     limit: str
-    """The binding limit: a key of `limits`."""
+    """The limiting resource: a key of `limits`."""
     limits: dict[str, float]
-    """images/s that each lane, and the cores all share (cores), allow at most."""
+    """images/s that each resource, and the cores that all share (cores), allow at most."""
     predicted: float
     """images/s of everything together: the least of `limits`."""
     advice: str
-    """What follows for somebody who wants more."""
+    """What would make it faster."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Change:
-    """Something to change, and what is expected of it."""
+    """A change of recipe, data or machine, and what it is expected to bring."""
 
     change: str
     predicted: float | None
     """images/s of everything together; None where nothing measured tells."""
-    how: str
-    """What the prediction rests on."""
+    basis: str
+    """What the prediction is computed from."""
     measured: Measured | None = None
     """Everything together with the change in place (`--try`)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Disk:
-    """Reading the data set from the disk and from the page cache."""
+    """Reading the data set from the disk."""
 
     cold: Measured | None
     """Images read in a training order after their file was dropped from the page cache; None: it could not be."""
     note: str
-    """How much of the file the kernel gave up, or why nothing was measured."""
+    """Why nothing was measured, "" where it was."""
     fits: bool
-    """Whether the split fits in the memory that is free: only the first epoch reads the disk then."""
+    """Whether the split fits in the memory that is free: then only the first epoch reads the disk."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Arithmetic:
-    """How far the step is from what the device can multiply."""
+    """The step's arithmetic compared with the device's own matrix product."""
 
     flops_per_image: float
     """Forward and backward, as torch.utils.flop_counter counts them: a multiplication and an addition are two."""
     step_flops: float
     """FLOP/s of the step."""
     product_flops: float
-    """FLOP/s of one large matrix product of the same dtype, there and then."""
+    """FLOP/s of one large matrix product of the same dtype, on the same device."""
     product_size: int
     """Rows and columns of its matrices."""
 
@@ -187,7 +180,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Outlook:
+class FullRun:
     """What the recipe's whole run would take at the measured rate."""
 
     epochs: int
@@ -200,78 +193,156 @@ class Outlook:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Peer:
-    """Somebody else's way of doing the same, or a reason why it was not measured."""
+class Scaling:
+    """Prediction for more GPUs and nodes, from what one process measured."""
 
-    name: str
-    kind: Kind
-    measured: Measured | None
-    left_out: str = ""
-    version: str = ""
-    """Of the package it comes from."""
+    nodes: int
+    gpus: int
+    """Of each node."""
+    network_gbits: float
+    """Bandwidth between two nodes, in Gbit/s."""
+    limits: dict[str, float]
+    """images/s of the whole that the step with its gradient exchange, and each other resource, allow at most."""
+    limit: str
+    """The limiting one: a key of `limits`."""
+    predicted: float
+    """images/s of all processes together."""
+    efficiency: float
+    """`predicted` as a share of what as many processes would reach without losing anything to each other."""
+    gradient_bytes: int
+    """That each process sends to all others in a step."""
+    exchange_seconds: float
+    """Of exchanging the gradients of one step."""
+    assumptions: tuple[str, ...]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Record:
-    """One call of `deitfast bench`."""
+class Baseline:
+    """Another project's loader or step on the same work, or the reason why it was not measured."""
+
+    name: str
+    kind: BaselineKind
+    measured: Measured | None
+    skipped: str = ""
+    version: str = ""
+    """Name and version of the package that it comes from."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Figure:
+    """One figure of tools/gpu_check with all of its samples, and its target."""
+
+    name: str
+    unit: Unit
+    samples: tuple[float, ...]
+    what: str = ""
+    """What was done, in a few words."""
+    least: float | None = None
+    """Target: the median is to be no less."""
+    most: float | None = None
+    """Target: the median is to be no more."""
+
+    @property
+    def median(self) -> float:
+        """The figure to quote."""
+        return statistics.median(self.samples)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        if self.least is None and self.most is None:
+            return None
+        return (self.least is None or self.median >= self.least) and (self.most is None or self.median <= self.most)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Section:
+    """Result of one section of tools/gpu_check."""
+
+    name: str
+    outcome: Outcome
+    reason: str = ""
+    """Why it was left out, or the traceback of its failure."""
+    seconds: float = 0.0
+    figures: tuple[Figure, ...] = ()
+    notes: dict[str, Any] = Field(default_factory=dict)
+    torch_bytes: int = 0
+    """Most GPU memory that torch held at once; 0 on a CPU."""
+    device_bytes: int = 0
+    """Most GPU memory in use by all programs, DALI included, as seen between figures; 0 on a CPU."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class BenchRecord:
+    """One call of `deitfast bench` or of tools/gpu_check."""
 
     format: int
     made: str
     """When, ISO 8601 with the time zone."""
     part: str
+    """all, loader, step or train; gpu_check."""
     command: tuple[str, ...]
     machine: dict[str, Any]
     """Processor, devices and versions, as in a run's environment.json."""
-    setting: Setting
-    stages: tuple[Measured, ...]
+    setting: Setting | None
+    """None in a record of tools/gpu_check, whose sections have settings of their own."""
+    stages: tuple[Measured, ...] = ()
     """Each alone."""
     loader: Measured | None = None
     """The loader's stages at work together, on all its threads."""
     together: Measured | None = None
-    """Loader and step."""
+    """The whole of training: loader, augmentation and step."""
     disk: Disk | None = None
     verdict: Verdict | None = None
     arithmetic: Arithmetic | None = None
-    outlook: Outlook | None = None
-    remedies: tuple[Change, ...] = ()
+    full_run: FullRun | None = None
+    suggestions: tuple[Change, ...] = ()
     trials: tuple[Change, ...] = ()
-    peers: tuple[Peer, ...] = ()
+    scaling: Scaling | None = None
+    baselines: tuple[Baseline, ...] = ()
+    sections: tuple[Section, ...] = ()
+    """Of tools/gpu_check: finished ones in order, and the one that was under way when this was written."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a section of tools/gpu_check failed."""
+        return any(section.outcome == "failed" for section in self.sections)
 
-def save(record: Record, path: Path) -> None:
+
+def new_record(part: str, command: tuple[str, ...], setting: Setting | None = None) -> BenchRecord:
+    """Return a record made now on this machine, without any measurement yet."""
+    made, machine = datetime.now().astimezone().isoformat(timespec="seconds"), json.loads(json.dumps(environment()))
+    return BenchRecord(FORMAT, made, part, command, machine, setting)
+
+
+def save(record: BenchRecord, path: Path) -> None:
     """Write a record as JSON. Raises DeitfastError where the disk is full or not writable."""
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")
 
 
-def load(path: Path) -> Record:
+def load(path: Path) -> BenchRecord:
     """Read what `save` wrote.
 
     Raises:
         DeitfastError: the file is missing, damaged, or of another version.
     """
-    return read_record(Record, path, "a bench", FORMAT)
-
-
-def read_record(kind: type[T], path: Path, of: str, version: int) -> T:
-    """Read a JSON file that is a pydantic dataclass with a `format`.
-
-    Args:
-        kind: the dataclass.
-        path: the file.
-        of: whose record it is, for messages.
-        version: the format that this program reads.
-
-    Raises:
-        DeitfastError: the file is missing, damaged, or of another version.
-    """
     try:
-        record = TypeAdapter(kind).validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
-        raise DeitfastError(f"{path} holds no record of {of}", found=str(error)) from error
-    if record.format != version:
-        raise DeitfastError(f"{path} is of another version", expected=f"format {version}", found=str(record.format))
-    return record
+        text = path.read_text()
+        tree = json.loads(text)
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found is not None and found != FORMAT:
+            raise DeitfastError(
+                f"{path} is a benchmark record of another version",
+                expected=f"format {FORMAT}",
+                found=f"format {found}",
+                remedy="run the benchmark again",
+            )
+        return TypeAdapter(BenchRecord).validate_json(text)
+    except (OSError, ValueError) as error:  # a ValidationError is a ValueError
+        raise DeitfastError(
+            f"{path} is not a record of `deitfast bench --json`", found=str(error), remedy="run the benchmark again"
+        ) from error
 
 
 def versions(machine: dict[str, Any]) -> str:
@@ -279,7 +350,7 @@ def versions(machine: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in machine["libraries"].items() if version)
 
 
-def counted(count: int, thing: str) -> str:
-    """Return a number of threads or processes in words."""
+def pluralize(count: int, thing: str) -> str:
+    """Return a number of threads or processes in words: 1 thread, 2 processes."""
     plural = "es" if thing.endswith("s") else "s"
     return f"{count} {thing}{plural if count != 1 else ''}"

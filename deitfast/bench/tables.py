@@ -1,26 +1,41 @@
-"""A record of a bench for the terminal."""
+"""A benchmark record in words and tables, for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deitfast.bench.record import OURS, Change, Kind, Measured, Peer, Record, Setting, counted
+from deitfast.bench.record import (
+    OURS,
+    Baseline,
+    BaselineKind,
+    BenchRecord,
+    Change,
+    Figure,
+    Measured,
+    Section,
+    Setting,
+    pluralize,
+)
 from deitfast.progress import duration, volume
 
+TITLES: dict[BaselineKind, str] = {"loader": "Loaders compared, one view per image", "step": "Training steps compared"}
+"""Of the tables of baselines."""
 
-def show(record: Record) -> RenderableType:
-    """Return tables of the stages, the changes and the peers, with what follows from them."""
-    parts: list[RenderableType] = [_stages(record), *sentences(record)]
-    changes = (*record.remedies, *record.trials)
-    if changes:
+
+def show(record: BenchRecord) -> RenderableType:
+    """Return the tables of a record of `deitfast bench`, and what they mean in sentences."""
+    assert record.setting is not None
+    parts: list[RenderableType] = [_stages(record, record.setting), *sentences(record)]
+    if changes := (*record.suggestions, *record.trials):
         parts.append(_changes(changes))
-    for kind in get_args(Kind):
-        if peers := [peer for peer in record.peers if peer.kind == kind]:
-            parts.append(_peers(kind, peers))
-            parts += [f"left out: {peer.name} ({peer.left_out})" for peer in peers if not peer.measured]
+    for kind in get_args(BaselineKind):
+        if baselines := [each for each in record.baselines if each.kind == kind]:
+            parts.append(_baselines(TITLES[kind], baselines))
+            parts += [f"not measured: {each.name} ({each.skipped})" for each in baselines if not each.measured]
     return Group(*parts, *ratios(record), *record.notes)
 
 
@@ -29,120 +44,183 @@ def headline(setting: Setting) -> str:
     compiled = ", compiled" if setting.compiled else ""
     data = f"{setting.data} ({setting.images:,} images, {volume(setting.data_bytes)})"
     step = f"{setting.arch} at {setting.size} px, batch {setting.batch}, {setting.precision}{compiled}"
-    return f"{step}, on {setting.device}; {data}, loader {setting.loader}, {counted(setting.workers, 'thread')}"
+    return f"{step}, on {setting.device}; {data}, loader {setting.loader}, {pluralize(setting.workers, 'thread')}"
 
 
-def figure(rate: float) -> str:
+def format_rate(rate: float) -> str:
     """Return a rate with as many digits as mean something."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
-def rows(record: Record) -> list[Measured]:
-    """Return what was measured of the recipe itself, in the order of an image's way."""
-    host = [stage for stage in record.stages if stage.lane == "loader"]
-    rest = [stage for stage in record.stages if stage.lane != "loader"]
+def stages_in_order(record: BenchRecord) -> list[Measured]:
+    """Return what was measured of the recipe itself, in the order in which an image passes."""
+    host = [stage for stage in record.stages if stage.resource == "loader"]
+    rest = [stage for stage in record.stages if stage.resource != "loader"]
     cold = record.disk.cold if record.disk else None
     return [*filter(None, [cold, *host, record.loader, *rest, record.together])]
 
 
-def threads(stage: Measured, setting: Setting) -> int:
-    """Return how many threads a stage's rate is to be multiplied by for the loader's limit."""
-    return setting.workers if stage.threaded else 1
-
-
-def sentences(record: Record) -> Iterator[str]:
-    """Yield what the figures mean, a sentence each."""
+def sentences(record: BenchRecord) -> Iterator[str]:
+    """Yield what the figures mean, a sentence or two each."""
     verdict, together = record.verdict, record.together
     if verdict:
-        others = ", ".join(f"{name} {figure(rate)}" for name, rate in verdict.limits.items())
-        yield f"bottleneck: {verdict.bottleneck} (limits in images/s: {others}); {verdict.advice}"
-    if verdict and together:
-        off = together.rate / verdict.predicted - 1
-        yield f"together: predicted {figure(verdict.predicted)} images/s, measured {figure(together.rate)} ({off:+.0%})"
+        limits = ", ".join(f"{name} {format_rate(rate)}" for name, rate in verdict.limits.items())
+        yield f"Bottleneck: {verdict.bottleneck}. At most, in images/s: {limits}. Advice: {verdict.advice}."
     if together:
-        yield f"the step waited {together.waiting:.0%} of the time"
+        text = f"Loader and step together: {format_rate(together.rate)} images/s"
+        if verdict:
+            off = together.rate / verdict.predicted - 1
+            text += f" ({format_rate(verdict.predicted)} predicted, {off:+.0%})"
+        yield f"{text}; the step waited for data {together.waiting:.0%} of the time."
     if found := record.arithmetic:
         side = found.product_size
         yield (
-            f"the step: {found.flops_per_image / 1e9:.2f} GFLOP an image, {found.step_flops / 1e12:.3g} TFLOP/s, "
-            f"{found.utilization:.0%} of a {side} x {side} matrix product's {found.product_flops / 1e12:.3g}"
+            f"Arithmetic of the step: {found.flops_per_image / 1e9:.2f} GFLOP per image, "
+            f"{found.step_flops / 1e12:.3g} TFLOP/s, {found.utilization:.0%} of the {found.product_flops / 1e12:.3g} "
+            f"TFLOP/s that a {side} x {side} matrix product reaches here."
         )
     if record.disk and record.disk.note:
-        yield record.disk.note
-    if run := record.outlook:
+        yield f"{record.disk.note[0].upper()}{record.disk.note[1:]}."
+    if run := record.full_run:
+        data = f"the data set takes {volume(record.setting.data_bytes)}, " if record.setting else ""
         yield (
-            f"the recipe's {run.epochs:,} epochs of {run.images / run.epochs:,.0f} images: {duration(run.seconds)}; "
-            f"data {volume(record.setting.data_bytes)}, a teacher's hard labels {volume(run.cache_bytes)}"
+            f"The recipe's {run.epochs:,} epochs of {run.images / run.epochs:,.0f} images would take "
+            f"{duration(run.seconds)}; {data}a teacher's hard labels {volume(run.cache_bytes)} of disk."
         )
+    if scaling := record.scaling:
+        size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, 'GPU')} each"
+        limits = ", ".join(f"{name} {format_rate(rate)}" for name, rate in scaling.limits.items())
+        yield (
+            f"Predicted for {size}: {format_rate(scaling.predicted)} images/s, {scaling.efficiency:.0%} of "
+            f"{scaling.nodes * scaling.gpus} times this process; limited by {scaling.limit} "
+            f"(at most, in images/s: {limits}). Exchanging {volume(scaling.gradient_bytes)} of gradients takes "
+            f"{scaling.exchange_seconds * 1000:.3g} ms a step."
+        )
+        yield f"Assumed: {'; '.join(scaling.assumptions)}."
 
 
-def ratios(record: Record) -> Iterator[str]:
-    """Yield what the others' loaders cost in processor time against ours."""
-    loaders = [peer for peer in record.peers if peer.kind == "loader" and peer.measured]
-    ours = next((peer.measured for peer in loaders if peer.name == OURS), None)
-    if ours is None:
-        return
-    for peer in loaders:
-        if peer.measured and peer.measured is not ours:
-            theirs = peer.measured.cpu_seconds
+def ratios(record: BenchRecord) -> Iterator[str]:
+    """Yield what other loaders cost in processor time compared with ours."""
+    loaders = [each for each in record.baselines if each.kind == "loader" and each.measured]
+    ours = next((each.measured for each in loaders if each.name == OURS), None)
+    for each in loaders:
+        if ours and each.measured and each.measured is not ours:
+            theirs = each.measured.cpu_seconds
             yield (
-                f"processor time an image: {peer.name} {theirs * 1e6:,.0f} us, ours {ours.cpu_seconds * 1e6:,.0f} us: "
-                f"{theirs / ours.cpu_seconds:.2f} times as much"
+                f"Processor time per image: {each.name} {theirs * 1e6:,.0f} us, {OURS} {ours.cpu_seconds * 1e6:,.0f} "
+                f"us: {theirs / ours.cpu_seconds:.2f} times as much."
             )
 
 
-def _table(title: str) -> Table:
-    """Return an empty table."""
-    return Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+def section_table(section: Section) -> RenderableType:
+    """Return one section of tools/gpu_check: a line for each figure, or why there are none."""
+    if section.outcome == "left out":
+        return f"\n[bold]{section.name}[/bold] left out: {escape(section.reason)}"
+    memory = "".join(
+        f", {name} {size / 1e9:.1f} GB"
+        for name, size in (("torch at most", section.torch_bytes), ("GPU in use", section.device_bytes))
+        if size
+    )
+    table = _table("", "", ("median", "lowest", "highest", "n"), "", "target")
+    for figure in section.figures:
+        values = (figure.median, min(figure.samples), max(figure.samples))
+        numbers = (format_value(value, figure) for value in values)
+        count, what = str(len(figure.samples)), escape(figure.what)
+        table.add_row(escape(figure.name), *numbers, count, what, format_target(figure))
+    parts: list[RenderableType] = [f"\n[bold]{section.name}[/bold] ({section.seconds:.0f} s{memory})", table]
+    if section.outcome == "failed":
+        parts.append(f"[red]failed[/red]: {escape(section.reason.strip().splitlines()[-1])}")
+    return Group(*parts)
+
+
+def section_sentences(record: BenchRecord, *, dry: bool) -> Iterator[str]:
+    """Yield which targets of tools/gpu_check are met, and which sections failed or were left out."""
+    judged = [figure for section in record.sections for figure in section.figures if figure.met is not None]
+    missed = [figure.name for figure in judged if not figure.met]
+    if dry:
+        yield "\nA dry run: every section ran in miniature; its figures mean nothing."
+    else:
+        names = f"; missed: {', '.join(missed)}" if missed else ""
+        yield f"\n{len(judged) - len(missed)} of {len(judged)} targets met{names}"
+    for outcome in ("failed", "left out"):
+        if names := [section.name for section in record.sections if section.outcome == outcome]:
+            yield f"{outcome}: {', '.join(names)}"
+
+
+def format_value(value: float, figure: Figure) -> str:
+    """Return a figure's value with its unit and as many digits as mean something."""
+    match figure.unit:
+        case "share":
+            return f"{value:.1%}"
+        case "count":
+            return f"{value:,.0f}"
+        case "ms" | "levels":
+            return f"{value:.3g} {figure.unit}"
+        case unit:
+            return f"{value:,.0f}" if value >= 100 else f"{value:.3g} {unit}".removesuffix(" images/s")
+
+
+def format_target(figure: Figure) -> str:
+    """Return what a figure should be and whether it is; "" where there is no target."""
+    if figure.met is None:
+        return ""
+    limits = [
+        f"{sign} {format_value(limit, figure)}"
+        for sign, limit in (("at least", figure.least), ("at most", figure.most))
+        if limit is not None
+    ]
+    return f"{' and '.join(limits)}: {'met' if figure.met else '[red]missed[/red]'}"
+
+
+def _table(title: str, first: str, numbers: Sequence[str], *rest: str) -> Table:
+    """Return an empty table: names, numbers to the right, then text."""
+    table = Table(title=f"\n{title}" if title else None, title_justify="left", box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in rest:
+        table.add_column(column)
+    return table
 
 
 def _line(what: str) -> Text:
-    """Return words of a last column: cut off, not folded, as a narrow terminal is the figures'."""
+    """Return a last column's words: cut off, not folded, so that a narrow terminal still shows the figures."""
     return Text(what, no_wrap=True, overflow="ellipsis")
 
 
-def _stages(record: Record) -> Table:
-    table = _table(headline(record.setting))
-    table.add_column("stage", no_wrap=True)
-    for column in ("images/s", "lowest", "highest", "x threads", "CPU us"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what")
-    for stage in rows(record):
-        times = threads(stage, record.setting)
-        limit = figure(stage.rate * times) if times > 1 else ""
-        table.add_row(stage.name, *_rates(stage), limit, f"{stage.cpu_seconds * 1e6:,.0f}", _line(stage.what))
-    count = len(rows(record)[0].samples)
-    table.caption = f"each alone, median of {count} measurements; CPU: processor time an image, all threads"
+def _stages(record: BenchRecord, setting: Setting) -> Table:
+    stages = stages_in_order(record)
+    columns = ("images/s", "lowest", "highest", "all threads", "CPU us")
+    table = _table(headline(setting), "stage", columns, "what")
+    for stage in stages:
+        together = format_rate(stage.rate * setting.workers) if stage.threaded and setting.workers > 1 else ""
+        table.add_row(stage.name, *_rates(stage), together, f"{stage.cpu_seconds * 1e6:,.0f}", _line(stage.what))
+    table.caption = (
+        f"Each stage alone: median, lowest and highest of {len(stages[0].samples)} measurements. all threads: "
+        f"images/s on {pluralize(setting.workers, 'thread')}. CPU us: processor time per image in microseconds."
+    )
     table.caption_justify = "left"
     return table
 
 
-def _changes(changes: tuple[Change, ...]) -> Table:
-    table = _table("what a change brings, loader and step together, images/s")
-    table.add_column("change", overflow="fold")
-    for column in ("predicted", "measured", "lowest", "highest"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("predicted from")
+def _changes(changes: Sequence[Change]) -> Table:
+    columns = ("predicted", "measured", "lowest", "highest")
+    table = _table("What a change brings: loader and step together, images/s", "change", columns, "predicted from")
     for change in changes:
-        predicted = figure(change.predicted) if change.predicted else "-"
+        predicted = format_rate(change.predicted) if change.predicted else "-"
         rates = _rates(change.measured) if change.measured else "-  "
-        table.add_row(change.change, predicted, *rates, _line(change.how))
+        table.add_row(change.change, predicted, *rates, _line(change.basis))
     return table
 
 
-def _peers(kind: str, peers: list[Peer]) -> Table:
-    title = {"loader": "loaders side by side, one view an image", "step": "steps side by side"}[kind]
-    table = _table(title)
-    table.add_column("whose", overflow="fold")
-    for column in ("images/s", "lowest", "highest", "CPU us"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what")
-    for peer in peers:
-        if found := peer.measured:
-            what = _line(f"{found.what} ({peer.version})")
-            table.add_row(peer.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", what)
+def _baselines(title: str, baselines: Sequence[Baseline]) -> Table:
+    table = _table(title, "", ("images/s", "lowest", "highest", "CPU us"), "what")
+    for each in baselines:
+        if found := each.measured:
+            what = _line(f"{found.what} ({each.version})")
+            table.add_row(each.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", what)
     return table
 
 
 def _rates(stage: Measured) -> list[str]:
-    return [figure(rate) for rate in (stage.rate, min(stage.rates), max(stage.rates))]
+    return [format_rate(rate) for rate in (stage.rate, min(stage.rates), max(stage.rates))]

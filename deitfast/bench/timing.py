@@ -1,4 +1,4 @@
-"""Time: the wall clock on a CPU, events on CUDA; processor time of threads and workers; rounds of measurements."""
+"""How time is measured: the wall clock on a CPU, events on CUDA; processor time of threads and workers; rounds."""
 
 import math
 import os
@@ -11,48 +11,47 @@ from typing import Any
 
 import torch
 
-from deitfast.bench.record import Lane, Measured, Sample
+from deitfast.bench.record import Measured, Measurement, Resource
 
 IDLE_SECONDS = 0.05
-"""How long nothing may work ahead before the next stage is measured."""
+"""Time without work in the background that counts as idle."""
 PATIENCE_SECONDS = 5.0
-"""How long to wait for that."""
-
-LEAST_TURNS = 4
-"""Of workers that each make a whole batch: in fewer, what was half done at either end would count."""
-
-
-@dataclass(frozen=True)
-class Pause:
-    """A time in which the step had nothing to work on, between two marks of a clock."""
-
-    began: Any
-    ended: Any
+"""Longest wait for that."""
+LEAST_WORKER_BATCHES = 4
+"""Batches of each worker process in one measurement, at least: what is half done at either end would count in fewer."""
 
 
 @dataclass(frozen=True)
-class Work:
+class Stall:
+    """A time in which the step had no batch to work on, between two marks of a clock."""
+
+    start: Any
+    end: Any
+
+
+@dataclass(frozen=True)
+class BenchCase:
     """Something to call over and over."""
 
     name: str
     what: str
     """What is done, in a few words."""
-    lane: Lane | None
+    resource: Resource | None
     images: int
-    """That one call deals with."""
+    """Images that one call processes."""
     call: Callable[[], object]
-    """May return a `Pause`."""
+    """May return a `Stall`."""
     threaded: bool = False
     """Whether the loader's threads will share this work."""
-    ahead: int = 0
-    """Calls that may have been made beforehand in the background: as many go unmeasured before a measurement."""
-    drain: Callable[[], object] | None = None
-    """Takes one of what was made beforehand, so that it is not worked off in a measurement; None: as `call` does."""
-    at_once: int = 1
-    """Calls whose results come at about the same time, from workers that each do one: measured in whole multiples."""
+    prefetched: int = 0
+    """Batches that may have been made in the background: as many calls go unmeasured before a measurement."""
+    drop_prefetched: Callable[[], object] | None = None
+    """Takes one of the prefetched batches, so that it is not worked off in a measurement; None: as `call` does."""
+    worker_batches: int = 1
+    """Worker processes that each make whole batches, which arrive together: measured in whole multiples."""
     on_device: bool = False
     """Whether the device's clock decides."""
-    processes: Callable[[], list[int]] = list
+    worker_pids: Callable[[], list[int]] = list
     """Worker processes whose processor time counts."""
 
 
@@ -75,94 +74,96 @@ class Clock:
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
 
-    def seconds(self, began: Any, ended: Any) -> float:
+    def seconds(self, start: Any, end: Any) -> float:
         """Return the seconds between two marks, the later of which was waited for."""
-        return ended - began if self._cuda is None else began.elapsed_time(ended) / 1000
+        return end - start if self._cuda is None else start.elapsed_time(end) / 1000
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How long and how often to measure, and who hears of it."""
+class TimingOptions:
+    """How long and how often to measure, and whom to tell."""
 
     seconds: float
     """Least time of one measurement, roughly."""
     rounds: int
-    """Measurements of each stage."""
-    planned: Callable[[int], None] = lambda count: None
+    """Measurements of each case."""
+    on_planned: Callable[[int], None] = lambda count: None
     """Called with the number of measurements to come."""
-    told: Callable[[str, float], None] = lambda name, rate: None
-    """Called after each with the stage's name and images/s."""
+    on_measured: Callable[[str, float], None] = lambda name, rate: None
+    """Called after each measurement with the case's name and images/s."""
 
 
 HOST = Clock(torch.device("cpu"))
 """The wall clock, for work that is the host's whatever the device."""
 
 
-def measure(works: Sequence[Work], clock: Clock, pace: Pace) -> list[Measured]:
-    """Measure works in turns, so that a machine that slows down slows them all alike.
+def measure(cases: Sequence[BenchCase], clock: Clock, timing: TimingOptions) -> list[Measured]:
+    """Measure cases round by round, one after another, so that a machine that slows down slows them all alike.
 
-    Each is warmed up first, and what it made ahead while the others had their turn goes before its own begins: a
-    loader of four fifths of the step's rate would pass for as fast over the first twelve steps. A single one goes on
-    without a break between its measurements.
+    Each is warmed up first. Before each measurement, what was prefetched while other cases were measured is used up:
+    otherwise a loader of four fifths of the step's rate would pass for as fast over the first twelve steps. A single
+    case goes on without a break between its measurements.
     """
-    pace.planned(pace.rounds * len(works))
-    counts = [_warm_up(work, _clock(work, clock), pace.seconds) for work in works]
-    samples: list[list[Sample]] = [[] for _ in works]
-    for _ in range(pace.rounds):
-        for work, count, found in zip(works, counts, samples, strict=True):
-            if len(works) > 1:
-                settle(work.processes)
-            if work.drain and (len(works) > 1 or not found):
-                _repeat(work.drain, work.ahead)
-            if len(works) > 1:
-                _repeat(work.call, work.ahead)
-            found.append(_sample(work, _clock(work, clock), count))
-            pace.told(work.name, found[-1].images / found[-1].seconds)
+    timing.on_planned(timing.rounds * len(cases))
+    counts = [_warm_up(case, _clock(case, clock), timing.seconds) for case in cases]
+    samples: list[list[Measurement]] = [[] for _ in cases]
+    for _ in range(timing.rounds):
+        for case, count, found in zip(cases, counts, samples, strict=True):
+            if len(cases) > 1:
+                wait_idle(case.worker_pids)
+            if case.drop_prefetched and (len(cases) > 1 or not found):
+                _repeat(case.drop_prefetched, case.prefetched)
+            if len(cases) > 1:
+                _repeat(case.call, case.prefetched)
+            found.append(_sample(case, _clock(case, clock), count))
+            timing.on_measured(case.name, found[-1].images / found[-1].seconds)
     return [
-        Measured(work.name, work.what, work.lane, work.threaded, tuple(found))
-        for work, found in zip(works, samples, strict=True)
+        Measured(case.name, case.what, case.resource, case.threaded, tuple(found))
+        for case, found in zip(cases, samples, strict=True)
     ]
 
 
-def settle(processes: Callable[[], list[int]] = list) -> None:
-    """Wait until this process and its workers are idle: what works ahead must not count against the next stage."""
+def wait_idle(worker_pids: Callable[[], list[int]] = list) -> None:
+    """Wait until this process and its workers are idle: prefetching must not count against the next case."""
     last = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < last:
-        before = processor_seconds(processes())
+        before = processor_seconds(worker_pids())
         time.sleep(IDLE_SECONDS)
-        if processor_seconds(processes()) - before < IDLE_SECONDS / 5:
+        if processor_seconds(worker_pids()) - before < IDLE_SECONDS / 5:
             return
 
 
-def processor_seconds(processes: Sequence[int] = ()) -> float:
+def processor_seconds(pids: Sequence[int] = ()) -> float:
     """Return the processor time of this process and of others, user and system, in seconds."""
-    return time.process_time() + sum(map(_processor_seconds_of, processes))
+    return time.process_time() + sum(map(_processor_seconds_of, pids))
 
 
-def _processor_seconds_of(process: int) -> float:
+def _processor_seconds_of(pid: int) -> float:
     """As /proc says, in steps of 10 ms; see proc(5)."""
-    text = Path(f"/proc/{process}/stat").read_text()
+    text = Path(f"/proc/{pid}/stat").read_text()
     user, system = text.rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _clock(work: Work, clock: Clock) -> Clock:
-    return clock if work.on_device else HOST
+def _clock(case: BenchCase, clock: Clock) -> Clock:
+    return clock if case.on_device else HOST
 
 
-def _warm_up(work: Work, clock: Clock, seconds: float) -> int:
-    """Call until compilers, caches and queues are past their beginning; return the calls of one measurement."""
-    for _ in range(work.ahead + 1):
-        work.call()
+def _warm_up(case: BenchCase, clock: Clock, seconds: float) -> int:
+    """Call until compilers, caches and queues are past their start; return the calls of one measurement."""
+    for _ in range(case.prefetched + 1):
+        case.call()
     clock.wait()
     durations: list[float] = []
     while sum(durations) < seconds:
-        began = time.perf_counter()
-        work.call()
+        start = time.perf_counter()
+        case.call()
         clock.wait()
-        durations.append(time.perf_counter() - began)
+        durations.append(time.perf_counter() - start)
     calls = math.ceil(seconds / max(statistics.mean(durations), 1e-9))
-    return calls if work.at_once == 1 else max(LEAST_TURNS, math.ceil(calls / work.at_once)) * work.at_once
+    if case.worker_batches == 1:
+        return calls
+    return max(LEAST_WORKER_BATCHES, math.ceil(calls / case.worker_batches)) * case.worker_batches
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:
@@ -170,16 +171,16 @@ def _repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-def _sample(work: Work, clock: Clock, count: int) -> Sample:
-    """Measure without a wait in front: while the device worked off the calls before, the loader would get ahead."""
-    pauses: list[Pause] = []
-    spent, began = processor_seconds(work.processes()), clock.mark()
+def _sample(case: BenchCase, clock: Clock, count: int) -> Measurement:
+    """Measure without waiting for the device first: while it finished earlier calls, the loader would get ahead."""
+    stalls: list[Stall] = []
+    cpu, start = processor_seconds(case.worker_pids()), clock.mark()
     for _ in range(count):
-        found = work.call()
-        if isinstance(found, Pause):
-            pauses.append(found)
-    ended = clock.mark()
-    spent = processor_seconds(work.processes()) - spent  # before the wait, in which CUDA keeps a core busy with nothing
+        found = case.call()
+        if isinstance(found, Stall):
+            stalls.append(found)
+    end = clock.mark()
+    cpu = processor_seconds(case.worker_pids()) - cpu  # before the wait, in which CUDA keeps a core busy with nothing
     clock.wait()
-    waited = sum(clock.seconds(pause.began, pause.ended) for pause in pauses)
-    return Sample(count * work.images, clock.seconds(began, ended), spent, waited)
+    waited = sum(clock.seconds(stall.start, stall.end) for stall in stalls)
+    return Measurement(count * case.images, clock.seconds(start, end), cpu, waited)

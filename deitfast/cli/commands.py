@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deitfast.bench.page import page
 from deitfast.bench.record import save
-from deitfast.bench.session import Wish, run_session
+from deitfast.bench.run import BenchOptions, benchmark
 from deitfast.bench.tables import show
 from deitfast.cli.datasets_impl import convert_dataset
 from deitfast.cli.options import (
@@ -197,8 +197,8 @@ def run_report(runs: list[Path], page: Path | None, table: Path | None, out: Con
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """The options of `deitfast bench` besides those of a `Wish`, as typed."""
+class BenchTarget:
+    """What `deitfast bench` measures and where it writes, as typed."""
 
     data: Path | None
     arch: str
@@ -213,30 +213,30 @@ class BenchOptions:
         given = {"train.batch": self.batch} if self.batch else {}
         return recipes.override(recipe, given | recipes.parse_settings(self.settings))
 
-    def affordable(self, recipe: Recipe, wish: Wish) -> tuple[Recipe, Wish]:
-        """Return a recipe whose steps a CPU takes in seconds, where no batch was asked for, and a wish that says so."""
+    def affordable(self, recipe: Recipe, options: BenchOptions) -> tuple[Recipe, BenchOptions]:
+        """Return a recipe whose steps a CPU takes in seconds, where no batch was asked for, and a note that says so."""
         named = self.batch or any(setting.startswith("train.batch") for setting in self.settings)
-        if named or wish.part == "loader" or recipe.train.batch <= CPU_BATCH:
-            return recipe, wish
+        if named or options.part == "loader" or recipe.train.batch <= CPU_BATCH:
+            return recipe, options
         note = f"batch {CPU_BATCH} instead of the recipe's {recipe.train.batch:,}, which takes a CPU minutes"
-        return recipes.override(recipe, {"train.batch": CPU_BATCH}), replace(wish, notes=(note,))
+        return recipes.override(recipe, {"train.batch": CPU_BATCH}), replace(options, notes=(note,))
 
 
-def run_bench(options: BenchOptions, wish: Wish, device: str, display: Display, out: Console) -> None:
+def run_bench(target: BenchTarget, options: BenchOptions, device: str, display: Display, out: Console) -> None:
     """Measure a recipe's stages on a data set, print what was found, and write it where asked."""
-    folder = data_folder(options.data)
+    folder = data_folder(target.data)
     _make_demo_set(folder, display)
     with closing(Dataset.open(folder)) as dataset:
-        recipe = options.recipe(dataset)
+        recipe = target.recipe(dataset)
         with start(recipe.train, device) as runtime:
             if runtime.device.type == "cpu":
-                recipe, wish = options.affordable(recipe, wish)
-            found = run_session(dataset, recipe, runtime, wish, display)
+                recipe, options = target.affordable(recipe, options)
+            found = benchmark(dataset, recipe, runtime, options, display)
     out.print(show(found))
-    if options.json_file:
-        save(found, options.json_file)
-    if options.html_file:
-        write_text(options.html_file, page(found))
+    if target.json_file:
+        save(found, target.json_file)
+    if target.html_file:
+        write_text(target.html_file, page(found))
 
 
 def _make_demo_set(data: Path, display: Display) -> None:

@@ -23,17 +23,25 @@ def bench(
         list[str] | None,
         typer.Option("--try", metavar="A.B=VALUE", help="Predict this change, then measure it; or data=FOLDER."),
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Also measure timm, FFCV and DALI on the same files.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also measure timm, FFCV and DALI on the same files.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Predict for that many machines like this one.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Predict for that many GPUs a machine.")] = 1,
+    network: Annotated[float, typer.Option(metavar="GBITS", help="Bandwidth between two nodes, in Gbit/s.")] = 10.0,
     json_: Annotated[Path | None, typer.Option("--json", help="Write every measurement here, as JSON.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write an HTML page here.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure every stage of training in images/s, say which one holds it back, and what would lift it."""
-    from deitfast.bench.session import Wish
-    from deitfast.cli.commands import BenchOptions, run_bench
+    from deitfast.bench.run import BenchOptions
+    from deitfast.bench.scaling import Cluster
+    from deitfast.cli.commands import BenchTarget, run_bench
 
-    wish = Wish(part, seconds, tries=tuple(try_ or ()), peers=peers, command=tuple(sys.argv))
-    run_bench(BenchOptions(data, arch, batch, tuple(settings or ()), json_, html), wish, device, display(), out)
+    cluster = Cluster(nodes, gpus, network) if nodes > 1 or gpus > 1 else None
+    tries, command = tuple(try_ or ()), tuple(sys.argv)
+    options = BenchOptions(part, seconds, tries=tries, baselines=baselines, cluster=cluster, command=command)
+    run_bench(BenchTarget(data, arch, batch, tuple(settings or ()), json_, html), options, device, display(), out)
 
 
 @app.command()

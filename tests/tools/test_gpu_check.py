@@ -8,37 +8,38 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from deitfast.bench.record import BenchRecord, Figure, Section, load, new_record, save
+from deitfast.bench.tables import section_sentences, section_table
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import RESIZED, open_train
 from tests.helpers.small_runs import CPU
 from tools.gpu_check import wheels
-from tools.gpu_check.inputs import Repeated, draw_photographs, jpegs, open_photos
-from tools.gpu_check.lab import DRY, Given, Lab
-from tools.gpu_check.record import FORMAT, Figure, Note, Record, Section, load, save
-from tools.gpu_check.session import PARTS, Part, Session, Wish, left_out
+from tools.gpu_check.context import DRY, Context, InputPaths, Note
+from tools.gpu_check.inputs import RepeatedReader, draw_photographs, jpegs, open_photos
+from tools.gpu_check.runner import SECTIONS, Runner, SectionSpec, why_left_out
 from tools.gpu_check.suite import read as read_report
-from tools.gpu_check.table import sentences, table
-from tools.gpu_check.trace import Event, read, summary, union
+from tools.gpu_check.trace import STEP, Event, read, read_waits, summary, union
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = {"augment", "graphs"}
 """Sections that a dry run leaves out."""
 
 
-def record(*sections: Section, dry: bool = False) -> Record:
-    return Record(FORMAT, "2020-01-01T00:00:00+00:00", ("gpu_check",), dry, "cpu", {}, {}, (), sections)
+def record(*sections: Section) -> BenchRecord:
+    return replace(new_record("gpu_check", ("gpu_check",)), sections=sections)
 
 
-def shown(found: Record) -> str:
+def shown(found: BenchRecord, *, dry: bool = False) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(*map(table, found.sections), *sentences(found))
+        console.print(*map(section_table, found.sections), *section_sentences(found, dry=dry))
     return capture.get()
 
 
@@ -49,9 +50,10 @@ def test_a_dry_run_goes_through_everything(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = load(tmp_path / "found.json")
-    assert [section.name for section in found.sections] == list(PARTS)
+    assert [section.name for section in found.sections] == list(SECTIONS)
     left = {section.name for section in found.sections if section.outcome == "left out"}
-    assert left - {name for name, part in PARTS.items() if set(part.needs) & set(found.missing)} == ON_CPU
+    lacks = {name for name, spec in SECTIONS.items() if wheels.missing(spec.needs)}
+    assert left - lacks == ON_CPU
     for section in found.sections:
         assert section.outcome != "failed", section.reason
         assert section.figures or section.name in left
@@ -68,29 +70,28 @@ def test_nothing_of_it_is_imported_before_it_is_known_to_be_there() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def lab(tmp_path: Path) -> Lab:
-    return Lab(CPU, DRY, Given(), tmp_path, tmp_path / "trace.json.gz")
+def context(tmp_path: Path) -> Context:
+    return Context(CPU, DRY, InputPaths(), tmp_path, tmp_path / "trace.json.gz")
 
 
-def failing(lab: Lab) -> Iterator[Figure | Note]:
+def failing(context: Context) -> Iterator[Figure | Note]:
     yield Figure("before", "ms", (1.0, 3.0))
     raise ValueError("planted in test[on], see [/folder]")
 
 
-def fine(lab: Lab) -> Iterator[Figure | Note]:
+def fine(context: Context) -> Iterator[Figure | Note]:
     yield Note("found", {"a": 1})
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[str, Part], wish: Wish, **more) -> Record:
-    monkeypatch.setattr("tools.gpu_check.session.PARTS", parts)
+def run(tmp_path: Path, sections: dict[str, SectionSpec], missing: tuple[str, ...] = (), **more) -> BenchRecord:
     path = tmp_path / "found.json"
-    found = Session(lab(tmp_path), wish, more.get("missing", ()), path, lambda section: None).run()
+    found = Runner(context(tmp_path), sections, missing, path, **more).run()
     assert load(path) == found
     return found
 
 
-def test_a_section_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path: Path, monkeypatch) -> None:
-    found = run(tmp_path, monkeypatch, {"one": Part(failing), "two": Part(fine)}, Wish())
+def test_a_section_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path: Path) -> None:
+    found = run(tmp_path, {"one": SectionSpec(failing), "two": SectionSpec(fine)})
     one, two = found.sections
     assert (one.outcome, two.outcome) == ("failed", "done")
     assert one.figures == (Figure("before", "ms", (1.0, 3.0)),)
@@ -100,10 +101,10 @@ def test_a_section_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path: 
     assert "ValueError: planted in test[on], see [/folder]" in shown(found)
 
 
-def test_what_was_found_is_on_the_disk_before_a_section_ends(tmp_path: Path, monkeypatch) -> None:
+def test_what_was_found_is_on_the_disk_before_a_section_ends(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
 
-    def killed(lab: Lab) -> Iterator[Figure | Note]:
+    def killed(context: Context) -> Iterator[Figure | Note]:
         yield Figure("first", "ms", (1.0,))
         (section,) = load(path).sections
         assert section.figures == (Figure("first", "ms", (1.0,)),)
@@ -111,19 +112,25 @@ def test_what_was_found_is_on_the_disk_before_a_section_ends(tmp_path: Path, mon
         assert "under way" in section.reason
         yield Note("looked", True)
 
-    assert run(tmp_path, monkeypatch, {"one": Part(killed)}, Wish()).sections[0].notes == {"looked": True}
+    assert run(tmp_path, {"one": SectionSpec(killed)}).sections[0].notes == {"looked": True}
 
 
-def test_sections_are_left_out_by_name(tmp_path: Path, monkeypatch) -> None:
-    parts = {"dali": Part(fine, needs=("nvidia.dali",)), "gpu": Part(fine, cuda=True), "here": Part(fine)}
-    found = run(tmp_path, monkeypatch, parts, Wish(), missing=("nvidia.dali",))
+def test_sections_are_left_out_by_name(tmp_path: Path) -> None:
+    sections = {
+        "dali": SectionSpec(fine, needs=("nvidia.dali",)),
+        "gpu": SectionSpec(fine, cuda=True),
+        "here": SectionSpec(fine),
+    }
+    found = run(tmp_path, sections, ("nvidia.dali",))
     reasons = [section.reason for section in found.sections]
     assert reasons == ["nvidia.dali is not installed", "it needs a GPU", ""]
+    assert "not installed: nvidia.dali" in found.notes
     assert "left out: dali, gpu" in shown(found)
-    assert [each.name for each in run(tmp_path, monkeypatch, parts, Wish(only=("here",))).sections] == ["here"]
-    late = run(tmp_path, monkeypatch, {"here": Part(fine)}, Wish(minutes=1e-9))
+    late = run(tmp_path, {"here": SectionSpec(fine)}, minutes=1e-9)
     assert late.sections[0].reason == "--minutes were over"
-    assert left_out(Part(fine, needs=("a", "b")), ("b", "a"), cuda=True, late=True) == "a, b are not installed"
+    assert why_left_out(SectionSpec(fine, needs=("a", "b")), ("b", "a"), cuda=True, late=True) == (
+        "a, b are not installed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,14 +145,14 @@ def test_sections_are_left_out_by_name(tmp_path: Path, monkeypatch) -> None:
     ],
 )
 def test_a_target_is_met_by_the_median(least: float | None, most: float | None, met: bool | None) -> None:
-    figure = Figure("it", "lam", (1.0, 2.0, 9.0), least=least, most=most)
-    assert (figure.median, figure.lowest, figure.highest) == (2.0, 1.0, 9.0)
+    figure = Figure("it", "share", (1.0, 2.0, 9.0), least=least, most=most)
+    assert figure.median == 2.0
     assert figure.met is met
 
 
 def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     figures = (
-        Figure("end to end", "lam", (0.9, 0.94, 0.96), least=0.95),
+        Figure("end to end", "share", (0.9, 0.94, 0.96), least=0.95),
         Figure("waits", "count", (0.0,), most=0),
         Figure("step", "images/s", (21700.4,)),
     )
@@ -155,7 +162,7 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     assert "21,700" in text
     assert "torch at most 5.0 GB, GPU in use 9.5 GB" in text
     assert "1 of 2 targets met; missed: end to end" in text
-    assert "mean nothing" in shown(record(dry=True))
+    assert "mean nothing" in shown(record(), dry=True)
 
 
 def test_records_come_back_and_nothing_else_is_one(tmp_path: Path) -> None:
@@ -163,11 +170,11 @@ def test_records_come_back_and_nothing_else_is_one(tmp_path: Path) -> None:
     save(one, path)
     assert load(path) == one
     tree = json.loads(path.read_text())
-    for change in ({"format": 2}, {"more": 1}, {"sections": [{"name": "a", "outcome": "well"}]}):
+    for change in ({"format": 0}, {"more": 1}, {"sections": [{"name": "a", "outcome": "well"}]}):
         path.write_text(json.dumps(tree | change))
         with pytest.raises(DeitfastError):
             load(path)
-    with pytest.raises(DeitfastError, match="holds no record"):
+    with pytest.raises(DeitfastError, match="is not a record"):
         load(tmp_path / "nowhere.json")
 
 
@@ -204,6 +211,34 @@ def test_a_trace_is_read_and_summed_up(tmp_path: Path) -> None:
     assert [event.name for event in read(plain, ("cpu_op",))] == ["aten::mm"]
 
 
+def test_waits_are_told_apart_by_thread_and_only_those_in_steps_count(tmp_path: Path) -> None:
+    def call(name: str, thread: int, begin: float) -> dict:
+        return {"ph": "X", "cat": "cuda_runtime", "name": name, "ts": begin, "dur": 1, "tid": thread, "args": {}}
+
+    steps = [traced(STEP, 1, begin, 40, "user_annotation") for begin in (100, 150)]
+    calls = [
+        call("cudaStreamSynchronize", 1, 120),
+        call("cudaHostAlloc", 1, 130),
+        call("cudaMalloc", 2, 130),
+        call("cudaEventSynchronize", 2, 140),
+        call("cudaMemcpy", 1, 151),
+        call("cudaMemcpyAsync", 1, 152),
+        call("cudaMallocAsync", 2, 153),
+        call("cudaLaunchKernel", 1, 154),
+        call("cudaDeviceSynchronize", 1, 50),  # before the first step
+        call("cudaDeviceSynchronize", 1, 191),  # behind the last one
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [*steps, *calls, *TRACE]}))
+    found = read_waits(path)
+    assert found.loop == {"cudaStreamSynchronize": 1, "cudaHostAlloc": 1, "cudaMemcpy": 1}
+    assert found.allocations == {"cudaMalloc": 1}
+    assert found.others == {"cudaEventSynchronize": 1}
+    path.write_text(json.dumps({"traceEvents": calls}))
+    with pytest.raises(ValueError, match=STEP):
+        read_waits(path)
+
+
 def test_without_the_kernels_the_busiest_stream_is_the_steps() -> None:
     found = summary([Event("matmul", 7, (0, 90)), Event("idct", 20, (80, 100))])
     assert found["parts"] == pytest.approx({"step": 0.9, "augmentation": 0.0, "loader": 0.2, "overlap": 0.5})
@@ -214,76 +249,46 @@ def test_spans_are_joined_where_they_touch() -> None:
     assert union([(5, 6), (0, 2), (1, 3), (3, 4), (0, 1)]) == [(0, 4), (5, 6)]
 
 
-def wheel(folder: Path, name: str, content: dict[str, str]) -> None:
+def write_wheel(folder: Path, name: str, module: str, text: str = "") -> None:
+    """A wheel as pip takes it: module, METADATA, WHEEL and RECORD."""
     folder.mkdir(exist_ok=True)
+    distribution, version = name.split("-")[:2]
+    info = f"{distribution}-{version}.dist-info"
+    files = {
+        module: text,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
     with zipfile.ZipFile(folder / name, "w") as archive:
-        for path, text in content.items():
-            archive.writestr(path, text)
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD")))
 
 
-def test_wheels_are_unpacked_and_imported_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheels_are_installed_beside_this_python_and_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder, name = tmp_path / "wheels", "made_up_for_a_test"
-    wheel(folder, f"{name}-1.0-py3-none-any.whl", {f"{name}-1.0.data/purelib/{name}.py": "VALUE = 3\n"})
-    wheel(folder, "other_one-1.0-cp27-cp27m-win32.whl", {"other_one.py": ""})
-    wheel(folder, "torch-9.9-py3-none-any.whl", {"torch/__init__.py": ""})
-    assert wheels.missing((name,)) == (name,)
-    assert wheels.unpack(folder, tmp_path / "there") == [f"{name}-1.0-py3-none-any.whl"]
+    write_wheel(folder, f"{name}-1.0-py3-none-any.whl", f"{name}.py", "VALUE = 3\n")
+    write_wheel(folder, "torch-9.9-py3-none-any.whl", "torch/__init__.py")  # torch is here: left alone
+    write_wheel(folder, "nvidia_made_up-1.0-py3-none-any.whl", "nvidia/made_up/__init__.py")
+    assert wheels.missing((name, "nvidia.made_up")) == (name, "nvidia.made_up")
+    assert wheels.install(folder, tmp_path / "there") == [name, "nvidia_made_up"]
     assert wheels.missing((name, "torch")) == ()
     assert __import__(name).VALUE == 3
     del sys.modules[name]
-
-
-def test_nvidias_package_is_found_in_both_places(tmp_path: Path) -> None:
-    """In a process of its own: the folder of the wheel, and another one that is there already."""
-    wheel(tmp_path / "wheels", "nvidia_made_up-1.0-py3-none-any.whl", {"nvidia/made_up/__init__.py": ""})
-    (tmp_path / "old" / "nvidia" / "older").mkdir(parents=True)
-    (tmp_path / "old" / "nvidia" / "__init__.py").touch()
-    (tmp_path / "old" / "nvidia" / "older" / "__init__.py").touch()
-    places = [str(tmp_path / name) for name in ("old", "wheels", "there")]
-    for known in ("", "import nvidia.older"):  # unpacked before and after the first import of nvidia
-        lines = (
-            "import sys",
-            "from pathlib import Path",
-            "from tools.gpu_check.wheels import unpack",
-            "old, folder, target = sys.argv[1:]",
-            "sys.path.insert(0, old)",
-            known,
-            "unpack(Path(folder), Path(target))",
-            "import nvidia.made_up, nvidia.older",
-        )
-        subprocess.run([sys.executable, "-c", "\n".join(lines), *places], check=True, cwd=ROOT)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'there')!r}); import nvidia.made_up, nvidia.nvimgcodec"
+    if not wheels.missing(("nvidia.nvimgcodec",)):  # both parts of the package are found
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_damaged_wheel_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken_one-1-py3-none-any.whl").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"broken_one-1-py3-none-any\.whl is no whole wheel"):
-        wheels.unpack(tmp_path, tmp_path / "there")
-
-
-OWN = f"cp3{sys.version_info.minor}"
-
-
-@pytest.mark.parametrize(
-    ("name", "fits"),
-    [
-        ("a_b-1-py3-none-any", True), ("a_b-1-py2.py3-none-any", True), (f"a_b-1-{OWN}-{OWN}-linux_x86_64", True),
-        (f"a_b-1-1-{OWN}-{OWN}-manylinux_2_17_x86_64.manylinux2014_x86_64", True),
-        ("a_b-1-cp38-abi3-manylinux_2_17_x86_64", True), ("a_b-1-py3-none-manylinux_2_28_x86_64", True),
-        ("a_b-1-cp399-abi3-manylinux_2_17_x86_64", False), ("a_b-1-cp38-cp38-linux_x86_64", False),
-        (f"a_b-1-{OWN}-{OWN}-musllinux_1_2_x86_64", False), (f"a_b-1-{OWN}-{OWN}-manylinux_2_17_aarch64", False),
-        (f"a_b-1-{OWN}-{OWN}t-linux_x86_64", False), ("pip_freezes", False), ("PyTest-1-py3-none-any", False),
-        ("typing_extensions-99-py3-none-any", True),
-    ],
-)  # fmt: skip
-def test_only_wheels_that_fit_and_are_not_installed_are_taken(name: str, fits: bool, monkeypatch) -> None:
-    monkeypatch.setattr("tools.gpu_check.wheels.platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("tools.gpu_check.wheels.sysconfig.get_platform", lambda: "linux-x86_64")
-    assert wheels.wanted(f"{name}.whl") is fits
+    with pytest.raises(ValueError, match=r"(?s)pip failed.*broken_one"):
+        wheels.install(tmp_path, tmp_path / "there")
 
 
 def test_repeated_images_are_the_same_under_new_numbers(photos: Reader) -> None:
-    again = Repeated(photos, 3)
+    again = RepeatedReader(photos, 3)
     assert again.num_samples == 3 * photos.num_samples
     for index in (0, 28, 29, 57, 86):
         assert (again.read_verified(index) == photos.sample(index % 29)).all()
@@ -307,7 +312,7 @@ def test_given_images_are_converted_to_as_many_classes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no JPEGs"):
         jpegs(tmp_path / "empty")
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match="not found"):
         jpegs(tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""What is measured on: photographs and small images, converted for the occasion or as they are, as long as need be."""
+"""Data to measure on: photographs and small images, given or drawn, repeated until an epoch is long enough."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ FEW = 200
 CIFAR_SIDE, CIFAR_CLASSES = 32, 10
 
 
-class Repeated:
+class RepeatedReader:
     """A split whose images come again and again under new numbers, so that an epoch is as long as a real one's."""
 
     def __init__(self, reader: Reader, times: int) -> None:
@@ -57,7 +57,7 @@ class Repeated:
         self._reader.close()
 
 
-class Prolonged(Dataset):
+class RepeatedDataset(Dataset):
     """A data set whose splits are repeated to some length."""
 
     def __init__(self, plain: Dataset, least: dict[str, int]) -> None:
@@ -66,7 +66,7 @@ class Prolonged(Dataset):
 
     def _open_split(self, name: str) -> Reader:
         reader = self.plain.split(name)
-        return Repeated(reader, max(1, self._least.get(name, 0) // reader.num_samples))
+        return RepeatedReader(reader, max(1, self._least.get(name, 0) // reader.num_samples))
 
     def close(self) -> None:
         """Close both."""
@@ -82,7 +82,7 @@ def open_photos(
     folder: Path,
     least: dict[str, int],
     sides: tuple[tuple[int, int], ...] = SIDES,
-) -> tuple[Prolonged, str]:
+) -> tuple[RepeatedDataset, str]:
     """Return a data set of large JPEGs, and what it is in words.
 
     Args:
@@ -103,17 +103,17 @@ def open_photos(
         size = sum(map(len, files)) / len(files) / 1000
         what = f"{len(files)} {'JPEGs of ' + str(images) if images else 'drawn photographs'}, {size:.0f} KB on average"
     again = max(1, least["train"] // dataset.split("train").num_samples)
-    return Prolonged(dataset, least), f"{what}, {again} times" if again > 1 else what
+    return RepeatedDataset(dataset, least), f"{what}, {again} times" if again > 1 else what
 
 
-def open_small(data: Path | None, drawn: int, folder: Path, least: dict[str, int]) -> tuple[Prolonged, str]:
+def open_small(data: Path | None, drawn: int, folder: Path, least: dict[str, int]) -> tuple[RepeatedDataset, str]:
     """Return a data set of CIFAR's size, `data` or `drawn` images of noise, and what it is in words."""
     if data is not None:
         dataset = Dataset.open(data)
-        return Prolonged(dataset, {}), f"{dataset.spec.name} at {data}"
+        return RepeatedDataset(dataset, {}), f"{dataset.spec.name} at {data}"
     pixels = np.random.default_rng(0).integers(0, 256, (drawn, CIFAR_SIDE, CIFAR_SIDE, 3), dtype=np.uint8)
     dataset = _converted(list(pixels), CIFAR_CLASSES, folder / "small")
-    return Prolonged(dataset, least), f"{drawn} images of noise, repeated to {least['train']:,}"
+    return RepeatedDataset(dataset, least), f"{drawn} images of noise, repeated to {least['train']:,}"
 
 
 def jpegs(source: Path) -> list[bytes]:
@@ -133,7 +133,7 @@ def jpegs(source: Path) -> list[bytes]:
         except tarfile.TarError as error:
             raise UserError(f"{source} is no tar", found=str(error)) from error
     else:
-        raise UserError(f"there is no {source}", expected="a folder or a tar of JPEGs")
+        raise UserError(f"{source} not found", expected="a folder or a tar of JPEGs")
     if not found:
         raise UserError(f"{source} holds no JPEGs", expected=f"files called *{', *'.join(SUFFIXES)}")
     return found

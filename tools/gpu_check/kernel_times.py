@@ -1,4 +1,4 @@
-"""How long augmentation takes on a GPU, by the GPU's own clock: the kernels beside the reference."""
+"""How long augmentation takes on a GPU, by the GPU's own clock: the kernels and the reference."""
 
 import torch
 
@@ -17,7 +17,7 @@ PATHS: dict[str, Kernels] = {"reference": "off", "kernels": "on"}
 def augment_times(
     batch: Batch, spec: AugmentSpec, *, dtype: torch.dtype = torch.bfloat16, patch: int = 16, runs: int = 100
 ) -> dict[str, list[float]]:
-    """Return milliseconds of every run, of the reference and of the kernels, which take turns.
+    """Return milliseconds of every run of the reference and of the kernels, run alternately.
 
     What is timed is all that happens on the device from drawn parameters and crops to the model's input.
 

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools.gpu_check.lab import Lab
-from tools.gpu_check.record import Figure, Note
+from deitfast.bench.record import Figure
+from tools.gpu_check.context import Context, Note
 
 ROOT = Path(__file__).parents[2]
 MARK = "pytest.mark.gpu"
 
 
-def tests(lab: Lab) -> Iterator[Figure | Note]:
+def tests(context: Context) -> Iterator[Figure | Note]:
     """Every test marked `gpu`; without a GPU they are skipped."""
-    files = [path for path in sorted((ROOT / "tests").rglob(lab.scale.tests)) if MARK in path.read_text()]
-    report = lab.scratch / "tests.xml"
+    files = [path for path in sorted((ROOT / "tests").rglob(context.scale.tests)) if MARK in path.read_text()]
+    report = context.scratch / "tests.xml"
     options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("TRITON_INTERPRET", None)

@@ -1,116 +1,62 @@
-"""What this Python lacks, and wheels out of a folder in its place. The standard library only: it runs before all else.
+"""What this Python lacks, installed from a folder of wheels into a folder of its own. The standard library only."""
 
-A wheel is a zip whose content lies as it is imported: it is unpacked and put first on sys.path. That needs no pip, no
-network, and writes nothing into the Python that it helps out.
-"""
-
-import platform
-import re
+import subprocess
 import sys
-import sysconfig
-import zipfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-REQUIRED = ("torch", "torchvision", "numpy", "PIL", "pydantic", "tomli_w", "safetensors", "rich")
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "pydantic", "tomli_w", "safetensors", "rich", "jinja2", "filelock")
 """Modules without which nothing here runs."""
 OPTIONAL = ("triton", "nvidia.dali", "nvidia.nvimgcodec", "timm", "pytest", "hypothesis")
 """Modules that some sections need."""
-ANYWAY = ("nvidia_", "typing_extensions")
-"""Unpacked even if installed: NVIDIA's libraries find each other by where they lie, and pydantic needs a new
-typing_extensions, of which torch brings along any."""
+ALWAYS = ("nvidia_", "typing_extensions")
+"""Installed from the folder even if they are here: NVIDIA's libraries find each other by where they lie, and pydantic
+needs a newer typing_extensions than other packages bring along."""
 
 
 def missing(modules: tuple[str, ...]) -> tuple[str, ...]:
     """Return those modules that cannot be found."""
-    return tuple(name for name in modules if not _found(name))
+    return tuple(name for name in modules if not _is_found(name))
 
 
-def _found(module: str) -> bool:
+def install(folder: Path, target: Path) -> list[str]:
+    """Install from a folder of wheels what is not installed, by pip and without a network, and make it importable.
+
+    Args:
+        folder: with wheels for this Python and this machine.
+        target: new folder, which goes first on sys.path; the Python itself stays as it is.
+
+    Returns:
+        Names of the distributions.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: pip failed; its message.
+    """
+    here = {_normalized(found.name or "") for found in metadata.distributions()}
+    names = sorted({_normalized(path.name.split("-")[0]) for path in folder.iterdir() if path.suffix == ".whl"})
+    chosen = [name for name in names if name not in here or name.startswith(ALWAYS)]
+    if not chosen:
+        return []
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
+    command = [*pip, "--no-index", "--no-deps", "--find-links", str(folder), "--target", str(target), *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"pip failed with {done.returncode}: {done.stderr.strip()}")
+    nvidia = target / "nvidia"  # a package here that has an __init__.py would hide the one in the other folder
+    if nvidia.is_dir():
+        (nvidia / "__init__.py").write_text('__path__ = __import__("pkgutil").extend_path(__path__, __name__)\n')
+    sys.path.insert(0, str(target))
+    return chosen
+
+
+def _is_found(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # its package is missing
         return False
 
 
-def unpack(folder: Path, target: Path) -> list[str]:
-    """Unpack what suits this Python and is not installed, and make it importable.
-
-    Args:
-        folder: with wheels; others than those that fit are passed over.
-        target: new folder for their content; goes first on sys.path.
-
-    Returns:
-        The wheels' file names.
-
-    Raises:
-        OSError: there is no such folder, or no room.
-        ValueError: a wheel is damaged.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    taken = [wheel for wheel in sorted(folder.iterdir()) if wheel.suffix == ".whl" and wanted(wheel.name)]
-    for wheel in taken:
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(target)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{wheel} is no whole wheel: {error}") from error
-        for data in target.glob("*.data"):
-            for kind in ("purelib", "platlib"):
-                _merge(data / kind, target)
-    if taken and str(target) not in sys.path:
-        sys.path.insert(0, str(target))
-        _join_nvidia(target)
-    return [wheel.name for wheel in taken]
-
-
-def wanted(name: str) -> bool:
-    """Whether a wheel of that file name fits this Python and machine, and does not stand in the way of another."""
-    parts = name.removesuffix(".whl").split("-")
-    if len(parts) not in (5, 6):
-        return False
-    python, abi, place = (set(part.split(".")) for part in parts[-3:])
-    return _fits(python, abi, place) and (parts[0].lower().startswith(ANYWAY) or not installed(parts[0]))
-
-
-def installed(distribution: str) -> bool:
-    """Whether a distribution is installed, however its name is written."""
-    wanted_name = _plain(distribution)
-    return any(_plain(found.name or "") == wanted_name for found in metadata.distributions())
-
-
-def _fits(python: set[str], abi: set[str], place: set[str]) -> bool:
-    """Compare a wheel's tags; see the packaging specification on platform compatibility tags."""
-    minor, own = sys.version_info.minor, f"cp3{sys.version_info.minor}"
-    older = {f"cp3{each}" for each in range(2, minor + 1)}
-    interpreted = bool(python & {"py3", own, f"py3{minor}"}) and bool(abi & {"none", own})
-    stable = "abi3" in abi and bool(python & older)
-    system = sysconfig.get_platform().split("-")[0]
-    systems = (system, f"many{system}")  # macOS' and musl's tags are others
-    here = any(tag == "any" or (tag.startswith(systems) and tag.endswith(platform.machine())) for tag in place)
-    return (interpreted or stable) and here
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "_", name).lower()
-
-
-def _merge(source: Path, target: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-
-
-def _join_nvidia(target: Path) -> None:
-    """Let `nvidia` be found in both places, also where it was imported already, and by processes still to come."""
-    package = target / "nvidia"
-    if not package.is_dir():
-        return
-    init = package / "__init__.py"
-    if not init.exists():
-        init.write_text('__path__ = __import__("pkgutil").extend_path(__path__, __name__)\n')
-    if (known := sys.modules.get("nvidia")) is not None:
-        known.__path__ = [str(package), *known.__path__]
+def _normalized(name: str) -> str:
+    return name.lower().replace("-", "_").replace(".", "_")

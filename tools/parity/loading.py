@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from deitfast.bench.peer_loaders import stored_image
+from deitfast.bench.baseline_loaders import stored_image
 from pipelines.batch import Batch
 from pipelines.choices import LoaderName
 from pipelines.loaders.factory import available, open_loader

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from deitfast.bench import machine, peer, peer_loaders, peers
+from deitfast.bench import baseline_loaders, baselines, machine
 from deitfast.bench.page import page
-from deitfast.bench.record import FORMAT, Change, Record, load, save
-from deitfast.bench.remedies import shrinking
-from deitfast.bench.session import Wish, run_session
-from deitfast.bench.stages import Workbench
+from deitfast.bench.record import FORMAT, BenchRecord, Change, load, save
+from deitfast.bench.run import BenchOptions, benchmark
+from deitfast.bench.suggestions import shrinking
 from deitfast.bench.tables import show
-from deitfast.bench.timing import Pace
+from deitfast.bench.timing import TimingOptions
+from deitfast.bench.workbench import Workbench
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
@@ -43,10 +43,10 @@ def recipe(*settings: str) -> Recipe:
     return tiny_recipe(*crops, "loader.name=reference", f"loader.workers={WORKERS}", *settings)
 
 
-def bench(data: Path, wish: Wish, *settings: str) -> Record:
+def bench(data: Path, options: BenchOptions, *settings: str) -> BenchRecord:
     dataset = Dataset.open(data)
     try:
-        return run_session(dataset, recipe(*settings), CPU, wish, Display(Console(), quiet=True))
+        return benchmark(dataset, recipe(*settings), CPU, options, Display(Console(), quiet=True))
     finally:
         dataset.close()
 
@@ -68,13 +68,13 @@ def slowed(monkeypatch: pytest.MonkeyPatch):
                 time.sleep(image)
                 return super().decode(*arguments)
 
-        monkeypatch.setattr(factory, "_pillow_codec", lambda: Slow)
+        monkeypatch.setattr(factory, "_pillow_codec", lambda plan: Slow)
         monkeypatch.setattr(TrainStep, "step", lambda *arguments: time.sleep(batch))
 
     return slow
 
 
-QUICK = Wish(seconds=0.05, rounds=2)
+QUICK = BenchOptions(seconds=0.05, rounds=2)
 TRIES = 4
 
 
@@ -94,7 +94,7 @@ def undisturbed(experiment: Callable[[], None]) -> None:
 def test_the_stage_that_was_slowed_is_named_and_the_rate_predicted(
     tiny_dataset: Path, slowed, monkeypatch, image: float, batch: float, stage: str
 ) -> None:
-    monkeypatch.setattr("deitfast.bench.session.remedies", lambda *arguments: ())
+    monkeypatch.setattr("deitfast.bench.run.suggest", lambda *arguments: ())
     slowed(image, batch)
 
     def experiment() -> None:
@@ -112,17 +112,17 @@ def test_the_stage_that_was_slowed_is_named_and_the_rate_predicted(
 
 
 def test_a_change_is_predicted_and_then_measured(tiny_dataset: Path, slowed, monkeypatch) -> None:
-    monkeypatch.setattr("deitfast.bench.remedies.available", dict)
-    slowed(0.02, 0.02)
+    monkeypatch.setattr("deitfast.bench.suggestions.available", dict)
+    slowed(0.06, 0.02)
 
     def experiment() -> None:
         found = bench(tiny_dataset, replace(QUICK, tries=("loader.workers=4", "loader.workers=1")))
         assert found.together is not None
         for trial, workers in zip(found.trials, (4, 1), strict=True):
-            assert trial.predicted == pytest.approx(workers / 0.02, rel=TOLERANCE)
+            assert trial.predicted == pytest.approx(workers / 0.06, rel=TOLERANCE)
             assert trial.measured is not None
             assert trial.measured.rate == pytest.approx(trial.predicted, rel=TOLERANCE)
-        assert any("cores" in change.change for change in found.remedies)
+        assert any("cores" in change.change for change in found.suggestions)
 
     undisturbed(experiment)
 
@@ -137,7 +137,7 @@ def test_a_record_says_everything_three_ways(tiny_dataset: Path, tmp_path: Path)
     names = {stage["name"] for stage in tree["stages"]}
     assert names == {"drawing", "reading", "decoding", "cropping", "augmentation", "step"}
     assert tree["verdict"]["bottleneck"] in names
-    assert tree["outlook"]["images"] == 2 * 32
+    assert tree["full_run"]["images"] == 2 * 32
     text = page(found)
     assert found.verdict is not None
     for word in (*names, found.verdict.advice.split(",")[0], "torch"):
@@ -146,7 +146,7 @@ def test_a_record_says_everything_three_ways(tiny_dataset: Path, tmp_path: Path)
     assert "http" not in text
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(show(found))
-    assert "bottleneck: " in console.export_text()
+    assert "Bottleneck: " in console.export_text()
 
 
 def test_a_record_of_another_kind_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_a_page_escapes_what_others_have_named(tiny_dataset: Path) -> None:
 def test_what_cannot_be_measured_is_refused(tiny_dataset: Path) -> None:
     for wrong in ({"part": "everything"}, {"tries": ("loader.workers",)}, {"part": "step", "tries": ("a.b=1",)}):
         with pytest.raises(UserError):
-            Wish(**wrong)
+            BenchOptions(**wrong)
     with closing(Dataset.open(tiny_dataset)) as dataset, pytest.raises(UserError, match="one process"):
-        run_session(dataset, recipe(), replace(CPU, world=2), QUICK, Display(Console(), quiet=True))
+        benchmark(dataset, recipe(), replace(CPU, world=2), QUICK, Display(Console(), quiet=True))
 
 
 @pytest.mark.parametrize(("arch", "width", "heads"), [("deit_ti", 192, 1), ("deit_s", 384, 2)])
@@ -219,22 +219,22 @@ def bench_of_crops(tiny_dataset: Path) -> Iterator[Workbench]:
     dataset.close()
 
 
-def test_peers_that_are_not_there_are_named(tiny_dataset: Path, monkeypatch) -> None:
+def test_baselines_that_are_not_installed_are_named(tiny_dataset: Path, monkeypatch) -> None:
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 
-    monkeypatch.setattr(peer_loaders, "module", missing)
-    found = bench(tiny_dataset, replace(QUICK, part="loader", rounds=1, peers=True))
-    absent = {peer.name: peer.left_out for peer in found.peers if not peer.measured}
-    assert absent[peers.DATALOADER] == "timm is not installed"
-    assert absent.keys() == peers.LOADERS.keys()
-    assert [peer.name for peer in found.peers if peer.measured] == ["deitfast"]
+    monkeypatch.setattr(baseline_loaders, "module", missing)
+    found = bench(tiny_dataset, replace(QUICK, part="loader", rounds=1, baselines=True))
+    absent = {each.name: each.skipped for each in found.baselines if not each.measured}
+    assert absent[baselines.DATALOADER] == "timm is not installed"
+    assert absent.keys() == baselines.LOADERS.keys()
+    assert [each.name for each in found.baselines if each.measured] == ["deitfast"]
 
 
-def test_stock_pipelines_that_crop_have_no_place_beside_padding(bench_of_crops: Workbench) -> None:
+def test_stock_pipelines_that_crop_are_skipped_where_the_recipe_pads(bench_of_crops: Workbench) -> None:
     padded = bench_of_crops.changed(["augment.crop=padded"])
-    for opener in (peer_loaders.ffcv_stock, peer_loaders.dali_stock):
-        with pytest.raises(peer.SkipError, match="pads"):
+    for opener in (baseline_loaders.ffcv_stock, baseline_loaders.dali_stock):
+        with pytest.raises(baseline_loaders.SkipError, match="pads"):
             opener(padded, None)  # pyright: ignore[reportArgumentType]
 
 
@@ -247,7 +247,7 @@ def test_the_dataloaders_images_are_ours(bench_of_crops: Workbench) -> None:
             raise ValueError("bits")  # as Pillow says of a posterize to none
         return torch.from_numpy(np.array(image))
 
-    images = peer_loaders.StoredImages(reader.path, transform)
+    images = baseline_loaders.StoredImages(reader.path, transform)
     pixels, label = images[3]
     assert tuple(pixels.shape) == (reader.heights[3], reader.widths[3], 3)
     assert label == reader.labels[3]
@@ -255,7 +255,7 @@ def test_the_dataloaders_images_are_ours(bench_of_crops: Workbench) -> None:
 
 def test_smaller_images_are_measured_on_a_few_of_the_data_sets_own(bench_of_crops: Workbench) -> None:
     def experiment() -> None:
-        found = shrinking(bench_of_crops, [200, 50], Pace(0.02, rounds=3))
+        found = shrinking(bench_of_crops, [200, 50], TimingOptions(0.02, rounds=3))
         assert found.keys() == {200, 50}
         assert found[50].keys() == {"drawing", "reading", "decoding", "cropping"}
         assert found[50]["decoding"] < min(found[200]["decoding"], 0.9)
@@ -264,10 +264,10 @@ def test_smaller_images_are_measured_on_a_few_of_the_data_sets_own(bench_of_crop
 
 
 @pytest.mark.slow
-def test_every_peer_runs(tiny_dataset: Path) -> None:
+def test_every_baseline_runs(tiny_dataset: Path) -> None:
     pytest.importorskip("timm")
-    found = bench(tiny_dataset, replace(QUICK, rounds=1, peers=True), "augment.size=64")
-    reached = {peer.name: peer.measured.rate for peer in found.peers if peer.measured}
-    assert peers.DATALOADER in reached
+    found = bench(tiny_dataset, replace(QUICK, rounds=1, baselines=True), "augment.size=64")
+    reached = {each.name: each.measured.rate for each in found.baselines if each.measured}
+    assert baselines.DATALOADER in reached
     assert "timm's step" in reached
     assert all(rate > 0 for rate in reached.values())

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from deitfast.bench.timing import HOST, Pace, Pause, Work, measure, processor_seconds
+from deitfast.bench.timing import HOST, BenchCase, Stall, TimingOptions, measure, processor_seconds
 
 
 class Ticks:
@@ -26,13 +26,13 @@ class Ticks:
 def test_rates_and_waiting_follow_the_clock() -> None:
     clock = Ticks()
 
-    def call() -> Pause:
+    def call() -> Stall:
         began, clock.now = clock.now, clock.now + 0.25
-        pause, clock.now = Pause(began, clock.now), clock.now + 0.75
-        return pause
+        stall, clock.now = Stall(began, clock.now), clock.now + 0.75
+        return stall
 
-    work = Work("work", "", "device", 10, call, on_device=True)
-    (found,) = measure([work], clock, Pace(1e-3, rounds=3))  # pyright: ignore[reportArgumentType]
+    work = BenchCase("work", "", "device", 10, call, on_device=True)
+    (found,) = measure([work], clock, TimingOptions(1e-3, rounds=3))  # pyright: ignore[reportArgumentType]
     assert found.rates == (10.0,) * 3
     assert found.waiting == 0.25
 
@@ -40,10 +40,10 @@ def test_rates_and_waiting_follow_the_clock() -> None:
 def test_what_was_made_beforehand_goes_unmeasured_and_workers_finish_their_turns() -> None:
     calls: list[str] = []
     works = [
-        Work("one", "", None, 1, lambda: calls.append("one"), ahead=3),
-        Work("four", "", None, 1, lambda: (calls.append("four"), time.sleep(0.01)), at_once=4),
+        BenchCase("one", "", None, 1, lambda: calls.append("one"), prefetched=3),
+        BenchCase("four", "", None, 1, lambda: (calls.append("four"), time.sleep(0.01)), worker_batches=4),
     ]
-    one, four = measure(works, HOST, Pace(1e-3, rounds=1))
+    one, four = measure(works, HOST, TimingOptions(1e-3, rounds=1))
     assert four.samples[0].images == 16
     assert calls.count("one") >= one.samples[0].images + 2 * 3 + 1
 
@@ -90,9 +90,9 @@ def test_what_a_loader_made_while_others_were_measured_does_not_count(batch: flo
     clock = Overlapping()
     clock.BATCH = batch
     works = [
-        Work("step", "", None, 1, clock.step, on_device=True),
-        Work("both", "", None, 1, clock.train, ahead=clock.AHEAD, drain=clock.take, on_device=True),
+        BenchCase("step", "", None, 1, clock.step, on_device=True),
+        BenchCase("both", "", None, 1, clock.train, prefetched=clock.AHEAD, drop_prefetched=clock.take, on_device=True),
     ]
-    alone, both = measure(works, clock, Pace(1e-6, rounds=5))  # pyright: ignore[reportArgumentType]
+    alone, both = measure(works, clock, TimingOptions(1e-6, rounds=5))  # pyright: ignore[reportArgumentType]
     assert alone.rates == pytest.approx([1 / clock.STEP] * 5)
     assert both.rates == pytest.approx([1 / max(clock.STEP, batch)] * 5)

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from deitfast.bench.record import Measured, Sample
+from deitfast.bench.record import Measured, Measurement
 from deitfast.bench.verdict import (
+    Capacity,
     Cost,
-    Setup,
     cost_of,
-    judge,
+    find_bottleneck,
     limits,
+    loader_bound,
     loader_costs,
     more_cores,
     predict,
     scaled,
-    starved,
     with_loader,
     workers_for,
 )
@@ -30,15 +30,15 @@ COSTS = [
     Cost("step", "device", 40e-6, 3e-6),
 ]
 """A GPU that takes 20,000 images/s, with threads that decode 1,250 each."""
-SIXTEEN = Setup(workers=16, cores=16)
+SIXTEEN = Capacity(workers=16, cores=16)
 
 
 def measured(name: str, seconds: float, cpu: float, images: int = 100) -> Measured:
-    sample = Sample(images, seconds * images, cpu * images)
+    sample = Measurement(images, seconds * images, cpu * images)
     return Measured(name, "", "loader", False, (sample,) * 3)
 
 
-def test_lanes_add_up_their_stages_and_threads_share_the_loaders() -> None:
+def test_resources_add_up_their_stages_and_threads_share_the_loaders() -> None:
     found = limits(COSTS, SIXTEEN)
     assert found["loader"] == pytest.approx(1 / (10e-6 + 800e-6 / 16))
     assert found["copy"] == pytest.approx(200_000)
@@ -61,31 +61,31 @@ def test_lanes_add_up_their_stages_and_threads_share_the_loaders() -> None:
 )
 def test_the_verdict_and_the_prediction_follow_the_stage_that_is_slowed(stage: str, factor: float, limit: str) -> None:
     costs = [replace(cost, seconds=cost.seconds * factor) if cost.stage == stage else cost for cost in COSTS]
-    found = judge(costs, SIXTEEN)
+    found = find_bottleneck(costs, SIXTEEN)
     assert (found.bottleneck, found.limit) == (stage, limit)
-    lane = [cost for cost in costs if cost.lane == limit]
-    assert found.predicted == pytest.approx(1 / sum(c.seconds / (16 if c.threaded else 1) for c in lane))
-    assert starved(costs, found) == (limit == "loader")
+    stages = [cost for cost in costs if cost.resource == limit]
+    assert found.predicted == pytest.approx(1 / sum(c.seconds / (16 if c.threaded else 1) for c in stages))
+    assert loader_bound(costs, found) == (limit == "loader")
 
 
-def test_cores_are_the_limit_where_everybody_computes_on_them() -> None:
+def test_cores_are_the_limit_where_all_compute_on_them() -> None:
     step = Cost("step", "device", 1e-3, 1.9e-3)
     costs = [Cost("decoding", "loader", 1.6e-3, 1.6e-3, threaded=True), step]
-    found = judge(costs, Setup(workers=2, cores=2))
+    found = find_bottleneck(costs, Capacity(workers=2, cores=2))
     assert (found.limit, found.bottleneck) == ("cores", "step")
     assert found.predicted == pytest.approx(2 / 3.5e-3)
-    assert not starved(costs, found)
+    assert not loader_bound(costs, found)
     costs[0] = replace(costs[0], cpu=2e-3)
-    assert starved(costs, judge(costs, Setup(2, 2)))
+    assert loader_bound(costs, find_bottleneck(costs, Capacity(2, 2)))
 
 
 def test_a_disk_that_every_epoch_reads_can_be_the_bottleneck() -> None:
-    found = judge([*COSTS, Cost("reading, disk", "disk", 1e-3, 0.0)], SIXTEEN)
+    found = find_bottleneck([*COSTS, Cost("reading, disk", "disk", 1e-3, 0.0)], SIXTEEN)
     assert (found.bottleneck, found.limit, found.predicted) == ("reading, disk", "disk", pytest.approx(1000))
 
 
 def test_the_loaders_stages_are_stretched_to_what_the_whole_loader_measured() -> None:
-    own = [cost for cost in COSTS if cost.lane == "loader"]
+    own = [cost for cost in COSTS if cost.resource == "loader"]
     costs = loader_costs(own, measured("loader", seconds=90e-6, cpu=972e-6), SIXTEEN)
     assert limits(costs, SIXTEEN)["loader"] == pytest.approx(1 / 90e-6)
     assert sum(cost.cpu for cost in costs) == pytest.approx(972e-6)
@@ -95,7 +95,7 @@ def test_the_loaders_stages_are_stretched_to_what_the_whole_loader_measured() ->
 def test_a_loader_without_stages_is_one_that_its_threads_share() -> None:
     costs = loader_costs([], measured("loader", seconds=100e-6, cpu=1.2e-3), SIXTEEN)
     assert predict(costs, SIXTEEN) == pytest.approx(10_000)
-    assert limits(costs, Setup(4, 16))["loader"] == pytest.approx(2500)
+    assert limits(costs, Capacity(4, 16))["loader"] == pytest.approx(2500)
 
 
 def test_the_threads_that_a_rate_needs() -> None:
@@ -106,12 +106,12 @@ def test_the_threads_that_a_rate_needs() -> None:
     assert workers_for(1 / 10e-6, COSTS, SIXTEEN) is None  # drawing alone takes that long
 
 
-def test_more_cores_until_the_next_lane_is_full() -> None:
+def test_more_cores_until_the_next_resource_is_full() -> None:
     change = more_cores(COSTS, SIXTEEN)
     assert change is not None
     assert change.change == "20 cores"
     assert change.predicted == pytest.approx(20_000)
-    assert more_cores(COSTS, Setup(20, 20)) is None
+    assert more_cores(COSTS, Capacity(20, 20)) is None
     serial = [replace(cost, threaded=False) for cost in COSTS]
     assert more_cores(serial, SIXTEEN) is None
 
@@ -124,7 +124,7 @@ def test_cheaper_decoding_and_other_loaders_are_predicted_from_what_they_cost() 
 
 
 def test_a_stage_costs_its_median() -> None:
-    samples = tuple(Sample(10, seconds, cpu) for seconds, cpu in ((1.0, 3.0), (5.0, 1.0), (2.0, 2.0)))
+    samples = tuple(Measurement(10, seconds, cpu) for seconds, cpu in ((1.0, 3.0), (5.0, 1.0), (2.0, 2.0)))
     found = cost_of(Measured("decoding", "", "loader", True, samples))
     assert found == Cost("decoding", "loader", pytest.approx(0.2), pytest.approx(0.2), threaded=True)
 
@@ -132,11 +132,11 @@ def test_a_stage_costs_its_median() -> None:
 @pytest.mark.parametrize(
     ("costs", "says"),
     [
-        (COSTS, "could take 19,608"),
+        (COSTS, "up to 19,608 images/s"),
         (scaled(COSTS, {"step": 10}), "keeps up with 2 of 16 threads"),
         (scaled(COSTS, {"step": 0.01, "augmentation": 0.01, "copying": 100, "decoding": 0.1}), "the bus"),
         ([Cost("step", "device", 1.0, 1.0)], "only a faster step helps"),
     ],
 )
 def test_the_verdict_says_what_follows(costs: list[Cost], says: str) -> None:
-    assert says in judge(costs, SIXTEEN).advice
+    assert says in find_bottleneck(costs, SIXTEEN).advice

@@ -1,4 +1,4 @@
-"""Others' loaders, from stored bytes to crops at the recipe's size, on the device."""
+"""Other projects' loaders, from stored bytes to crops at the recipe's size, on the device."""
 
 import io
 import itertools
@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from deitfast.bench.peer import SkipError, module
-from deitfast.bench.record import counted
-from deitfast.bench.stages import Workbench
-from deitfast.bench.timing import Work
+from deitfast.bench.record import pluralize
+from deitfast.bench.timing import BenchCase
+from deitfast.bench.workbench import Workbench
 from pipelines.spec import AugmentSpec
 from pipelines.storage.dataset import open_reader
 from pipelines.storage.reader import RAW, Reader
@@ -30,7 +30,16 @@ WORKER_BATCH = 64
 """Images of a worker process's batch at most: DeiT's on one GPU."""
 LONG_EPOCH = 1 << 16
 """Images of FFCV's epochs here: small data sets are repeated, so that measurements meet no end of an epoch."""
-CROPS_ONLY = "its stock pipeline makes random resized crops, and this recipe pads images instead"
+CROPS_ONLY = "it makes random resized crops, and this recipe pads images instead"
+
+
+class SkipError(Exception):
+    """Why a baseline was not measured."""
+
+
+def module(name: str) -> Any:
+    """Import a baseline's module, untyped."""
+    return import_module(name)
 
 
 class StoredImages(TorchDataset):
@@ -62,7 +71,7 @@ def stored_image(reader: Reader, index: int) -> Image.Image:
     return Image.open(io.BytesIO(data.tobytes())).convert("RGB")
 
 
-class Endless(Sampler):
+class EndlessSampler(Sampler):
     """Random permutations one after the other, so that no epoch ends in a measurement."""
 
     def __init__(self, samples: int) -> None:
@@ -95,65 +104,72 @@ def deit_transform(spec: AugmentSpec) -> Callable[[Image.Image], torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The batches of worker processes, without end."""
+class WorkerBatches:
+    """The batches of a DataLoader's worker processes, without end."""
 
     batches: Iterator[list[torch.Tensor]]
     """float32 [size, 3, S, S] and labels int64 [size], on the host."""
     size: int
-    ahead: int
+    prefetched: int
     """Batches that may have been made beforehand."""
     workers: int
-    processes: list[int]
+    pids: list[int]
     what: str
 
 
-def timm_batches(bench: Workbench, stack: ExitStack) -> Loaded:
+def timm_batches(bench: Workbench, stack: ExitStack) -> WorkerBatches:
     """Open the loader of the DeiT reference code: PIL, timm's transform, a worker process a core."""
     before = set(multiprocessing.active_children())
     workers, batch = usable_cores(), min(bench.recipe.train.batch, WORKER_BATCH)
     loader = DataLoader(
         StoredImages(bench.reader.path, deit_transform(bench.recipe.augment)),
         batch_size=batch,
-        sampler=Endless(bench.reader.num_samples),
+        sampler=EndlessSampler(bench.reader.num_samples),
         num_workers=workers,
         pin_memory=bench.runtime.device.type == "cuda",
-        multiprocessing_context="spawn",  # this process has threads: what a fork inherits of their locks stays locked
+        multiprocessing_context="spawn",  # this process has threads, whose locks a fork would inherit locked
     )
     batches: Any = iter(loader)
     started = [child for child in multiprocessing.active_children() if child not in before]
     stack.callback(_end_workers, batches)
     pids = [child.pid for child in started if child.pid]
-    what = f"decode, crop, flip, RandAugment, normalize, erase; {counted(workers, 'process')}"
-    return Loaded(batches, batch, (loader.prefetch_factor or 1) * workers, workers, pids, what)
+    what = f"decode, crop, flip, RandAugment, normalize, erase; {pluralize(workers, 'process')}"
+    return WorkerBatches(batches, batch, (loader.prefetch_factor or 1) * workers, workers, pids, what)
 
 
-def timm_dataloader(bench: Workbench, stack: ExitStack) -> Work:
+def timm_dataloader(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open that loader, its batches copied to the device."""
     return loading_alone(timm_batches(bench, stack), bench.runtime.device)
 
 
-def loading_alone(loaded: Loaded, device: torch.device) -> Work:
+def loading_alone(loaded: WorkerBatches, device: torch.device) -> BenchCase:
     """Return taking a batch to the device and doing nothing with it."""
 
     def take() -> None:
         next(loaded.batches)[0].to(device, non_blocking=True)
 
-    ahead, at_once = loaded.ahead + loaded.workers, loaded.workers
-    pids = lambda: loaded.processes  # noqa: E731
-    return Work("", loaded.what, None, loaded.size, take, ahead=ahead, at_once=at_once, processes=pids)
+    return BenchCase(
+        "",
+        loaded.what,
+        None,
+        loaded.size,
+        take,
+        prefetched=loaded.prefetched + loaded.workers,
+        worker_batches=loaded.workers,
+        worker_pids=lambda: loaded.pids,
+    )
 
 
 def _end_workers(batches: Any) -> None:
     batches._shutdown_workers()  # torch has no public way to end an endless iteration
 
 
-def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
+def ffcv_stock(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open FFCV's Loader with its own random resized crop, over the very file."""
     _require_crops(bench)
     if bench.reader.path.is_dir():
         raise SkipError("FFCV reads one .beton file, and this split is in shards")
-    ours = module("pipelines.loaders.ffcv")  # keeps FFCV's hands off torch's threads
+    ours = module("pipelines.loaders.ffcv")  # keeps FFCV from setting torch's threads
     with ours.quiet():
         fields, loaders, to_tensor = (
             module("ffcv.fields"),
@@ -187,22 +203,22 @@ def ffcv_stock(bench: Workbench, stack: ExitStack) -> Work:
     def take() -> None:
         next(batches)[0].to(bench.runtime.device, non_blocking=True)
 
-    what = f"decode, crop (INTER_AREA); {counted(usable_cores(), 'thread')}"
-    return Work("", what, None, batch, take, ahead=3)
+    what = f"decode, crop (INTER_AREA); {pluralize(usable_cores(), 'thread')}"
+    return BenchCase("", what, None, batch, take, prefetched=3)
 
 
-def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
+def dali_stock(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open DALI's pipeline for ImageNet: random-crop decode and resize, on the GPU where there is one."""
     _require_crops(bench)
     if (bench.reader.modes == RAW).any():
-        raise SkipError("it decodes files, and these images are stored raw")
+        raise SkipError("it decodes image files, and these images are stored as raw pixels")
     dali = module("nvidia.dali")
     fn, types = module("nvidia.dali.fn"), module("nvidia.dali.types")
     spec, batch, reader = bench.recipe.augment, bench.recipe.train.batch, bench.reader
     cuda = bench.runtime.device.type == "cuda"
 
     def encoded() -> Iterator[list[np.ndarray]]:
-        order = iter(Endless(reader.num_samples))
+        order = iter(EndlessSampler(reader.num_samples))
         while True:
             yield [reader.sample(index) for index in itertools.islice(order, batch)]
 
@@ -223,8 +239,8 @@ def dali_stock(bench: Workbench, stack: ExitStack) -> Work:
 
     built = pipeline()
     built.build()
-    what = f"decode, crop (triangular) on the {'GPU' if cuda else 'CPU'}; {counted(usable_cores(), 'thread')}"
-    return Work("", what, None, batch, built.run, ahead=3, on_device=cuda)
+    what = f"decode, crop (triangular) on the {'GPU' if cuda else 'CPU'}; {pluralize(usable_cores(), 'thread')}"
+    return BenchCase("", what, None, batch, built.run, prefetched=3, on_device=cuda)
 
 
 def _require_crops(bench: Workbench) -> None:

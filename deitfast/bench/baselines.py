@@ -1,0 +1,117 @@
+"""Other projects' loaders and steps, and ours with a teacher run on every batch, to be measured next to ours."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from deitfast.bench.baseline_loaders import SkipError, dali_stock, ffcv_stock, module, timm_dataloader
+from deitfast.bench.stages import LEARNING_RATE
+from deitfast.bench.timing import BenchCase
+from deitfast.bench.workbench import BenchTargets, Workbench
+from deitfast.models.cnn import build_convnet
+from deitfast.train.optim import build_optimizer
+from deitfast.weights.export import TIMM_SIZES
+from pipelines.augment.chain import AugmentedBatch
+
+TEACHERS = {"cuda": "regnet_y_16gf", "cpu": "regnet_y_4gf"}
+"""The paper's teacher on a GPU; a smaller one on a CPU, where its forward pass would take minutes."""
+
+
+@dataclass(frozen=True)
+class Opener:
+    """How to open a baseline, and the distribution that it comes from."""
+
+    distribution: str
+    """The start of its name: DALI's ends in the version of CUDA."""
+    open: Callable[[Workbench, ExitStack], BenchCase]
+    """Opens it under a stack that closes it; raises `SkipError` with the reason why it cannot be measured here."""
+
+
+def package_version(distribution: str) -> str:
+    """Return the whole name and the version of the first installed distribution whose name starts so."""
+    named = (found for found in metadata.distributions() if found.name.startswith(distribution))
+    return next((f"{found.name} {found.version}" for found in named), "")
+
+
+def timm_step(bench: Workbench, stack: ExitStack) -> BenchCase:
+    """Open timm's network of the same shape, trained as its script trains: autocast, torch.compile, fused AdamW."""
+    recipe, runtime = bench.recipe, bench.runtime
+    family, _, size = recipe.model.arch.partition("_")
+    if family not in ("deit", "vit"):
+        raise SkipError(f"timm's {recipe.model.arch} is torchvision's network again")
+    timm = module("timm")
+    distilled = "_distilled" if recipe.distilled else ""
+    name = f"deit_{TIMM_SIZES[size]}{distilled}_patch16_224"
+    classes = len(bench.dataset.spec.classes)
+    model = timm.create_model(
+        name,
+        img_size=recipe.augment.size,
+        patch_size=recipe.model.patch,
+        num_classes=classes,
+        drop_path_rate=recipe.model.drop_path,
+    ).to(runtime.device, memory_format=torch.channels_last)
+    if distilled:
+        model.set_distilled_training(True)
+    optimizer = build_optimizer(model, recipe.optim, recipe.train.batch)
+    loss = module("timm.loss").SoftTargetCrossEntropy()
+    if runtime.compile:
+        model.compile()
+    inputs = bench.augmented_to(bench.batch)
+    targets = torch.nn.functional.one_hot(inputs.labels, classes).float()
+
+    def step() -> None:
+        with runtime.autocast():
+            heads = model(inputs.pixels)
+            losses = [loss(head.float(), targets) for head in (heads if distilled else (heads,))]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    how = "compiled" if runtime.compile else "not compiled"
+    return BenchCase("", f"{name}, {how}", None, len(inputs.labels), step, on_device=True)
+
+
+def online_teacher(bench: Workbench, stack: ExitStack) -> BenchCase:
+    """Open our step with a teacher run on every batch: the recipe's own, or one with random weights."""
+    inputs, train_step, targets = bench.augmented_to(bench.batch), bench.student.train_step, bench.student.targets
+    own = targets if targets and targets.needs_pixels else None
+    teacher = own or random_teacher(bench)
+    known = targets.find(inputs) if targets else None
+
+    def step() -> None:
+        found = teacher.find(inputs)
+        train_step.step(inputs, found if own else known, LEARNING_RATE, 0)
+
+    return BenchCase("", f"{teacher.what}, then our step", None, len(inputs.labels), step, on_device=True)
+
+
+def random_teacher(bench: Workbench) -> BenchTargets:
+    """Return a teacher of random weights, which takes the time of a trained one; its predictions are of no use."""
+    runtime, size, classes = bench.runtime, bench.recipe.augment.size, len(bench.dataset.spec.classes)
+    arch = TEACHERS[runtime.device.type]
+    teacher: Any = build_convnet(arch, size=size, classes=classes).eval().to(runtime.device)
+    teacher = teacher.to(memory_format=torch.channels_last)
+    if runtime.compile:
+        teacher.compile()
+
+    def find(inputs: AugmentedBatch) -> torch.Tensor:
+        with torch.no_grad(), runtime.autocast():
+            return teacher(inputs.pixels)[0].argmax(-1)
+
+    return BenchTargets("teacher", f"{arch} with random weights", find, needs_pixels=True)
+
+
+DATALOADER = "DataLoader, PIL, timm's DeiT transform"
+LOADERS = {
+    DATALOADER: Opener("timm", timm_dataloader),
+    "FFCV's stock pipeline": Opener("ffcv", ffcv_stock),
+    "DALI's stock pipeline": Opener("nvidia-dali", dali_stock),
+}
+STEPS = {
+    "timm's step": Opener("timm", timm_step),
+    "with a teacher run on every batch": Opener("torchvision", online_teacher),
+}
