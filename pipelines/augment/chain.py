@@ -8,10 +8,8 @@ Here it is done twice, to the same bits: in batched torch, which runs anywhere a
 kernels (`pipelines.augment.triton_ops.launch`), which a GPU does in a few passes.
 """
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from pipelines.augment.patches import cut_patches
 from pipelines.augment.torch_ops import ops
 from pipelines.augment.torch_ops.erase import erase
 from pipelines.batch import Batch
+from pipelines.batch.place import kernels_missing, place_crops
 from pipelines.choices import Kernels
 from pipelines.device import to_device
 from pipelines.errors import UserError
@@ -78,7 +77,8 @@ def augment(
         own = torch.ones_like(batch.labels, dtype=torch.float32)
         return _input(batch, normalize(batch.images, spec), dtype, patch, batch.labels, own)
     drawn = _send(batch.params, batch.images.device)
-    images = torch.where(_per_image(drawn.columns["flip"] == 1), batch.images.flip(2), batch.images)
+    mirrored = (drawn.columns["flip"] == 1) & (not batch.flipped)
+    images = torch.where(_per_image(mirrored), batch.images.flip(2), batch.images)
     for slot in drawn.slots:
         for name, rows, arguments in slot:
             ops.apply(name, images, rows, arguments)
@@ -92,40 +92,51 @@ def augment(
     return _input(batch, pixels, dtype, patch, batch.labels[columns["mix_index"]], lam)
 
 
-def kernels_run(kernels: str, device: torch.device) -> bool:
+def kernels_run(kernels: Kernels, device: torch.device) -> bool:
     """Return whether the kernels run on a device, for `train.kernels`.
 
     Raises:
         UserError: `kernels` is on, and they cannot.
     """
-    if kernels == "off":
+    if kernels == "off" or (kernels == "auto" and device.type != "cuda"):
         return False
-    triton = find_spec("triton") is not None
-    if triton and device.type == "cuda":
-        return True
-    # Triton's own variable: then its interpreter runs them, on any device
-    if kernels == "on" and not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
+    missing = kernels_missing(device)
+    if missing and kernels == "on":
         raise UserError(
             "train.kernels is on, but the augmentation kernels cannot run here",
-            expected="a CUDA device, and Triton, which comes with PyTorch's CUDA builds",
-            found=f"device {device}, {'Triton' if triton else 'no Triton'}",
+            expected="a CUDA device, Triton, and what it compiles with",
+            found=missing,
             remedy="set train.kernels to auto: without the kernels the results are the same",
         )
-    return kernels == "on"
+    return not missing
 
 
 def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool, patch: int) -> AugmentedBatch:
-    from pipelines.augment.triton_ops import launch  # Triton is only there where PyTorch has it
+    from pipelines.augment.triton_ops import launch, plan  # Triton is only there where PyTorch has it
 
     device = batch.images.device
-    drawn = launch.send(batch.params, device) if train else None
-    mean, scale = _normalization(spec.mean, spec.std, device)
-    pixels = launch.model_input(batch.images, drawn, mean, scale, seed=spec.seed, patch=patch, dtype=dtype)
-    if drawn is None:
+    sent = plan.send(plan.plan_passes(batch.params), device) if train else None
+    images = _planes(batch, train, device)
+    scales = _normalization(spec.mean, spec.std, device)
+    pixels = launch.write_batch(images, sent, scales, seed=spec.seed, patch=patch, dtype=dtype)
+    if sent is None:
         lam = torch.ones_like(batch.labels, dtype=torch.float32)
         return AugmentedBatch(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params)
-    partners, lam = drawn[:, SLICES["mix_index"].start].long(), drawn[:, SLICES["lam"].start].float() / UNIT
+    partners, lam = sent.rows[:, SLICES["mix_index"].start].long(), sent.rows[:, SLICES["lam"].start].float() / UNIT
     return AugmentedBatch(pixels, batch.labels, batch.labels[partners], lam, batch.valid, batch.params)
+
+
+def _planes(batch: Batch, train: bool, device: torch.device) -> Tensor:
+    """Return the images as planes, uint8 [B, 3, S, S], in training mirrored; the batch's own memory if it is so."""
+    planes = batch.images.permute(0, 3, 1, 2)
+    if planes.is_contiguous() and (batch.flipped or not train):
+        return planes
+    moves = np.zeros((len(planes), 4), np.int32)
+    moves[:, :2] = np.arange(len(planes))[:, None]
+    moves[:, 2] = batch.params.flip if train and not batch.flipped else 0
+    out = torch.empty_like(planes, memory_format=torch.contiguous_format)
+    place_crops(batch.images.contiguous(), to_device(torch.from_numpy(moves), device), out, kernel=True)
+    return out
 
 
 def normalize(images: Tensor, spec: AugmentSpec) -> Tensor:
@@ -224,8 +235,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean in pixel values and 1 / (255 std), float32 [3]; kept on the device, as copying them would wait."""
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean in pixel values and 1 / (255 std), float32 [2, 3]; kept on the device, as copying them would wait."""
     both = [[255 * value for value in mean], [1 / (255 * value) for value in std]]
-    first, second = torch.tensor(both, dtype=torch.float32, device=device)
-    return first, second
+    return torch.tensor(both, dtype=torch.float32, device=device)

@@ -1,7 +1,8 @@
-"""The color operations as kernels, equal to `ops_color` and so to Pillow's pixel for pixel.
+"""The color operations as kernels, equal to `torch_ops.color` and so to Pillow's pixel for pixel.
 
 What changes each channel's values alone (all but Color and Sharpness) is a table of 256 values, made once for an image
-and looked up for its pixels. The kernels must be compiled without fused multiply-adds: Pillow rounds twice.
+and looked up by whoever reads its pixels next. A table that follows another is made of it. The kernels must be compiled
+without fused multiply-adds: Pillow rounds twice.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
@@ -11,124 +12,129 @@ import triton
 import triton.language as tl
 
 from pipelines.augment.torch_ops.color import LUMA
-from pipelines.augment.triton_ops.rows import (
+from pipelines.augment.triton_ops.records import (
     AUTOCONTRAST,
     BRIGHTNESS,
+    CHANNEL,
     COLOR,
     CONTRAST,
     EQUALIZE,
     INVERT,
     OPERATION,
     POSTERIZE,
-    SHARPNESS,
     SOLARIZE,
-    SOLARIZE_ADD,
+    TABLE,
+    WORDS,
     argument_of,
-    drawn_at,
-    stored,
+    byte_of,
+    look_up,
+    packed,
+    read,
+    source_of,
+    table_of,
     target_of,
+    window,
+    write,
 )
 
-RED, GREEN, BLUE = (tl.constexpr(share) for share in LUMA)
-
-
-@triton.jit(do_not_specialize=["slot", "rows"])
-def make_table(
-    images, work, drawn, arguments, tables, slot, rows, SIZE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the 256 values of one channel of one image for a slot's operation, if that is a table.
-
-    Grid: 3 B programs. Args: `images` uint8 [B, S, S, 3]; `work` uint8 [2, B, S, S, 3]; `drawn` int32 [B, words];
-    `arguments` the same as float64; `tables` uint8 [B, 3, 256].
-    """
-    row = tl.program_id(0) // 3
-    channel = tl.program_id(0) % 3
-    operation = drawn_at(drawn, row, OPERATION + slot, SLOTS)
-    if _is_table(operation):
-        applied = drawn_at(drawn, row, OPERATION + SLOTS + slot, SLOTS)
-        pixels, _, _ = stored(images, work, drawn, row, applied, rows, SIZE, SLOTS)
-        argument = argument_of(arguments, row, slot, 0, SLOTS)
-        levels = tl.arange(0, 256)
-        if operation == AUTOCONTRAST:
-            values = _stretched(levels, pixels + channel, SIZE, BLOCK)
-        elif operation == EQUALIZE:
-            values = _equalized(levels, pixels + channel, SIZE, BLOCK)
-        elif operation == CONTRAST:
-            values = _blended(_mean_gray(pixels, SIZE, BLOCK), levels, argument)
-        elif operation == BRIGHTNESS:
-            values = _blended(levels * 0, levels, argument)
-        elif operation == INVERT:
-            values = 255 - levels
-        elif operation == POSTERIZE:
-            values = levels & (255 << (8 - argument.to(tl.int32)))
-        elif operation == SOLARIZE:
-            values = tl.where(levels < argument.to(tl.int32), levels, 255 - levels)
-        else:  # SOLARIZE_ADD
-            values = tl.where(levels < 128, levels + argument.to(tl.int32), levels)
-        tl.store(tables + (row * 3 + channel) * 256 + levels, values.to(tl.uint8))
-
-
-@triton.jit(do_not_specialize=["slot", "rows"])
-def apply_color(
-    images,
-    work,
-    drawn,
-    arguments,
-    tables,
-    slot,
-    rows,
-    SIZE: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write CHUNK pixels of an image after a slot's operation into the workspace, if that is one of color.
-
-    Grid: B x ceil(S^2 / CHUNK) programs. Args: as `make_table`'s, whose `tables` of this slot are read.
-    """
-    CHUNKS: tl.constexpr = (SIZE * SIZE + CHUNK - 1) // CHUNK
-    row = tl.program_id(0) // CHUNKS
-    begin = tl.program_id(0) % CHUNKS * CHUNK
-    operation = drawn_at(drawn, row, OPERATION + slot, SLOTS)
-    if _is_table(operation) | (operation == COLOR) | (operation == SHARPNESS):
-        applied = drawn_at(drawn, row, OPERATION + SLOTS + slot, SLOTS)
-        source, first, step = stored(images, work, drawn, row, applied, rows, SIZE, SLOTS)
-        target = target_of(work, row, applied, rows, SIZE)
-        argument = argument_of(arguments, row, slot, 0, SLOTS)
-        for start in range(0, CHUNK, BLOCK):
-            at = begin + start + tl.arange(0, BLOCK)
-            inside = at < SIZE * SIZE
-            y = at // SIZE
-            x = at % SIZE
-            pixels = source + (y * SIZE + first + step * x) * 3
-            red = tl.load(pixels, mask=inside, other=0).to(tl.int32)
-            green = tl.load(pixels + 1, mask=inside, other=0).to(tl.int32)
-            blue = tl.load(pixels + 2, mask=inside, other=0).to(tl.int32)
-            if operation == COLOR:
-                base = _gray(red, green, blue)
-                red = _blended(base, red, argument)
-                green = _blended(base, green, argument)
-                blue = _blended(base, blue, argument)
-            elif operation == SHARPNESS:
-                inner = inside & (y > 0) & (y < SIZE - 1) & (x > 0) & (x < SIZE - 1)
-                red = _sharpened(red, pixels, inner, argument, SIZE)
-                green = _sharpened(green, pixels + 1, inner, argument, SIZE)
-                blue = _sharpened(blue, pixels + 2, inner, argument, SIZE)
-            else:
-                red = tl.load(tables + row * 768 + red).to(tl.int32)
-                green = tl.load(tables + row * 768 + 256 + green).to(tl.int32)
-                blue = tl.load(tables + row * 768 + 512 + blue).to(tl.int32)
-            tl.store(target + at * 3, red.to(tl.uint8), mask=inside)
-            tl.store(target + at * 3 + 1, green.to(tl.uint8), mask=inside)
-            tl.store(target + at * 3 + 2, blue.to(tl.uint8), mask=inside)
+RED, GREEN, BLUE = (tl.constexpr(weight) for weight in LUMA)
 
 
 @triton.jit
-def _is_table(operation):
-    """Whether an operation changes each channel's values alone."""
-    spread = (operation == AUTOCONTRAST) | (operation == EQUALIZE) | (operation == INVERT)
-    bits = (operation == POSTERIZE) | (operation == SOLARIZE) | (operation == SOLARIZE_ADD)
-    return spread | bits | (operation == CONTRAST) | (operation == BRIGHTNESS)
+def make_table(images, work, tables, records, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Make the table of one channel of an image, or that of all three, of the table that they have so far if any.
+
+    Grid: a program for each record.
+
+    Args:
+        images: uint8 [B, 3, S, S], mirrored already.
+        work: uint8 [W, 3, S, S].
+        tables: uint8 [B, 3, 256].
+        records: int32 [n, WORDS], see `plan.RECORD`.
+    """
+    record = records + tl.program_id(0) * WORDS
+    row = tl.load(record)
+    operation = tl.load(record + OPERATION)
+    channel = tl.load(record + CHANNEL)
+    chained = tl.load(record + TABLE) != 0
+    argument = argument_of(record, 0)
+    pixels = source_of(images, work, record, SIZE)
+    levels = tl.arange(0, 256)
+    if operation == AUTOCONTRAST:
+        values = _stretched(levels, pixels, tables, row, channel, chained, SIZE, BLOCK)
+    elif operation == EQUALIZE:
+        values = _equalized(levels, pixels, tables, row, channel, chained, SIZE, BLOCK)
+    elif operation == CONTRAST:
+        values = _blended(_mean_gray(pixels, tables, row, chained, SIZE, BLOCK), levels, argument)
+    elif operation == BRIGHTNESS:
+        values = _blended(levels * 0, levels, argument)
+    elif operation == INVERT:
+        values = 255 - levels
+    elif operation == POSTERIZE:
+        values = levels & (255 << (8 - argument.to(tl.int32)))
+    elif operation == SOLARIZE:
+        values = tl.where(levels < argument.to(tl.int32), levels, 255 - levels)
+    else:  # SolarizeAdd
+        values = tl.where(levels < 128, levels + argument.to(tl.int32), levels)
+    own = packed(values)
+    words = tables.to(tl.pointer_type(tl.int32), bitcast=True) + row * 192 + tl.arange(0, 64)
+    for plane in tl.static_range(3):
+        if (channel < 0) | (channel == plane):
+            made = own
+            if chained:
+                before = look_up(table_of(tables, row, plane), levels)
+                made = packed(look_up(own, before))
+            tl.store(words + plane * 64, made)
+
+
+@triton.jit
+def apply_filter(images, work, tables, records, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Write CHUNK pixels of an image after Color or Sharpness into the workspace.
+
+    Grid: n x ceil(S^2 / CHUNK) programs. Args: as `make_table`'s; `tables` are read.
+    """
+    WHOLE: tl.constexpr = SIZE * SIZE % CHUNK == 0
+    CHUNKS: tl.constexpr = (SIZE * SIZE + CHUNK - 1) // CHUNK
+    record = records + tl.program_id(0) // CHUNKS * WORDS
+    begin = tl.program_id(0) % CHUNKS * CHUNK
+    pixels = source_of(images, work, record, SIZE)
+    target = target_of(work, record, SIZE)
+    for start in range(0, CHUNK, BLOCK):
+        at = begin + start + tl.arange(0, BLOCK)
+        inside = at < SIZE * SIZE
+        red = read(pixels, at, inside, WHOLE)
+        green = read(pixels + SIZE * SIZE, at, inside, WHOLE)
+        blue = read(pixels + 2 * SIZE * SIZE, at, inside, WHOLE)
+        red, green, blue = filtered(red, green, blue, pixels, tables, record, at, inside, SIZE)
+        write(target, at, red, inside, WHOLE)
+        write(target + SIZE * SIZE, at, green, inside, WHOLE)
+        write(target + 2 * SIZE * SIZE, at, blue, inside, WHOLE)
+
+
+@triton.jit
+def filtered(red, green, blue, pixels, tables, record, at, inside, SIZE: tl.constexpr):
+    """Return red, green and blue, int32 [BLOCK], after a record's table if there is one, and its Color or Sharpness.
+
+    Args: the three as they were read from `pixels`, at the offsets `at` into a plane.
+    """
+    row = tl.load(record)
+    operation = tl.load(record + OPERATION)
+    argument = argument_of(record, 0)
+    chained = tl.load(record + TABLE) != 0
+    if chained:
+        red = look_up(table_of(tables, row, 0), red)
+        green = look_up(table_of(tables, row, 1), green)
+        blue = look_up(table_of(tables, row, 2), blue)
+    if operation == COLOR:
+        gray = _gray(red, green, blue)
+        red = _blended(gray, red, argument)
+        green = _blended(gray, green, argument)
+        blue = _blended(gray, blue, argument)
+    elif operation > 0:  # Sharpness
+        red = _sharpened(red, pixels, tables, row, 0, chained, at, inside, argument, SIZE)
+        green = _sharpened(green, pixels, tables, row, 1, chained, at, inside, argument, SIZE)
+        blue = _sharpened(blue, pixels, tables, row, 2, chained, at, inside, argument, SIZE)
+    return red, green, blue
 
 
 @triton.jit
@@ -146,16 +152,26 @@ def _gray(red, green, blue):
 
 
 @triton.jit
-def _stretched(levels, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """AutoContrast's table for a channel whose first byte is `channel`."""
+def _values(plane, at, table, chained, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of a plane's pixels, int32, after the table if `chained`."""
+    values = read(plane, at, at < SIZE * SIZE, SIZE * SIZE % BLOCK == 0)
+    if chained:
+        values = look_up(table, values)
+    return values
+
+
+@triton.jit
+def _stretched(levels, pixels, tables, row, channel, chained, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """AutoContrast's table for a channel, int32 [256]."""
+    table = table_of(tables, row, channel)
+    plane = pixels + channel * (SIZE * SIZE)
     lowest = tl.full((BLOCK,), 255, tl.int32)
     highest = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, SIZE * SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        # what lies behind the last pixel counts as the first pixel again
-        values = tl.load(channel + tl.where(at < SIZE * SIZE, at, 0) * 3).to(tl.int32)
-        lowest = tl.minimum(lowest, values)
-        highest = tl.maximum(highest, values)
+        values = _values(plane, at, table, chained, SIZE, BLOCK)
+        lowest = tl.minimum(lowest, tl.where(at < SIZE * SIZE, values, 255))
+        highest = tl.maximum(highest, tl.where(at < SIZE * SIZE, values, 0))
     low = tl.min(lowest, 0)
     high = tl.max(highest, 0)
     scale = tl.full((), 255, tl.float64) / tl.maximum(high - low, 1).to(tl.float64)
@@ -164,14 +180,15 @@ def _stretched(levels, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _equalized(levels, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Equalize's table for a channel whose first byte is `channel`."""
+def _equalized(levels, pixels, tables, row, channel, chained, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Equalize's table for a channel, int32 [256]."""
+    table = table_of(tables, row, channel)
+    plane = pixels + channel * (SIZE * SIZE)
     counts = tl.full((256,), 0, tl.int32)
     for start in range(0, SIZE * SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < SIZE * SIZE
-        values = tl.load(channel + at * 3, mask=inside, other=0).to(tl.int32)
-        counts += tl.histogram(values, 256, mask=inside)
+        values = _values(plane, at, table, chained, SIZE, BLOCK)
+        counts += tl.histogram(values, 256, mask=at < SIZE * SIZE)
     brightest = tl.max(tl.where(counts > 0, levels, 0), 0)
     step = (SIZE * SIZE - tl.sum(tl.where(levels == brightest, counts, 0), 0)) // 255
     below = tl.cumsum(counts, 0) - counts
@@ -180,26 +197,37 @@ def _equalized(levels, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mean_gray(pixels, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _mean_gray(pixels, tables, row, chained, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Return the mean of an image's gray values, rounded to the nearest integer, halves up; float64."""
-    total = tl.full((BLOCK,), 0, tl.int64)
+    reds = table_of(tables, row, 0)
+    greens = table_of(tables, row, 1)
+    blues = table_of(tables, row, 2)
+    total = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, SIZE * SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < SIZE * SIZE
-        red = tl.load(pixels + at * 3, mask=inside, other=0).to(tl.int32)
-        green = tl.load(pixels + at * 3 + 1, mask=inside, other=0).to(tl.int32)
-        blue = tl.load(pixels + at * 3 + 2, mask=inside, other=0).to(tl.int32)
-        total += _gray(red, green, blue).to(tl.int64)
-    return tl.floor(tl.sum(total, 0).to(tl.float64) / (SIZE * SIZE) + 0.5)
+        red = _values(pixels, at, reds, chained, SIZE, BLOCK)
+        green = _values(pixels + SIZE * SIZE, at, greens, chained, SIZE, BLOCK)
+        blue = _values(pixels + 2 * SIZE * SIZE, at, blues, chained, SIZE, BLOCK)
+        total += tl.where(at < SIZE * SIZE, _gray(red, green, blue), 0)
+    return tl.floor(tl.sum(total.to(tl.int64), 0).to(tl.float64) / (SIZE * SIZE) + 0.5)
 
 
 @triton.jit
-def _sharpened(own, channel, inner, factor, SIZE: tl.constexpr):
-    """Return a channel of `ops_color.sharpness`, int32 [BLOCK], from its values and where they lie."""
+def _sharpened(own, pixels, tables, row, channel: tl.constexpr, chained, at, inside, factor, SIZE: tl.constexpr):
+    """Return a channel of `torch_ops.color.sharpness`, int32 [BLOCK]; `own` are its values at `at`."""
+    y = at // SIZE
+    x = at % SIZE
+    inner = inside & (y > 0) & (y < SIZE - 1) & (x > 0) & (x < SIZE - 1)
+    table = table_of(tables, row, channel)
+    left = tl.maximum(x - 1, 0)
     weighted = own * 4
-    for below in tl.static_range(3):
-        for right in tl.static_range(3):  # of a mirrored image it is the left: the sum is the same
-            at = ((below - 1) * SIZE + right - 1) * 3
-            weighted += tl.load(channel + at, mask=inner, other=0).to(tl.int32)
+    for below in range(3):  # not unrolled: it would hold too many registers
+        line = tl.minimum(tl.maximum(y + below - 1, 0), SIZE - 1)
+        four = window(pixels + channel * SIZE * SIZE, line, left, SIZE)
+        for right in tl.static_range(3):
+            values = byte_of(four, right)
+            if chained:
+                values = look_up(table, values)
+            weighted += values
     smooth = (2 * weighted + 13) // 26  # weighted / 13, rounded
     return tl.where(inner, _blended(smooth, own, factor), own)

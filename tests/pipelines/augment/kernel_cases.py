@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.augment.chain import AugmentedBatch, augment, kernels_run
-from pipelines.augment.triton_ops import launch
+from pipelines.augment.triton_ops import launch, plan
 from pipelines.batch import Batch
 from pipelines.rng.policies import OPERATIONS, RANDAUGMENT
 from pipelines.rng.sampler import Rows
@@ -18,6 +18,7 @@ from pipelines.rng.view_params import draw_train
 from pipelines.spec import AugmentSpec
 from tests.helpers.drawn_batches import batch_of, drawn_batch, empty
 from tests.helpers.step_inputs import NoWaiting
+from tests.pipelines.batch.test_place import gathered
 from tools.parity.pictures import pictures
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,11 +86,18 @@ def test_everything_at_once_is_the_references(size: int, patch: int, dtype: torc
 
 
 def test_an_image_may_be_cut_into_any_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, most in (("TABLES", (64, 4)), ("COLORS", (64, 4)), ("MOVES", (128, 4)), ("LAST", (128, 4))):
+    for name, most in (
+        ("TABLES", (64, 4)),
+        ("FILTERS", (64, 4)),
+        ("ROTATIONS", (128, 4)),
+        ("MOVES", (128, 4)),
+        ("LAST", (128, 4)),
+    ):
         monkeypatch.setattr(launch, name, most)
-    monkeypatch.setattr(launch, "CHUNK", 256)
-    batch = drawn_batch(4, rows=3, size=21)
-    batch.params.operation[:] = [[OPERATIONS.index(name)] * 2 for name in ("Equalize", "AutoContrast", "Contrast")]
+    batch = drawn_batch(4, rows=6, size=21)
+    batch.params.operation[:] = [
+        [OPERATIONS.index(name)] * 2 for name in ("Equalize", "Rotate", "Contrast", "ShearY", "Sharpness", "TranslateX")
+    ]
     assert_same(batch, AugmentSpec(size=21, seed=SEED))
 
 
@@ -128,18 +136,63 @@ def test_nothing_waits_and_the_batch_stays_as_it_was() -> None:
     assert np.array_equal(batch.params.table, table)
 
 
-def test_rows_travel_in_one_copy_with_only_the_slots_in_use() -> None:
+def test_a_pass_is_planned_for_no_image_that_does_not_need_it() -> None:
+    names = [
+        ("none", "none"), ("Equalize", "none"), ("Invert", "Contrast"), ("Invert", "Rotate"), ("Color", "none"),
+        ("Color", "Invert"), ("ShearX", "Sharpness"), ("Sharpness", "TranslateY"),
+    ]  # fmt: skip
+    params = empty(8)
+    params.operation[:] = [[OPERATIONS.index(name) for name in row] for row in names]
+    params.mix_index[:] = [1, 0, 2, 3, 5, 4, 7, 6]
+    params.lam[:6] = 1000
+    found = plan.plan_passes(params)
+    first, second = found.slots
+    assert first.tables[["row", "channel"]].tolist() == [(1, 0), (1, 1), (1, 2), (2, -1), (3, -1)]
+    assert first.filters[["row", "source", "target"]].tolist() == [(5, -1, 0), (7, -1, 1)]
+    assert first.moves[["row", "source", "target", "table"]].tolist() == [(6, -1, 2, 0)]
+    assert second.tables[["row", "source", "table"]].tolist() == [(2, -1, 1), (5, 0, 0)]
+    assert not len(second.filters)
+    assert second.rotations[["row", "source", "target", "table"]].tolist() == [(3, -1, 3, 1)]
+    assert second.moves[["row", "source", "target", "table"]].tolist() == [(7, 1, 4, 0)]
+    assert found.images == 5
+    last = found.rows[:, plan.DRAWN : plan.DRAWN + plan.WORDS].copy().view(plan.RECORD)[:, 0]
+    assert last["source"].tolist() == [-1, -1, -1, 3, -1, 0, 2, 4]
+    assert last["table"].tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
+    assert [OPERATIONS[each] for each in last["operation"]] == [*["none"] * 4, "Color", "none", "Sharpness", "none"]
+    units = found.rows[: found.units, -4:].tolist()
+    assert units == [[0, 1, 1, 1], [2, 2, 0, 1], [3, 3, 0, 1], [4, 5, 1, 1], [6, 6, 0, 0], [7, 7, 0, 0]]
+
+
+def test_flavors_are_one_operation_with_arguments_of_their_own() -> None:
     params = empty(3)
-    assert launch.send(params, DEVICE).shape == (3, 32)
+    assert not plan.plan_passes(params).slots
     params.operation[1, 1] = OPERATIONS.index("ContrastOriginal")
     params.magnitude[1, 1] = -5 * 65536
-    params.jitter[1, 0] = OPERATIONS.index("Rotate")
-    sent = launch.send(params, DEVICE).cpu()
-    assert sent.shape == (3, 44)
-    assert sent[1, 31:36].tolist() == [OPERATIONS.index("Contrast"), OPERATIONS.index("Rotate"), 0, 1, 2]
-    assert sent.view(torch.float64)[1, 18] == 5 / 10 * 1.8 + 0.1
+    (slot,) = plan.plan_passes(params).slots
+    (record,) = slot.tables
+    assert record["operation"] == OPERATIONS.index("Contrast")
+    assert record["argument"].tolist() == [5 / 10 * 1.8 + 0.1, 0]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="on a GPU")
 def test_auto_is_the_kernels_on_a_gpu() -> None:
     assert kernels_run("auto", DEVICE)
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, *([] if INTERPRETED else [224])])
+def test_crops_are_placed_as_torch_places_them(size: int) -> None:
+    found, expected = gathered(size, kernel=True, device=DEVICE)
+    assert torch.equal(found, expected)
+
+
+def test_planes_that_the_loader_placed_are_taken_as_they_are() -> None:
+    batch = drawn_batch(2, rows=6, size=16)
+    flip = torch.from_numpy(batch.params.flip == 1).view(-1, 1, 1, 1)
+    mirrored = torch.where(flip, batch.images.flip(2), batch.images)
+    planes = mirrored.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    spec = AugmentSpec(size=16, seed=SEED)
+    expected = made(batch, spec, torch.float32)
+    for kernels in ("on", "off"):
+        placed = Batch(planes.to(DEVICE), batch.labels.to(DEVICE), batch.valid.to(DEVICE), batch.params, flipped=True)
+        got = augment(placed, spec, dtype=torch.float32, train=True, kernels=kernels)
+        assert torch.equal(got.pixels, expected.pixels)

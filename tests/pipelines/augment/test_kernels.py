@@ -1,33 +1,33 @@
 """The augmentation kernels: equal to the reference in Triton's interpreter and on a GPU, and what they compile to."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.augment.chain import kernels_run
-from pipelines.batch import Batch
+from pipelines.batch import Batch, place
 from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec
 from tests.helpers.drawn_batches import drawn_batch
 from tools.gpu_check.kernel_times import augment_times
 
 triton = pytest.importorskip("triton")
+kernel_counts = pytest.importorskip("tools.gpu_check.kernel_counts")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASES = Path(__file__).with_name("kernel_cases.py")
-TYPES = {
-    **dict.fromkeys(("images", "work", "tables"), "*u8"),
-    **dict.fromkeys(("mean", "scale"), "*fp32"),
-    **dict.fromkeys(("slot", "rows"), "i32"),
-    **{"drawn": "*i32", "arguments": "*fp64", "normal": "*i32", "seed": "i64", "out": "*bf16"},
-}
-SHAPE = {"SIZE": 224, "SLOTS": 2}
-MOST_REGISTERS = {"make_table": 64, "apply_color": 64, "apply_affine": 80, "write_input": 80}
-"""For a thread, at the blocks and warps that are launched: 24 to 32 warps then share a multiprocessor."""
+MOST_REGISTERS = {"make_table": 104, "apply_filter": 64, "apply_rotate": 128, "apply_move": 96, "write_pixels": 96}
+"""For a thread, at the blocks and warps that are launched: at least 16 warps then share a multiprocessor."""
+BULK = "place_kernel", "make_table", "apply_filter", "write_pixels", "write_normalized"
+"""Kernels that no image's geometry keeps from loading whole words."""
+MOST_MEGABYTES = 600
+"""Of a batch's passes together; 462 of them are the input written, and each image read once for it."""
 
 
 def run_cases(**environment: str) -> None:
@@ -46,58 +46,48 @@ def test_kernels_are_the_reference_on_a_gpu() -> None:
     run_cases(TRITON_INTERPRET="0")
 
 
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_kernels_compile_without_fused_multiply_adds_or_spills(capability: int, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("capability", [90, *(pytest.param(each, marks=pytest.mark.slow) for each in (75, 80, 89))])
+def test_kernels_compile_to_wide_loads_and_exact_arithmetic(capability: int, tmp_path: Path, monkeypatch) -> None:
     """Ahead of time, for GPUs that need not be there: through PTX to machine code."""
-    from pipelines.augment.triton_ops import launch
-    from pipelines.augment.triton_ops.affine import apply_affine
-    from pipelines.augment.triton_ops.color import apply_color, make_table
-    from pipelines.augment.triton_ops.model_input import write_input
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel, (block, warps), constants in (
-        (make_table, launch.TABLES, {}),
-        (apply_color, launch.COLORS, {"CHUNK": launch.CHUNK}),
-        (apply_affine, launch.MOVES, {"CHUNK": launch.CHUNK}),
-        (write_input, launch.LAST, {"TRAIN": True, "PATCH": 16}),
-        (write_input, launch.LAST, {"TRAIN": True, "PATCH": 0}),
-        (write_input, launch.LAST, {"TRAIN": False, "PATCH": 16, "SLOTS": 0}),
-    ):
-        ptx, used = compiled(kernel, {**SHAPE, **constants, "BLOCK": block}, warps, capability, tmp_path)
-        name = f"{kernel.__name__} {constants}: {used}"
-        assert not re.search(r"\bfma\.", ptx), f"{name} rounds once where the reference rounds twice"
-        assert not re.search(r"\bdiv\.(full|approx)\.", ptx), f"{name} divides inexactly"
-        assert used["STACK"] == 0, f"{name} spills"
-        assert used["REG"] <= MOST_REGISTERS[kernel.__name__], name
+    recorded = json.loads(kernel_counts.RECORD_FILE.read_text())
+    for each in kernel_counts.launches():
+        ptx, code, resources = kernel_counts.compiled(each, capability, tmp_path)
+        found = kernel_counts.counts(each, code, resources)
+        named, kernel = f"{each.name} for sm_{capability}: {found}", each.kernel.__name__
+        assert not re.search(r"\bfma\.", ptx), f"{named} rounds once where the reference rounds twice"
+        assert not re.search(r"\bdiv\.(full|approx)\.", ptx), f"{named} divides inexactly"
+        assert found.stack == 0, f"{named} spills"
+        assert found.registers <= MOST_REGISTERS.get(kernel, 64), named
+        assert 1 not in found.stores, f"{named} stores single bytes"
+        assert kernel not in BULK or 1 not in found.loads, f"{named} loads single bytes"
+        if recorded["triton"] == triton.__version__:
+            assert recorded["kernels"][each.name][f"sm_{capability}"] == json.loads(json.dumps(asdict(found)))
 
 
-def compiled(kernel, constants: dict, warps: int, capability: int, folder: Path) -> tuple[str, dict[str, int]]:
-    """Compile a kernel as it is launched; return its PTX, and registers and stack of its machine code."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from pipelines.augment.triton_ops.launch import EXACT
-
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, constants, aligned)
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**EXACT, "num_warps": warps})
-    (folder / "kernel.cubin").write_bytes(found.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run([tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True)
-    return found.asm["ptx"], {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", report.stdout)}
+def test_a_batch_moves_no_more_bytes_than_it_has_to() -> None:
+    recorded = json.loads(kernel_counts.RECORD_FILE.read_text())
+    parts = [kernel_counts.batch_bytes(params) for params in kernel_counts.batches()]
+    assert recorded["megabytes_per_batch"] == kernel_counts.megabytes(parts)
+    assert recorded["megabytes_per_batch"]["sum"] <= MOST_MEGABYTES
 
 
 def test_kernels_run_where_they_can_and_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(place, "_launch_error", lambda device: "")
     assert kernels_run("auto", CUDA)
     assert kernels_run("on", CUDA)
     assert not kernels_run("auto", CPU)
     assert not kernels_run("off", CUDA)
     with pytest.raises(UserError, match="cannot run here") as caught:
         kernels_run("on", CPU)
-    assert "device cpu, Triton" in caught.value.found
-    monkeypatch.setattr("pipelines.augment.chain.find_spec", lambda name: None)
+    assert "this is cpu" in caught.value.found
+    monkeypatch.setattr(place, "_launch_error", lambda device: "Triton found no C compiler; install one")
+    assert not kernels_run("auto", CUDA)
+    with pytest.raises(UserError, match="cannot run here") as caught:
+        kernels_run("on", CUDA)
+    assert "no C compiler" in caught.value.found
+    monkeypatch.setattr(place, "find_spec", lambda name: None)
     assert not kernels_run("auto", CUDA)
     with pytest.raises(UserError, match="cannot run here"):
         kernels_run("on", CUDA)

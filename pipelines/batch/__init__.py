@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pipelines.rng.view_params import ViewParams
@@ -14,7 +15,7 @@ class Batch:
     """One rank's batch: crops as they were decoded, and what augmentation still has to do to them."""
 
     images: Tensor
-    """uint8 [B, S, S, 3], RGB, cropped and resized, not yet flipped; on the loader's device."""
+    """uint8 [B, S, S, 3], RGB, cropped and resized; on the loader's device. In memory interleaved, or planes."""
     labels: Tensor
     """int64 [B], on the loader's device."""
     valid: Tensor
@@ -24,6 +25,15 @@ class Batch:
     """What was drawn for each row, on the host."""
     skipped: int = 0
     """Rows whose image cannot be read (with `loader.skip_bad`)."""
+    flipped: bool = False
+    """Whether rows are mirrored already where `params.flip` says so; else augmentation does it."""
+
+    def crops(self) -> Tensor:
+        """Return the images as they were cropped, not mirrored."""
+        if not self.flipped:
+            return self.images
+        flip = torch.from_numpy(self.params.flip == 1).to(self.images.device)
+        return torch.where(flip.view(-1, 1, 1, 1), self.images.flip(2), self.images)
 
 
 class Loader(Protocol):

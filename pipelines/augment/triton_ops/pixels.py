@@ -1,0 +1,175 @@
+"""The last pass: finish the operations, normalize, erase, mix, cast, and write pixels or patches.
+
+Equal to the reference bit for bit: two roundings where it has two, the noise of `draws.erase_noise`.
+"""
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+# Triton's language looks like Python, and its functions' annotations are not meant for their own callers.
+
+import triton
+import triton.language as tl
+
+from pipelines.augment.triton_ops.color import filtered
+from pipelines.augment.triton_ops.records import DRAWN, ROW, WORDS, read, source_of
+from pipelines.rng import philox
+from pipelines.rng.distributions import CELLS, REST_BITS
+from pipelines.rng.packed_spec import UNIT
+from pipelines.rng.view_params import SLICES
+
+SAMPLE, VIEW, ERASE, LAM, BOX = (
+    tl.constexpr(SLICES[name].start) for name in ("sample", "view", "erase", "lam", "cutmix_bbox")
+)
+"""Words of a row's drawn parameters."""
+NOISE = tl.constexpr(philox.NOISE)
+LAST_CELL = tl.constexpr(CELLS - 1)
+REST = tl.constexpr(REST_BITS)
+REST_MASK = tl.constexpr((1 << REST_BITS) - 1)
+UNITS = tl.constexpr(1 / UNIT)
+"""A power of two: multiplying by it is exact, where Triton's float32 division need not be."""
+
+
+@triton.jit(do_not_specialize=["seed"])
+def write_pixels(
+    images, work, tables, rows, out, scales, normal, seed, SIZE: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write BLOCK pixels of one row of a training batch, or of two that are each other's partners.
+
+    Grid: U x ceil(S^2 / BLOCK) programs, for U units.
+
+    Args:
+        images: uint8 [B, 3, S, S], mirrored already.
+        work: uint8 [W, 3, S, S].
+        tables: uint8 [B, 3, 256].
+        rows: int32 [B, ROW], see `plan`.
+        out: [B, S, S, 3] where PATCH is 0, else [B, (S/p)^2, 3 p p] in the order of `cut_patches`.
+        scales: float32 [2, 3], mean in pixel values and what a pixel's distance from it is multiplied by.
+        normal: int32 [4097], `distributions.normal_table()`.
+        seed: of erasing's noise.
+    """
+    BLOCKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
+    WHOLE: tl.constexpr = SIZE * SIZE % BLOCK == 0
+    unit = rows + tl.program_id(0) // BLOCKS * ROW + DRAWN + WORDS
+    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE * SIZE
+    row = tl.load(unit)
+    partner = tl.load(unit + 1)
+    # both images are asked for before either is worked on
+    own = source_of(images, work, rows + row * ROW + DRAWN, SIZE)
+    red, green, blue = _planes(own, at, inside, SIZE, WHOLE)
+    other = source_of(images, work, rows + partner * ROW + DRAWN, SIZE)
+    red2, green2, blue2 = _planes(other, at, inside, SIZE, WHOLE)
+    r1, g1, b1 = _ready(red, green, blue, own, tables, rows + row * ROW, scales, normal, seed, at, inside, SIZE)
+    if tl.load(unit + 3) == 0:  # not mixed
+        store_pixels(out, row, at, r1, g1, b1, inside, SIZE, PATCH, WHOLE)
+    else:
+        drawn = rows + partner * ROW
+        r2, g2, b2 = _ready(red2, green2, blue2, other, tables, drawn, scales, normal, seed, at, inside, SIZE)
+        w1, w2 = _weights(rows + row * ROW, at, SIZE)
+        store_pixels(out, row, at, r1 * w1 + r2 * w2, g1 * w1 + g2 * w2, b1 * w1 + b2 * w2, inside, SIZE, PATCH, WHOLE)
+        if tl.load(unit + 2) != 0:  # the partner's row is mixed with this one
+            w2, w1 = _weights(drawn, at, SIZE)
+            store_pixels(
+                out, partner, at, r2 * w2 + r1 * w1, g2 * w2 + g1 * w1, b2 * w2 + b1 * w1, inside, SIZE, PATCH, WHOLE
+            )
+
+
+@triton.jit
+def write_normalized(images, out, scales, SIZE: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write BLOCK pixels of one row that is only normalized. Grid: B x ceil(S^2 / BLOCK) programs."""
+    BLOCKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
+    WHOLE: tl.constexpr = SIZE * SIZE % BLOCK == 0
+    row = tl.program_id(0) // BLOCKS
+    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE * SIZE
+    red, green, blue = _planes(images + row.to(tl.int64) * (SIZE * SIZE * 3), at, inside, SIZE, WHOLE)
+    red, green, blue = _normalized(red, green, blue, scales)
+    store_pixels(out, row, at, red, green, blue, inside, SIZE, PATCH, WHOLE)
+
+
+@triton.jit
+def store_pixels(out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a row's pixels, float32 [BLOCK] at offsets `at` into a plane, as they are laid out in `out`."""
+    target = out + row.to(tl.int64) * (SIZE * SIZE * 3)
+    if PATCH:
+        y = at // SIZE
+        x = at % SIZE
+        patch = y // PATCH * (SIZE // PATCH) + x // PATCH
+        place = patch * (3 * PATCH * PATCH) + y % PATCH * PATCH + x % PATCH
+        if PATCH % 4 == 0:
+            place = tl.max_contiguous(tl.multiple_of(place, [4]), [4])
+        step: tl.constexpr = PATCH * PATCH
+    else:
+        place = at * 3
+        step: tl.constexpr = 1
+    _store(target + place, red, inside, WHOLE)
+    _store(target + place + step, green, inside, WHOLE)
+    _store(target + place + 2 * step, blue, inside, WHOLE)
+
+
+@triton.jit
+def _store(pointers, values, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, values.to(pointers.dtype.element_ty))
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _planes(pixels, at, inside, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """Return an image's red, green and blue, int32 [BLOCK]."""
+    red = read(pixels, at, inside, WHOLE)
+    green = read(pixels + SIZE * SIZE, at, inside, WHOLE)
+    blue = read(pixels + 2 * SIZE * SIZE, at, inside, WHOLE)
+    return red, green, blue
+
+
+@triton.jit
+def _ready(red, green, blue, pixels, tables, drawn, scales, normal, seed, at, inside, SIZE: tl.constexpr):
+    """Return red, green and blue, float32 [BLOCK], of a row after all its operations, normalized and erased."""
+    red, green, blue = filtered(red, green, blue, pixels, tables, drawn + DRAWN, at, inside, SIZE)
+    red, green, blue = _normalized(red, green, blue, scales)
+    if tl.load(drawn + ERASE + 2) > 0:
+        boxed = _in_box(drawn + ERASE, at, SIZE)
+        if tl.max(boxed.to(tl.int32), 0) > 0:
+            sample = at * 0 + tl.load(drawn + SAMPLE)
+            view = at * 0 + tl.load(drawn + VIEW)
+            word1, word2, word3, _ = tl.philox(seed, sample, view, at * 0 + NOISE, at)
+            red = tl.where(boxed, _normal(word1, normal), red)
+            green = tl.where(boxed, _normal(word2, normal), green)
+            blue = tl.where(boxed, _normal(word3, normal), blue)
+    return red, green, blue
+
+
+@triton.jit
+def _weights(drawn, at, SIZE: tl.constexpr):
+    """Return a row's own weight and its partner's at each pixel, float32, as `chain.mix` has them."""
+    lam = tl.load(drawn + LAM).to(tl.float32) * UNITS
+    theirs = tl.where(tl.load(drawn + BOX + 2) > 0, _in_box(drawn + BOX, at, SIZE).to(tl.float32), 1.0 - lam)
+    return 1.0 - theirs, theirs
+
+
+@triton.jit
+def _in_box(box, at, SIZE: tl.constexpr):
+    """Return whether pixels are in a box of top, left, height and width."""
+    y = at // SIZE - tl.load(box)
+    x = at % SIZE - tl.load(box + 1)
+    return (y >= 0) & (y < tl.load(box + 2)) & (x >= 0) & (x < tl.load(box + 3))
+
+
+@triton.jit
+def _normalized(red, green, blue, scales):
+    """Return (pixel - mean) scale of three channels, float32 [BLOCK], as `chain.normalize` does."""
+    red = (red.to(tl.float32) - tl.load(scales)) * tl.load(scales + 3)
+    green = (green.to(tl.float32) - tl.load(scales + 1)) * tl.load(scales + 4)
+    blue = (blue.to(tl.float32) - tl.load(scales + 2)) * tl.load(scales + 5)
+    return red, green, blue
+
+
+@triton.jit
+def _normal(word, table):
+    """Return a standard normal number, float32, from 32-bit words, as `distributions.normal` does in Q16."""
+    cell = (word >> REST) & LAST_CELL
+    low = tl.load(table + cell)
+    rise = (tl.load(table + cell + 1) - low).to(tl.int64)
+    distance = low + ((rise * (word & REST_MASK)) >> REST).to(tl.int32)
+    return tl.where(word >> 31 != 0, -distance, distance).to(tl.float32) * UNITS
