@@ -1,4 +1,4 @@
-"""A GPU's memory: how tensors get there, and what it says when it is full."""
+"""A GPU's memory: copies to it, and errors when it is full."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ OOM_MESSAGES = (
     "CUDA allocation failed",  # DALI's CUDABadAlloc, in both its forms
     "bytes on device",
 )
-"""How libraries other than torch word it."""
+"""What libraries other than torch say when a GPU has no memory left."""
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on its way to `device`; on CUDA through page-locked memory, as the host would wait otherwise."""
+    """Start copying a tensor to `device` and return the copy; on CUDA from page-locked memory, without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -27,10 +27,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def explain_oom(buffer: str, remedy: str) -> Iterator[None]:
-    """Turn running out of GPU memory inside the block into a DeitfastError that says what for.
+    """Turn running out of GPU memory inside the block into a DeitfastError that names the buffer.
 
     Args:
-        buffer: what the block keeps on the GPU; ends the sentence "out of GPU memory for ...".
+        buffer: what the block allocates on the GPU; ends the sentence "out of GPU memory for ...".
         remedy: what to lower.
 
     Raises:
@@ -49,5 +49,5 @@ def explain_oom(buffer: str, remedy: str) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an exception of torch, DALI or CUDA says that the device has no memory left."""
+    """Return whether an exception of torch, DALI or CUDA says that the device has no memory left."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in OOM_MESSAGES)

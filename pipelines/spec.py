@@ -1,4 +1,4 @@
-"""What a dataset is and what is asked of a pipeline, as frozen data. No torch here."""
+"""What a dataset is and how batches are made from it, as frozen data. Does not import torch."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ class DatasetSpec:
     codec: dict[str, int]
     """max_side (0: untouched) and quality of re-encoding; for shards also shard_size, their bytes at most."""
     source: str
-    """Where the images came from, for people."""
+    """Where the images came from, human-readable."""
     fingerprint: str
     """Digest of class names and of every split's fingerprint: equal for equal content in equal order."""
 
@@ -137,12 +137,12 @@ class AugmentSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class LoaderSpec:
-    """How batches are made; never what is in them."""
+    """How batches are made; never what they contain."""
 
     name: LoaderName = "auto"
     """auto: resident for small images that fit in memory, else dali on CUDA, else cpu, else reference."""
     workers: int = Field(default=0, ge=0, le=1024)
-    """Decoding threads; 0: as many as this process may use cores."""
+    """Decoding threads; 0: the cores that may be used, divided by the processes of the run on this machine."""
     prefetch: int = Field(default=2, ge=1, le=64)
     """Batches made ahead of the step."""
     check: bool = True

@@ -8,8 +8,9 @@ import numpy as np
 from deitfast.bench.record import pluralize
 from deitfast.bench.timing import BenchCase, Stall
 from deitfast.bench.workbench import Workbench
+from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.geometry import Geometry, by_image
-from pipelines.loaders.host import Codec, HostLoader, Plan, cut, decoded
+from pipelines.loaders.host import Codec, HostLoader, decode_window, resize_crop
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
 
@@ -26,7 +27,7 @@ def loader_stages(bench: Workbench) -> list[BenchCase]:
     rows, params = plan.draw(0, 0)
     crops = Crops(plan, loader.new_codec(), rows, params)
     pixels, views = crops.decode(), len(rows.samples)
-    out = plan.canvas(views).numpy()
+    out = plan.allocate(views).numpy()
     checked = "CRC32 compared" if plan.spec.check else "no CRC32 compared"
     once = f", {len(crops.work):,} images for {views:,} views" if len(crops.work) < views else ""
 
@@ -44,7 +45,7 @@ def loader_stages(bench: Workbench) -> list[BenchCase]:
 class Crops:
     """One batch's way through a loader that decodes with our threads, stage by stage, on one thread."""
 
-    def __init__(self, plan: Plan, codec: Codec, rows: Rows, params: ViewParams) -> None:
+    def __init__(self, plan: BatchPlan, codec: Codec, rows: Rows, params: ViewParams) -> None:
         self._plan, self._codec, self.work = plan, codec, by_image(rows, Geometry.of(params))
 
     def read(self) -> None:
@@ -54,13 +55,13 @@ class Crops:
 
     def decode(self) -> list[np.ndarray]:
         """Return of each image the region that holds the crops of its views."""
-        return [decoded(self._plan, self._codec, image.sample, *image.window) for image in self.work]
+        return [decode_window(self._plan, self._codec, image.sample, *image.window) for image in self.work]
 
     def cut(self, pixels: list[np.ndarray], out: np.ndarray) -> None:
         """Cut every view out of what `decode` returned and resize it."""
         for image, region in zip(self.work, pixels, strict=True):
             for crop in image.crops:
-                cut(self._codec, region, crop, out)
+                resize_crop(self._codec, region, crop, out)
 
 
 def whole_loader(bench: Workbench, name: str = "loader") -> BenchCase:

@@ -1,4 +1,4 @@
-"""Batch, and the contract every loader keeps."""
+"""Batch, and the contract of every loader."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pipelines.rng.view_params import ViewParams
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's batch: crops as they were decoded, and what augmentation still has to do to them."""
+    """One rank's batch: crops as they were decoded, and the parameters of the augmentation still to be applied."""
 
     images: Tensor
     """uint8 [B, S, S, 3], RGB, cropped and resized; on the loader's device. In memory interleaved, or planes."""
@@ -20,7 +20,7 @@ class Batch:
     """int64 [B], on the loader's device."""
     valid: Tensor
     """bool [B], on the loader's device; False where evaluation padded the last batch, for an image that was skipped
-    as it cannot be read, and for the row that would be mixed with it."""
+    because it cannot be read, and for the row that would be mixed with it."""
     params: ViewParams
     """What was drawn for each row, on the host."""
     skipped: int = 0

@@ -1,8 +1,8 @@
-"""Samples that cannot be read: they end the run, or are left out, named and counted.
+"""Samples that cannot be read: they end the run, or are skipped: logged and counted.
 
-A sample that is left out keeps its row, black, in a batch of the same shape. The row is not `valid`, and neither is
-the row that is mixed with it: no loss and no metric sees either. Nothing takes its place: every other row, and every
-cached target, stays what it is without the damage.
+A sample that is skipped keeps its row, black, in a batch of the same shape. The row is not `valid`, and neither is
+the row that is mixed with it: both are left out of losses and metrics. No other sample replaces it: every other row,
+and every cached target, is what it would be without the damage.
 """
 
 import logging
@@ -14,28 +14,28 @@ log = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """The samples of a split that a loader could not read so far."""
+    """The samples of a split that a loader could not read so far. Safe to use from several threads."""
 
     def __init__(self, skip: bool) -> None:
-        self._skip, self._met, self._lock = skip, set[int](), Lock()
+        self._skip, self._found, self._lock = skip, set[int](), Lock()
 
     def __contains__(self, sample: int) -> bool:
-        return sample in self._met
+        return sample in self._found
 
     def samples(self) -> list[int]:
         """Return their numbers."""
-        return sorted(self._met)
+        return sorted(self._found)
 
-    def meet(self, sample: int, failure: DeitfastError) -> None:
-        """Note a sample that cannot be read, and log it the first time. May be called from several threads.
+    def record(self, sample: int, failure: DeitfastError) -> None:
+        """Remember a sample that cannot be read, and log it the first time.
 
         Raises:
-            DeitfastError: `failure` itself, where nothing is to be skipped.
+            DeitfastError: `failure` itself, unless bad samples are to be skipped.
         """
         if not self._skip:
             raise failure
         with self._lock:
-            first = sample not in self._met
-            self._met.add(sample)
+            first = sample not in self._found
+            self._found.add(sample)
         if first:
             log.warning("skipped: %s", failure.problem)

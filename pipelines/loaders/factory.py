@@ -1,4 +1,4 @@
-"""Which loader: one visible match over its name, and what of them this machine can run."""
+"""Opens a loader by name, and says which of them this machine can run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,8 @@ import torch
 from pipelines.batch import Loader
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.bad_samples import BadSamples
-from pipelines.loaders.host import Codec, HostLoader, Plan
+from pipelines.loaders.batch_plan import BatchPlan
+from pipelines.loaders.host import Codec, HostLoader
 from pipelines.rng.sampler import Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
@@ -26,7 +27,7 @@ NEEDS = {
 RESIDENT_SIDE = 64
 """Largest side that `auto` keeps resident, in pixels."""
 RESIDENT_SHARE = 4
-"""`auto` keeps a split resident where it takes at most one part in this many of the free memory."""
+"""`auto` keeps a split resident if that takes at most 1 / RESIDENT_SHARE of the free memory."""
 
 
 def open_loader(
@@ -50,9 +51,9 @@ def open_loader(
 
     Raises:
         UserError: the loader does not work on this machine or with this split; the message says why.
-        DeitfastError: a sample is damaged (resident only; the others meet it in `epoch`).
+        DeitfastError: a sample is damaged (resident only; the others raise it from `epoch`).
     """
-    plan = Plan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
+    plan = BatchPlan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
     match choose(reader, device) if spec.name == "auto" else spec.name:
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
@@ -78,13 +79,13 @@ def open_loader(
 
 
 def choose(reader: Reader, device: torch.device) -> str:
-    """Return what `auto` stands for.
+    """Return the loader that `auto` stands for.
 
     Resident for small images of one size that fit; else dali on CUDA, and cpu elsewhere; reference without either.
     """
-    from pipelines.loaders.resident import one_size
+    from pipelines.loaders.resident import common_size
 
-    size = one_size(reader)
+    size = common_size(reader)
     if size is not None and max(size) <= RESIDENT_SIDE:
         needed = reader.num_samples * size[0] * size[1] * 3
         if needed * RESIDENT_SHARE <= min(free_memory(device), free_memory(torch.device("cpu"))):
@@ -95,11 +96,11 @@ def choose(reader: Reader, device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device (on the host: what its kernel can hand out)."""
+    """Return the bytes that are free on a device; on the host those that the kernel reports as available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):  # what the page cache would give back counts as free
+        if line.startswith("MemAvailable:"):  # counts what the page cache would release
             return int(line.split()[1]) * 1024
     raise DeitfastError("/proc/meminfo does not say how much memory is available")
 
@@ -135,13 +136,13 @@ def _require(name: str) -> None:
         )
 
 
-def _region_codec(plan: Plan) -> Callable[[], Codec]:
+def _region_codec(plan: BatchPlan) -> Callable[[], Codec]:
     from pipelines.loaders.codecs.nvimgcodec import RegionCodec
 
     return partial(RegionCodec, plan.interpolation)
 
 
-def _pillow_codec(plan: Plan) -> Callable[[], Codec]:
+def _pillow_codec(plan: BatchPlan) -> Callable[[], Codec]:
     from pipelines.loaders.codecs.pillow import PillowCodec
 
     return partial(PillowCodec, plan.interpolation)

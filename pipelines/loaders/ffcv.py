@@ -19,8 +19,8 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.errors import DeitfastError, UserError
+from pipelines.loaders.batch_plan import BatchPlan, diagnose_rejected
 from pipelines.loaders.geometry import Geometry
-from pipelines.loaders.host import Plan, refused
 from pipelines.loaders.prefetch import prefetched
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
@@ -94,7 +94,7 @@ class FfcvLoader:
 
     name = "ffcv"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         self.reader = _beton(plan.reader)
         wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None, "crc32": None}
@@ -114,7 +114,7 @@ class FfcvLoader:
         """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        return prefetched(lambda: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
+        return prefetched(lambda stop: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
 
     def close(self) -> None:
         """Let go of FFCV's buffers and its map of the file."""
@@ -127,7 +127,7 @@ class FfcvLoader:
         try:
             for _ in range(start_step, self.steps_per_epoch):
                 decoded, rows, params, skipped = run.take()
-                images = self.plan.canvas(len(decoded), blank=False)
+                images = self.plan.allocate(len(decoded), zeroed=False)
                 images.numpy()[:] = decoded  # FFCV writes the next batch into the same buffer
                 yield self.plan.batch(images, rows, params, skipped)
         finally:
@@ -150,7 +150,7 @@ def _beton(reader: Reader) -> BetonReader:
 class _Run(EpochIterator):
     """FFCV's thread for one epoch, with draws and checks before each batch, and without its three ways to hang."""
 
-    def __init__(self, loader: Any, plan: Plan, reader: BetonReader, epoch: int, start_step: int) -> None:
+    def __init__(self, loader: Any, plan: BatchPlan, reader: BetonReader, epoch: int, start_step: int) -> None:
         self.plan, self.reader, self.at, self.start_step = plan, reader, epoch, start_step
         self.error: BaseException | None = None
         steps = plan.sampler.steps_per_epoch - start_step
@@ -171,8 +171,10 @@ class _Run(EpochIterator):
         table = tabulate(self.reader, rows, params, self._damaged(rows) if self.plan.spec.check else ())
         (images,) = super().run_pipeline(b_ix, table, batch_slot, cuda_event)
         for sample in table[table[:, STATUS] != 0, SAMPLE].tolist():
-            if failure := refused(self.reader, sample):  # libjpeg's warnings come as failures, with all pixels there
-                self.plan.bad.meet(sample, failure)
+            if failure := diagnose_rejected(
+                self.reader, sample
+            ):  # libjpeg's warnings come as failures, with all pixels there
+                self.plan.bad.record(sample, failure)
         skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, self.plan.bad.samples()))
         images[skipped] = 0
         return images, rows, params, skipped
@@ -184,7 +186,7 @@ class _Run(EpochIterator):
             try:
                 self.plan.stored(sample)
             except DeitfastError as failure:
-                self.plan.bad.meet(sample, failure)
+                self.plan.bad.record(sample, failure)
                 found.append(sample)
         return found
 
@@ -275,7 +277,7 @@ def _compiled_render(parallel: bool) -> Callable:
 
 
 def _compiled_cut() -> Callable:
-    """Return the compiled way from an image and a line of the table to uint8 [S, S, 3]; cf. `assemble.fit`."""
+    """Return the compiled way from an image and a line of the table to uint8 [S, S, 3]; see `host.resize_crop`."""
     resize = numba.njit(resize_crop)
 
     def cut(image, line, out):

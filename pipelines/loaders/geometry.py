@@ -1,4 +1,4 @@
-"""Where a batch's crops lie in the stored images: as arrays of a row each, and image by image in plain integers."""
+"""Where a batch's crops lie in the stored images: as arrays with a row each, and image by image in plain integers."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Geometry:
         return cls(*(params[name].astype(np.int64) for name in ("crop_box", "resized", "offset")))
 
     def fills(self, side: int) -> bool:
-        """Whether every row's resized window reaches over the whole of its S x S output."""
+        """Return whether every row's resized window covers all of its S x S output."""
         return bool((self.offset >= 0).all() and (self.offset + side <= self.resized).all())
 
 
@@ -48,33 +48,33 @@ class Crop(NamedTuple):
     """Of the S x S output in the resized window."""
 
 
-class WantedImage(NamedTuple):
-    """What a batch wants of one image."""
+class ImageCrops(NamedTuple):
+    """One image of a batch, and the crops that the batch has of it."""
 
     sample: int
     window: tuple[int, int, int, int]
-    """The smallest (top, left, height, width) that holds the windows of all its views: what is to be decoded."""
+    """The smallest (top, left, height, width) that contains the windows of all crops: what is to be decoded."""
     crops: list[Crop]
 
 
-def by_image(rows: Rows, geometry: Geometry) -> list[WantedImage]:
-    """Return what the valid rows want of each image, in rising order of samples, rows in theirs.
+def by_image(rows: Rows, geometry: Geometry) -> list[ImageCrops]:
+    """Return the images of the valid rows with their crops, images and each image's rows in rising order.
 
-    All at once: threads share Python's lock, and numpy's calls on single rows would hold it longest of all.
+    For all rows at once: numpy's calls on single rows would hold Python's lock, which the threads share, far longer.
     """
-    wanted = np.flatnonzero(rows.valid)
-    if not len(wanted):
+    rows_used = np.flatnonzero(rows.valid)
+    if not len(rows_used):
         return []
-    wanted = wanted[np.argsort(rows.samples[wanted], kind="stable")]
-    samples, starts, counts = np.unique(rows.samples[wanted], return_index=True, return_counts=True)
-    corner, size = geometry.crop_box[wanted, :2], geometry.crop_box[wanted, 2:]
+    rows_used = rows_used[np.argsort(rows.samples[rows_used], kind="stable")]
+    samples, starts, counts = np.unique(rows.samples[rows_used], return_index=True, return_counts=True)
+    corner, size = geometry.crop_box[rows_used, :2], geometry.crop_box[rows_used, 2:]
     low, high = np.minimum.reduceat(corner, starts), np.maximum.reduceat(corner + size, starts)
     within = corner - np.repeat(low, counts, axis=0)
-    table = np.column_stack([wanted, within, size, geometry.resized[wanted], geometry.offset[wanted]])
+    table = np.column_stack([rows_used, within, size, geometry.resized[rows_used], geometry.offset[rows_used]])
     crops = list(map(Crop._make, table.tolist()))
     windows = map(tuple, np.column_stack([low, high - low]).tolist())
     ends = (starts + counts).tolist()
     return [
-        WantedImage(sample, window, crops[start:end])
+        ImageCrops(sample, window, crops[start:end])
         for sample, window, start, end in zip(samples.tolist(), windows, starts.tolist(), ends, strict=True)
     ]

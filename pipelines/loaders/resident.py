@@ -10,15 +10,16 @@ from torch import Tensor
 from pipelines.batch import Batch
 from pipelines.device import explain_oom, to_device
 from pipelines.errors import DeitfastError, UserError
+from pipelines.loaders.batch_plan import CHUNK, BatchPlan
 from pipelines.loaders.geometry import Geometry
-from pipelines.loaders.host import CHUNK, Codec, Plan, decoded
+from pipelines.loaders.host import Codec, decode_window
 from pipelines.loaders.prefetch import prefetched
 from pipelines.loaders.resample import resample
 from pipelines.rng.sampler import Rows
 from pipelines.storage.reader import Reader
 
-OUT_OF_SIGHT = 1 << 20
-"""Offset of a frame that sees nothing of any image."""
+OUTSIDE = 1 << 20
+"""Offset of a frame that lies outside of every image."""
 
 
 class ResidentLoader:
@@ -29,19 +30,19 @@ class ResidentLoader:
 
     name = "resident"
 
-    def __init__(self, plan: Plan, codec: Callable[[], Codec]) -> None:
+    def __init__(self, plan: BatchPlan, codec: Callable[[], Codec]) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
-        images, self._damaged = load(plan, codec)
+        images, self._damaged = decode_all(plan, codec)
         with explain_oom("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
             self.images: Tensor = images.to(plan.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
-        return prefetched(lambda: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
+        return prefetched(lambda stop: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
 
     def close(self) -> None:
-        """Let go of the images."""
-        self.images = self.images.new_empty((0, *self.images.shape[1:]))  # a slice would hold all of them
+        """Release the images' memory."""
+        self.images = self.images.new_empty((0, *self.images.shape[1:]))  # a slice would keep all of them alive
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         for step in range(start_step, self.steps_per_epoch):
@@ -50,25 +51,25 @@ class ResidentLoader:
             crops = gather(self.images, rows, Geometry.of(params), size, interpolation)
             skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, list(self._damaged)))
             for sample in rows.samples[skipped].tolist():
-                self.plan.bad.meet(sample, self._damaged[sample])
+                self.plan.bad.record(sample, self._damaged[sample])
             yield self.plan.batch(crops, rows, params, skipped)
 
 
-def one_size(reader: Reader) -> tuple[int, int] | None:
+def common_size(reader: Reader) -> tuple[int, int] | None:
     """Return the height and width that all images of a split share, or None."""
     heights, widths = reader.heights, reader.widths
     same = len(heights) > 0 and (heights == heights[0]).all() and (widths == widths[0]).all()
     return (int(heights[0]), int(widths[0])) if same else None
 
 
-def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, DeitfastError]]:
-    """Decode a whole split to uint8 [N, H, W, 3] on the host, with what is wrong with images that are to be skipped.
+def decode_all(plan: BatchPlan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, DeitfastError]]:
+    """Decode a split to uint8 [N, H, W, 3] on the host; return it with the errors of images that are skipped.
 
     Raises:
         UserError: its images differ in size.
         DeitfastError: a sample is damaged.
     """
-    size = one_size(plan.reader)
+    size = common_size(plan.reader)
     if size is None:
         raise UserError(
             f"the resident loader cannot hold {plan.reader.path}",
@@ -83,7 +84,7 @@ def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, Deit
         own = codec()
         for sample in range(start, min(start + 8 * CHUNK, len(out))):
             try:
-                out[sample] = decoded(plan, own, sample, 0, 0, *size)
+                out[sample] = decode_window(plan, own, sample, 0, 0, *size)
             except DeitfastError as failure:
                 if not plan.spec.skip_bad:
                     raise
@@ -99,21 +100,21 @@ def load(plan: Plan, codec: Callable[[], Codec]) -> tuple[Tensor, dict[int, Deit
 def gather(images: Tensor, rows: Rows, geometry: Geometry, size: int, interpolation: str = "bicubic") -> Tensor:
     """Return a batch's crops, uint8 [B, S, S, 3], from images uint8 [N, H, W, 3], on their device.
 
-    One copy carries what the device must know, and the host waits for nothing. Rows that are not valid are black.
+    One copy carries the indices to the device, and the host waits for nothing. Rows that are not valid are black.
     """
-    whole = not geometry.crop_box[:, :2].any() and bool((geometry.crop_box[:, 2:] == geometry.resized).all())
-    offset = np.where(rows.valid[:, None], geometry.offset, OUT_OF_SIGHT)
+    copies_only = not geometry.crop_box[:, :2].any() and bool((geometry.crop_box[:, 2:] == geometry.resized).all())
+    offset = np.where(rows.valid[:, None], geometry.offset, OUTSIDE)
     columns = np.column_stack([rows.samples, np.arange(len(offset)), geometry.crop_box, geometry.resized, offset])
     chosen, own, window, resized, offset = (
         part.squeeze(1) for part in to_device(torch.from_numpy(columns), images.device).split([1, 1, 4, 2, 2], dim=1)
     )
-    if whole:
-        return framed(images, chosen, resized, offset, size)
+    if copies_only:
+        return view_through_frame(images, chosen, resized, offset, size)
     stretched = resample(images[chosen], window, resized, int(geometry.resized.max()), interpolation)
-    return framed(stretched, own, resized, offset, size)
+    return view_through_frame(stretched, own, resized, offset, size)
 
 
-def framed(images: Tensor, chosen: Tensor, extent: Tensor, offset: Tensor, size: int) -> Tensor:
+def view_through_frame(images: Tensor, chosen: Tensor, extent: Tensor, offset: Tensor, size: int) -> Tensor:
     """Return uint8 [B, S, S, 3]: what an S x S frame at `offset` sees of each chosen image, black outside `extent`.
 
     Args:

@@ -34,7 +34,7 @@ class RegionCodec:
         )
 
     def decode(self, data: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """Decode the window alone; see `assemble.Codec`."""
+        """Decode the window alone; see `host.Codec`."""
         region = nvimgcodec.Region(top, left, top + height, left + width)
         stream = nvimgcodec.CodeStream(data).get_sub_code_stream(region=region)
         image = self._decoder.decode(stream, params=self._params)

@@ -1,4 +1,4 @@
-"""The reference loader's codec: PIL, slow and right. The other loaders are held against its pixels."""
+"""The reference loader's codec: PIL, slow and right. Tests compare the other loaders' pixels with its."""
 
 import io
 
@@ -13,7 +13,7 @@ class PillowCodec:
         self._filter = Image.Resampling[interpolation.upper()]
 
     def decode(self, data: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """Decode the whole JPEG and cut the window out; see `assemble.Codec`."""
+        """Decode the whole JPEG and cut the window out; see `host.Codec`."""
         try:
             image = Image.open(io.BytesIO(data.tobytes()))
             return np.asarray(image.convert("RGB").crop((left, top, left + width, top + height)))

@@ -25,7 +25,7 @@ HOST_PADDING = 8 << 20
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """What a graph is built for."""
+    """What a graph is built from."""
 
     images: int
     """Most images in one run."""
@@ -38,11 +38,11 @@ class GraphSpec:
     threads: int
     """Decoding threads."""
     depth: int
-    """Runs under way at a time."""
+    """Runs in flight at a time."""
     device: torch.device
     """CUDA: JPEGs are decoded and crops cut on that GPU; else on the CPU."""
     typical: int
-    """Bytes of a typical decoded image: what DALI sets aside to begin with."""
+    """Bytes of a typical decoded image: what DALI allocates at first."""
     interpolation: str = "bicubic"
     """Filter of the resize: bicubic or bilinear."""
     hw_decoder_load: float = 0.65
@@ -52,8 +52,8 @@ class GraphSpec:
 class Graph:
     """A DALI pipeline. To be used by one thread at a time.
 
-    The shape of DALI's graph is fixed and a run has one batch size, so each image gets R windows; what nobody wants
-    of them is one pixel wide. An image is decoded once and resized R times, each time from one window (ROI).
+    DALI's graph is static and a run has one batch size, so each image gets R windows; unused ones are one pixel wide.
+    An image is decoded once and resized R times, each time from one window (ROI).
 
     Raises:
         RuntimeError: DALI's, from `take`, if an image of the run cannot be decoded; the graph is of no use then.
@@ -61,22 +61,22 @@ class Graph:
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec
-        self._held: deque[list[np.ndarray]] = deque(maxlen=spec.depth + 1)
-        """What the runs under way read, and the last one taken: DALI reads the encoded images where they lie."""
+        self._in_use: deque[list[np.ndarray]] = deque(maxlen=spec.depth + 1)
+        """Inputs of the runs in flight and of the last one taken: DALI reads the encoded images in place."""
         self._writers: set[int] = set()
         """DALI's CUDA streams that wrote the crops taken last."""
         self._pipeline: Pipeline = define(spec)
         self._pipeline.build()
         nothing = np.zeros((spec.views, 1, 8), np.int64)
         nothing[..., 2:6] = 1
-        for _ in range(spec.depth):  # DALI's first run starts as many as its queue is deep: let them be empty ones
+        for _ in range(spec.depth):  # DALI's first run starts as many as its queue is deep: make those empty ones
             self._feed([PIXEL], nothing)
         self._pipeline.schedule_run()
         for _ in range(spec.depth):
             self.take()
 
     def start(self, encoded: list[np.ndarray], geometry: np.ndarray) -> None:
-        """Start a run; at most `depth` may be under way.
+        """Start a run; at most `depth` may be in flight.
 
         Args:
             encoded: n arrays uint8 [bytes], JPEG or PPM, which must stay as they are until the run is taken.
@@ -88,26 +88,26 @@ class Graph:
     def take(self) -> list[Tensor]:
         """Wait for the oldest run and return its crops: R times uint8 [n, S, S, 3] on the device, in DALI's memory.
 
-        On CUDA the host waits only until the run's last kernel is on its way, and torch's current stream waits for
-        the rest. DALI writes to the memory of tensors that were dropped at once: `let_go` goes before.
+        On CUDA the host waits only until the run's last kernel is enqueued, and torch's current stream waits for the
+        rest. DALI reuses the memory as soon as the tensors are dropped: call `release` before.
         """
         device = self.spec.device
         if device.type != "cuda":
             return [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs()]
         outputs = [output.as_tensor() for output in self._pipeline.outputs(torch.cuda.current_stream(device))]
         self._writers = {output.stream for output in outputs}
-        # not by DLPack: for what came by it a thread of DALI's waits, at every run, until the whole GPU has caught up,
-        # which costs a core and memory, and ends the capture of a CUDA graph
+        # not by DLPack: for tensors that it exports DALI synchronizes the whole device at every run, in a thread, which
+        # costs a core and memory, and ends the capture of a CUDA graph
         return [torch.as_tensor(output, device=device) for output in outputs]
 
-    def let_go(self) -> None:
-        """Have DALI's next use of the crops' memory wait for all that torch's current stream was given until now."""
+    def release(self) -> None:
+        """Make DALI's streams, which will reuse the crops' memory, wait for torch's current stream."""
         for writer in self._writers:
             reader = torch.cuda.current_stream(self.spec.device)
             torch.cuda.ExternalStream(writer, self.spec.device).wait_stream(reader)
 
     def _feed(self, encoded: list[np.ndarray], geometry: np.ndarray) -> None:
-        self._held.append(encoded)
+        self._in_use.append(encoded)
         self._pipeline.feed_input("encoded", encoded)
         corner, extent, resized, offset = (geometry[..., at : at + 2] for at in (0, 2, 4, 6))
         for view in range(self.spec.views):
@@ -141,11 +141,11 @@ def define(spec: GraphSpec) -> Pipeline:
             host_memory_padding=HOST_PADDING,
             bytes_per_sample_hint=spec.typical,
         )
-        pipeline.set_outputs(*(cut(images, view, spec) for view in range(spec.views)))
+        pipeline.set_outputs(*(resize_view(images, view, spec) for view in range(spec.views)))
     return pipeline
 
 
-def cut(images: Any, view: int, spec: GraphSpec) -> Any:
+def resize_view(images: Any, view: int, spec: GraphSpec) -> Any:
     """Return one crop of each image, uint8 [S, S, 3], resized with antialiasing as PIL does it; black outside."""
 
     def numbers(name: str, dtype: Any = types.FLOAT) -> Any:
@@ -169,5 +169,5 @@ def cut(images: Any, view: int, spec: GraphSpec) -> Any:
 
 
 def release_memory() -> None:
-    """Have DALI give back what it keeps of the device's and of page-locked memory; other graphs keep what they use."""
+    """Return device memory and page-locked memory that DALI caches and no graph uses."""
     backend.ReleaseUnusedMemory()

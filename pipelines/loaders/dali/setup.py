@@ -1,4 +1,4 @@
-"""What the dali loader's graph is built for: its sizes, its memory, and the hardware decoder's share of the work."""
+"""What the dali loader's graph is built from: sizes, memory, and the hardware decoder's share of the images."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from nvidia import dali
 
+from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.dali.calibration import decoder_share
 from pipelines.loaders.dali.decode_once import decode_once
 from pipelines.loaders.dali.graph import DEVICE_PADDING, Graph, GraphSpec
 from pipelines.loaders.dali.source import EncodedImages
-from pipelines.loaders.host import Plan
 from pipelines.loaders.prefetch import QUEUED
 
 DIFFERENT = 4
@@ -22,8 +22,8 @@ WARM, TIMED = DIFFERENT, 6
 """Runs of a graph before its rate is measured, so that DALI has memory for each of the steps, and while it is."""
 
 
-def graph_spec(plan: Plan, source: EncodedImages) -> GraphSpec:
-    """Return what the graph is built for; on CUDA, the hardware decoder's share is measured where nobody has yet."""
+def graph_spec(plan: BatchPlan, source: EncodedImages) -> GraphSpec:
+    """Return what the graph is built from; on CUDA the hardware decoder's share is measured unless it is known."""
     views, reader = plan.augment.repeats if plan.train else 1, plan.reader
     spec = GraphSpec(
         images=most_images(plan, views),
@@ -49,14 +49,14 @@ def graph_spec(plan: Plan, source: EncodedImages) -> GraphSpec:
     return replace(spec, hw_decoder_load=decoder_share(key, lambda share: rate(plan, source, spec, share)))
 
 
-def most_images(plan: Plan, views: int) -> int:
+def most_images(plan: BatchPlan, views: int) -> int:
     """Return the most images that one run decodes: what steps hold repeats every `views` steps."""
     steps = (plan.sampler.rows(0, step) for step in range(min(views, plan.sampler.steps_per_epoch)))
     counts = (np.unique(rows.samples[rows.valid], return_counts=True)[1] for rows in steps)
     return max(1, *(int((-(-count // views)).sum()) for count in counts))
 
 
-def memory(plan: Plan, spec: GraphSpec, *, largest: bool) -> dict[str, int]:
+def memory(plan: BatchPlan, spec: GraphSpec, *, largest: bool) -> dict[str, int]:
     """Return the bytes of each buffer, on the GPU, or without one on the host.
 
     With D runs under way, n images of R views in each and crops of S x S x 3 bytes: D x n decoded images (`largest`:
@@ -75,7 +75,7 @@ def memory(plan: Plan, spec: GraphSpec, *, largest: bool) -> dict[str, int]:
     }
 
 
-def rate(plan: Plan, source: EncodedImages, spec: GraphSpec, share: float) -> float:
+def rate(plan: BatchPlan, source: EncodedImages, spec: GraphSpec, share: float) -> float:
     """Return images/s of a graph that gives the hardware decoder a share, over the first steps' images."""
     works = decode_once(lambda step: plan.draw(0, step), range(plan.sampler.steps_per_epoch), spec.views)
     with ThreadPoolExecutor(spec.threads) as pool:

@@ -1,4 +1,4 @@
-"""What the dali loader feeds its graph: stored images as they lie in the mapped file, looked at before DALI is."""
+"""What the dali loader feeds its graph: stored images, their bytes and headers checked before DALI sees them."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -6,29 +6,29 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pipelines.errors import DeitfastError
-from pipelines.loaders.dali.decode_once import NOTHING, Work
+from pipelines.loaders.batch_plan import CHUNK, BatchPlan, diagnose_rejected, undecodable_error
+from pipelines.loaders.dali.decode_once import UNUSED_CROP, DecodeRun
 from pipelines.loaders.dali.graph import PIXEL
-from pipelines.loaders.host import CHUNK, Plan, refused, undecodable
 from pipelines.storage.jpeg import read_frame
 from pipelines.storage.reader import RAW
 
 log = logging.getLogger(__name__)
 UNSEEN, BASELINE, OTHER = 0, 1, 2
-"""What is known of a sample's JPEG."""
+"""What is known of a sample's JPEG so far."""
 
 
 class EncodedImages:
-    """A split's encoded images, bytes and headers checked: an image that DALI refuses costs the whole graph."""
+    """A split's encoded images, checked: an image that DALI rejects costs the graph, as it is of no use afterwards."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         self._plan, self._reader = plan, plan.reader
         self._kinds = np.zeros(plan.reader.num_samples, np.uint8)
         self._reported = 0
 
-    def fetch(self, pool: ThreadPoolExecutor, work: Work) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Return what a graph needs for `work`, and which images, bool [n], are a black pixel as they cannot be read.
+    def fetch(self, pool: ThreadPoolExecutor, run: DecodeRun) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return what a graph needs for `run`, and which of its images cannot be read: those are one black pixel.
 
-        The threads of `pool` read every byte, for the CRC32: that is also what brings them in from the disk.
+        The threads of `pool` read every byte, for the CRC32, which also brings them in from the disk.
 
         Returns:
             encoded, n arrays uint8 [bytes]; geometry, int64 [R, n, 8]; lost, bool [n].
@@ -36,11 +36,11 @@ class EncodedImages:
         Raises:
             DeitfastError: a sample is damaged and nothing is to be skipped.
         """
-        chunks = (work.samples[start : start + CHUNK].tolist() for start in range(0, len(work.samples), CHUNK))
+        chunks = (run.samples[start : start + CHUNK].tolist() for start in range(0, len(run.samples), CHUNK))
         parts = pool.map(lambda chunk: [self._fetch(sample) for sample in chunk], chunks)
         found = [image for part in parts for image in part]
         lost = np.array([image is None for image in found], np.bool_)
-        geometry = np.where(lost[:, None], NOTHING, work.geometry)
+        geometry = np.where(lost[:, None], UNUSED_CROP, run.geometry)
         return [PIXEL if image is None else image for image in found], geometry, lost
 
     def _fetch(self, sample: int) -> np.ndarray | None:
@@ -52,24 +52,24 @@ class EncodedImages:
                 header = f"P6\n{self._reader.widths[sample]} {self._reader.heights[sample]}\n255\n".encode()
                 return np.concatenate([np.frombuffer(header, np.uint8), data])  # a PPM: DALI decodes those, too
             if self._kinds[sample] == UNSEEN:
-                self._kinds[sample] = self._look(sample, data)
+                self._kinds[sample] = self._check_header(sample, data)
             return data
         except DeitfastError as failure:
-            self._plan.bad.meet(sample, failure)
+            self._plan.bad.record(sample, failure)
             return None
 
-    def _look(self, sample: int, data: np.ndarray) -> int:
-        """Return what kind of JPEG a sample is, once its header says what the file's index says."""
+    def _check_header(self, sample: int, data: np.ndarray) -> int:
+        """Return what kind of JPEG a sample is, once its header gives the size that the index says."""
         try:
             frame = read_frame(data.tobytes())
         except ValueError as error:
-            raise undecodable(self._reader, sample, str(error)) from error
+            raise undecodable_error(self._reader, sample, str(error)) from error
         if (frame.height, frame.width) != (self._reader.heights[sample], self._reader.widths[sample]):
-            raise undecodable(self._reader, sample, f"one of {frame.width} x {frame.height}")
+            raise undecodable_error(self._reader, sample, f"one of {frame.width} x {frame.height}")
         return BASELINE if frame.baseline else OTHER
 
-    def name_refused(self, samples: np.ndarray, error: RuntimeError) -> None:
-        """Find out which of `samples` it was that DALI could not decode, as DALI itself does not say.
+    def name_rejected(self, samples: np.ndarray, error: RuntimeError) -> None:
+        """Find out which of `samples` DALI could not decode, as DALI does not say.
 
         Raises:
             DeitfastError: one of them is broken and nothing is to be skipped, or none is.
@@ -78,9 +78,9 @@ class EncodedImages:
         for sample in samples[self._reader.modes[samples] != RAW].tolist():
             if sample in self._plan.bad:  # DALI had a black pixel instead
                 continue
-            if failure := refused(self._reader, sample):
+            if failure := diagnose_rejected(self._reader, sample):
                 broken += 1
-                self._plan.bad.meet(sample, failure)
+                self._plan.bad.record(sample, failure)
         if not broken:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             message = next((line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0])
@@ -91,7 +91,7 @@ class EncodedImages:
             ) from error
 
     def report(self) -> None:
-        """Log how many JPEGs no hardware decoder takes, where more have been met than the last time."""
+        """Log how many JPEGs no hardware decoder takes, if more were found since the last report."""
         others = np.count_nonzero(self._kinds == OTHER)
         if others > self._reported:
             seen = np.count_nonzero(self._kinds)

@@ -53,7 +53,7 @@ def test_batches_arrive_whole_though_the_gpu_is_busy() -> None:
     count = 24
     batches = [replace(one, images=torch.full_like(one.images, number)) for number in range(count)]
     found = []
-    for batch in prefetched(lambda: iter(batches), 2, GPU):
+    for batch in prefetched(lambda stop: iter(batches), 2, GPU):
         torch.cuda._sleep(BUSY // 20)
         found.append(batch.images.float().mean())
         del batch
@@ -84,9 +84,9 @@ def test_crops_of_dali_are_near_the_references(photos: Reader) -> None:
 @needs_dali
 def test_crops_of_dali_stay_as_they_are_while_more_are_decoded(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     """DALI's memory is copied from before DALI has it back, also where that or the step's stream is far behind."""
-    from pipelines.loaders.dali.loader import _Placing
+    from pipelines.loaders.dali.loader import BatchAssembler
 
-    place = _Placing.place
+    place = BatchAssembler.place
 
     def late(*given: Any) -> Any:
         torch.cuda._sleep(BUSY // 10)
@@ -94,7 +94,7 @@ def test_crops_of_dali_stay_as_they_are_while_more_are_decoded(photos: Reader, m
 
     with closing(open_train("dali", photos, RESIZED, device=GPU, hw_decoder_load=0.65)) as loader:
         quiet = [batch.images.cpu() for batch in loader.epoch(0)]
-        monkeypatch.setattr(_Placing, "place", late)
+        monkeypatch.setattr(BatchAssembler, "place", late)
         kept = []
         for batch in loader.epoch(0):
             torch.cuda._sleep(BUSY // 10)

@@ -25,8 +25,8 @@ if REASONS["dali"]:
     pytest.skip(REASONS["dali"], allow_module_level=True)
 
 from pipelines.loaders.dali import graph, setup
-from pipelines.loaders.dali.decode_once import NOTHING, decode_once
-from pipelines.loaders.dali.loader import DaliLoader, _lumps, _Placing
+from pipelines.loaders.dali.decode_once import UNUSED_CROP, decode_once
+from pipelines.loaders.dali.loader import BatchAssembler, DaliLoader, _as_int64
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 SPEC = graph.GraphSpec(8, 3, 32, framed=True, threads=1, depth=2, device=CPU, typical=3000)
@@ -119,7 +119,7 @@ def test_an_image_that_is_skipped_is_one_black_pixel_to_dali(tmp_path: Path, sma
     (line,) = np.flatnonzero(lost)
     assert work.samples[line] == 17
     assert encoded[line] is graph.PIXEL
-    assert (geometry[:, line] == NOTHING).all()
+    assert (geometry[:, line] == UNUSED_CROP).all()
     np.testing.assert_array_equal(geometry[:, ~lost], work.geometry[:, ~lost])
 
 
@@ -172,7 +172,7 @@ def test_dali_hears_of_the_readers_of_its_memory_before_it_has_it_back(
     photos: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA it would otherwise write into crops that are still to be read."""
-    take, let_go = graph.Graph.take, graph.Graph.let_go
+    take, release = graph.Graph.take, graph.Graph.release
     lent: list[weakref.ref[torch.Tensor]] = []
     heard = []
 
@@ -182,14 +182,14 @@ def test_dali_hears_of_the_readers_of_its_memory_before_it_has_it_back(
         lent[:] = map(weakref.ref, crops)
         return crops
 
-    def letting_go(graph: graph.Graph) -> None:
+    def releasing(graph: graph.Graph) -> None:
         heard.append(all(crop() is not None for crop in lent))
-        let_go(graph)
+        release(graph)
 
     loader = open_train("dali", photos, RESIZED)
     list(loader.epoch(0))  # the graph is built
     monkeypatch.setattr(graph.Graph, "take", taking)
-    monkeypatch.setattr(graph.Graph, "let_go", letting_go)
+    monkeypatch.setattr(graph.Graph, "release", releasing)
     list(loader.epoch(0))
     assert heard
     assert all(heard)
@@ -246,7 +246,7 @@ def test_placing_asks_the_device_nothing(photos: Reader) -> None:
     (work, *_) = decode_once(lambda step: plan.draw(0, step), range(loader.steps_per_epoch), RESIZED.repeats)
     shape = (len(work.samples), RESIZED.size, RESIZED.size, 3)
     crops = [torch.empty(shape, dtype=torch.uint8, device="meta") for _ in range(RESIZED.repeats)]
-    images, skipped = _Placing(plan).place(work, np.zeros(len(work.samples), np.bool_), crops)
+    images, skipped = BatchAssembler(plan).place(work, np.zeros(len(work.samples), np.bool_), crops)
     assert images.shape == (BATCH, *shape[1:])
     assert skipped == []
 
@@ -255,7 +255,7 @@ def test_placing_asks_the_device_nothing(photos: Reader) -> None:
 def test_crops_of_any_side_are_moved_whole(side: int) -> None:
     crops = torch.arange(5 * side * side * 3, dtype=torch.int32).to(torch.uint8).view(5, side, side, 3)
     batch = torch.zeros_like(crops)
-    _lumps(batch).index_copy_(0, torch.tensor([4, 1]), _lumps(crops).index_select(0, torch.tensor([0, 3])))
+    _as_int64(batch).index_copy_(0, torch.tensor([4, 1]), _as_int64(crops).index_select(0, torch.tensor([0, 3])))
     assert torch.equal(batch, torch.stack([batch[0] * 0, crops[3], batch[0] * 0, batch[0] * 0, crops[0]]))
 
 

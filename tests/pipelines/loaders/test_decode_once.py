@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipelines.loaders.dali.decode_once import GEOMETRY, NOTHING, Work, decode_once
-from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
+from pipelines.loaders.dali.decode_once import GEOMETRY, UNUSED_CROP, DecodeRun, decode_once, plan_run
+from pipelines.rng.sampler import EvalSampler, Rows, SamplerSpec, TrainSampler
 from pipelines.rng.view_params import draw_eval, draw_train
 from pipelines.spec import AugmentSpec
 
@@ -12,7 +12,7 @@ SPEC = AugmentSpec(size=32, repeats=3, mix_group=4, seed=3)
 SAMPLES = 101
 
 
-def works(sampler: TrainSampler | EvalSampler, views: int, start: int = 0, epoch: int = 1) -> list[Work]:
+def works(sampler: TrainSampler | EvalSampler, views: int, start: int = 0, epoch: int = 1) -> list[DecodeRun]:
     draw_views = draw_train if isinstance(sampler, TrainSampler) else draw_eval
     sides = np.full(len(sampler.rows(0, 0).samples), 90)
     asked = []
@@ -27,18 +27,18 @@ def works(sampler: TrainSampler | EvalSampler, views: int, start: int = 0, epoch
     return found
 
 
-def check(found: list[Work]) -> None:
+def check(found: list[DecodeRun]) -> None:
     """Every valid row of every step gets its own crop once, from its own image, before its step is due."""
     size, given = len(found[0].rows.samples), np.zeros((len(found), len(found[0].rows.samples)), int)
     for number, work in enumerate(found):
-        for view, line in zip(*np.nonzero(work.place >= 0), strict=True):
-            ahead, row = divmod(int(work.place[view, line]), size)
+        for view, line in zip(*np.nonzero(work.destination >= 0), strict=True):
+            ahead, row = divmod(int(work.destination[view, line]), size)
             target = found[number + ahead]
             given[number + ahead, row] += 1
             assert target.rows.samples[row] == work.samples[line]
             expected = np.concatenate([target.params[name][row] for name in GEOMETRY])
             np.testing.assert_array_equal(work.geometry[view, line], expected)
-        assert (work.geometry[work.place < 0] == NOTHING).all()
+        assert (work.geometry[work.destination < 0] == UNUSED_CROP).all()
     np.testing.assert_array_equal(given, [work.rows.valid for work in found])
 
 
@@ -96,3 +96,17 @@ def test_evaluation_leaves_rows_that_only_fill_up_out() -> None:
     found = works(EvalSampler(SAMPLES, 12, rank=1, world=2), 1)
     check(found)
     assert len(found[-1].samples) < 12
+
+
+def test_the_example_of_the_docstring() -> None:
+    def rows(*samples: int) -> Rows:
+        zeros = np.zeros(4, np.int64)
+        return Rows(np.array(samples), zeros, zeros, zeros, np.arange(4), np.ones(4, np.bool_))
+
+    sides = np.full(4, 90)
+    steps = [(step, draw_eval(SPEC, step, sides, sides)) for step in (rows(7, 5, 7, 7), rows(5, 9, 9, 7))]
+    done = [np.zeros(4, np.bool_), np.zeros(4, np.bool_)]
+    run = plan_run(steps, done, views=2)
+    assert run.samples.tolist() == [5, 7, 7]
+    assert run.destination.tolist() == [[1, 0, 3], [4, 2, 7]]
+    assert [mask.tolist() for mask in done] == [[True] * 4, [True, False, False, True]]

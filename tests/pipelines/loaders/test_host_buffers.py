@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.loaders.batch_plan import MAX_FREE_BUFFERS, BufferPool
 from pipelines.loaders.factory import open_loader
-from pipelines.loaders.host import KEPT_CANVASES, BufferPool
 from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.formats.beton import BetonReader
@@ -19,16 +19,16 @@ SAMPLERS = {
 
 
 def test_memory_is_taken_again_only_when_nothing_of_the_batch_is_held() -> None:
-    canvases = BufferPool()
-    first = canvases.take(SHAPE).fill_(1)
+    buffers = BufferPool()
+    first = buffers.take(SHAPE).fill_(1)
     at, row = first.data_ptr(), first[1]
     del first
-    other = canvases.take(SHAPE).fill_(2)
+    other = buffers.take(SHAPE).fill_(2)
     assert other.data_ptr() != at
     assert (row == 1).all()
     del row
-    assert canvases.take(SHAPE).data_ptr() == at
-    assert tuple(canvases.take((3, 4, 4, 3)).shape) == (3, 4, 4, 3)
+    assert buffers.take(SHAPE).data_ptr() == at
+    assert tuple(buffers.take((3, 4, 4, 3)).shape) == (3, 4, 4, 3)
 
 
 @pytest.mark.parametrize("split", SAMPLERS)
@@ -42,7 +42,7 @@ def test_what_memory_held_before_shows_nowhere(tiny_dataset: Path, split: str, c
         open_loader(reader, spec, plan, sampler, train=split == "train", device=torch.device("cpu")) for _ in range(2)
     )
     rows = len(sampler.rows(0, 0).samples)
-    for dirty in [used.plan.canvases.take((rows, 32, 32, 3)) for _ in range(KEPT_CANVASES)]:
+    for dirty in [used.plan.buffers.take((rows, 32, 32, 3)) for _ in range(MAX_FREE_BUFFERS)]:
         dirty.fill_(255)
     del dirty
     for one, other in zip(list(fresh.epoch(0)), used.epoch(0), strict=True):

@@ -12,8 +12,8 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.loaders import prefetch
+from pipelines.loaders.batch_plan import CHUNK
 from pipelines.loaders.codecs.pillow import PillowCodec
-from pipelines.loaders.host import CHUNK
 from pipelines.loaders.prefetch import QUEUED, prefetched
 from pipelines.rng.view_params import COLUMNS, ViewParams
 from pipelines.storage.reader import Reader
@@ -30,7 +30,7 @@ def one_batch() -> Batch:
 def test_prefetching_stays_within_its_bound() -> None:
     made = []
 
-    def source() -> Iterator[Batch]:
+    def source(stop: threading.Event) -> Iterator[Batch]:
         for step in range(20):
             made.append(step)
             yield one_batch()
@@ -43,7 +43,7 @@ def test_prefetching_stays_within_its_bound() -> None:
 
 
 def test_prefetching_hands_on_what_came_before_an_exception() -> None:
-    def source() -> Iterator[Batch]:
+    def source(stop: threading.Event) -> Iterator[Batch]:
         yield one_batch()
         yield one_batch()
         raise ValueError("third")
@@ -74,7 +74,7 @@ def test_threads_are_at_the_next_batch_while_one_waits_for_its_slowest_image(
 def test_the_source_is_closed_in_its_own_thread() -> None:
     ended = []
 
-    def source() -> Iterator[Batch]:
+    def source(stop: threading.Event) -> Iterator[Batch]:
         try:
             while True:
                 yield one_batch()
@@ -112,21 +112,21 @@ class Mark:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """A GPU that only goes on when told to."""
     gpu = Gpu()
-    receive = prefetch._Lane.receive
+    receive = prefetch.Transfer.receive
 
-    def marked(lane: prefetch._Lane, parcel: prefetch._Parcel) -> Batch:
-        lane._received.append(Mark(gpu, gpu.received))  # type: ignore[arg-type]
+    def marked(transfer: prefetch.Transfer, item: prefetch.InFlight) -> Batch:
+        transfer._received.append(Mark(gpu, gpu.received))  # type: ignore[arg-type]
         gpu.received += 1
-        return receive(lane, parcel)
+        return receive(transfer, item)
 
-    monkeypatch.setattr(prefetch._Lane, "receive", marked)
+    monkeypatch.setattr(prefetch.Transfer, "receive", marked)
     return gpu
 
 
 def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu(gpu: Gpu) -> None:
     made: list[int] = []
 
-    def source() -> Iterator[Batch]:
+    def source(stop: threading.Event) -> Iterator[Batch]:
         for _ in range(20):
             made.append(gpu.received - gpu.done)
             yield one_batch()
@@ -144,7 +144,7 @@ def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu(gpu: Gpu) -> 
 
 
 def test_breaking_off_does_not_wait_for_the_gpu(gpu: Gpu) -> None:
-    batches = prefetched(lambda: iter([one_batch()] * 20), 1, CPU)
+    batches = prefetched(lambda stop: iter([one_batch()] * 20), 1, CPU)
     for _ in range(QUEUED + 1):
         next(batches)
     before = threading.active_count()
