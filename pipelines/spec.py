@@ -68,13 +68,17 @@ class DatasetSpec:
     classes: tuple[str, ...]
     """Class names in label order."""
     splits: dict[str, SplitSpec]
-    """train, and val where the source has one."""
+    """train, and val and test where the source has them."""
     codec: dict[str, int]
     """max_side (0: untouched) and quality of re-encoding; for shards also shard_size, their bytes at most."""
     source: str
     """Where the images came from, human-readable."""
     fingerprint: str
     """Digest of class names and of every split's fingerprint: equal for equal content in equal order."""
+    val_fraction: float = 0.0
+    """Share of each training class that was drawn as val; 0: val is the source's own."""
+    val_seed: int = 0
+    """Seed of that draw."""
 
 
 @dataclass(frozen=True, config=STRICT)

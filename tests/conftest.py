@@ -17,6 +17,7 @@ from hypothesis import settings
 from PIL import Image
 
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.formats.format import shards
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import write_photos, write_small
@@ -86,7 +87,7 @@ def tiny_dataset(shared_folder) -> Path:
 
     def make(folder: Path) -> None:
         splits = {"train": entries(_jpegs(32, 100), classes=4), "val": entries(_jpegs(8, 200), classes=4)}
-        convert(MemorySource(classes=("ant", "bee", "cat", "dog"), splits=splits), folder, workers=1)
+        convert(MemorySource(classes=("ant", "bee", "cat", "dog"), splits=splits), folder, ConvertOptions(workers=1))
 
     return shared_folder("tiny", make)
 
@@ -99,7 +100,7 @@ def tiny_small(shared_folder) -> Path:
         train = [drawn(32, 32, number) for number in range(80)]
         val = [drawn(32, 32, 1000 + number) for number in range(20)]
         splits = {"train": entries(train, classes=10, names="t#{}"), "val": entries(val, classes=10, names="v#{}")}
-        convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
+        convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, ConvertOptions(workers=1))
 
     return shared_folder("small", make)
 
@@ -107,7 +108,9 @@ def tiny_small(shared_folder) -> Path:
 @pytest.fixture(scope="session")
 def mixed_shards(odd: dict[str, bytes], shared_folder) -> Path:
     """Folder of a dataset of odd images (40 train, ten of them stored raw, 4 val) in a dozen shards."""
-    return shared_folder("mixed", lambda folder: convert(mixed_source(odd), folder, workers=1, form=shards(20_000)))
+    return shared_folder(
+        "mixed", lambda folder: convert(mixed_source(odd), folder, ConvertOptions(workers=1, form=shards(20_000)))
+    )
 
 
 @pytest.fixture(scope="session")

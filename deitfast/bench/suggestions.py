@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.loaders.factory import available
 from pipelines.loaders.host import HostLoader
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import RAW
@@ -86,7 +87,7 @@ def shrinking(bench: Workbench, sides: list[int], timing: TimingOptions) -> dict
         cases = []
         for side in (0, *sides):
             path = Path(folder) / str(side)
-            convert(source, path, max_side=side, quality=QUALITY if side else None, workers=1)
+            convert(source, path, ConvertOptions(max_side=side, quality=QUALITY if side else None, workers=1))
             dataset = stack.enter_context(closing(Dataset.open(path)))
             cases += loader_stages(stack.enter_context(closing(bench.changed([*batch, *plain], dataset))))
         found = measure(cases, bench.clock, timing)

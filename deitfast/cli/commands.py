@@ -50,6 +50,7 @@ from deitfast.weights.export import export, format_of
 from deitfast.weights.load import TrainedModel, load_file, load_run
 from pipelines.errors import UserError
 from pipelines.files import write_text
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
 log = logging.getLogger("deitfast")
@@ -245,6 +246,6 @@ def _make_demo_set(data: Path, display: Display) -> None:
         return
     written = data / SPEC_FILE
     if os.environ.get("RANK", "0") == "0" and not written.exists():
-        convert_dataset("demo", None, data, display=display)
+        convert_dataset("demo", None, data, ConvertOptions(), display)
     while not written.exists():
         time.sleep(0.1)

@@ -1,14 +1,16 @@
 """The commands that make and check data sets: convert, info, verify."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from deitfast.cli.app import app, display, out
+from pipelines.choices import SourceKind
 from pipelines.errors import UserError
 
-KINDS = ("imagenet", "cifar10", "cifar100", "folder", "demo", "dataset")
+KINDS: tuple[str, ...] = get_args(SourceKind)
+MB = 1_000_000
 
 
 @app.command()
@@ -31,8 +33,18 @@ def convert(
         int | None, typer.Option(min=1, max=1_000_000, help="Most MB in a shard, for --format wds. Default: 1000.")
     ] = None,
     val_fraction: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Make a validation split of this share, where the source has none.")
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Draw this share of each training class as val; the source's val is then test.",
+        ),
     ] = 0.0,
+    val_seed: Annotated[int, typer.Option(min=0, help="Seed of --val-fraction's draw.")] = 0,
+    allow_huge: Annotated[
+        bool,
+        typer.Option("--allow-huge", help="Read images of up to 500 million pixels, in up to 4 GB a worker."),
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out damaged files and list them, instead of stopping.")
     ] = False,
@@ -40,15 +52,24 @@ def convert(
 ) -> None:
     """Convert a data set to the files that loaders read. Goes on where it was interrupted."""
     from deitfast.cli.datasets_impl import convert_dataset, describe_dataset
+    from pipelines.storage.convert.options import ConvertOptions
+    from pipelines.storage.formats.format import named_format
 
     if kind not in KINDS:
         raise UserError(f"there is no kind of data set called {kind}", expected=", ".join(KINDS))
     if kind == "demo" and output is None:
         source, output = None, source
-    spec, folder = convert_dataset(
-        kind, source, output, max_side=max_side, quality=quality, form=format_, shard_size=shard_size,
-        val_fraction=val_fraction, skip_bad=skip_bad, workers=workers, display=display(),
-    )  # fmt: skip
+    options = ConvertOptions(
+        max_side=max_side,
+        quality=quality,
+        allow_huge=allow_huge,
+        form=named_format(format_, shard_size and shard_size * MB),
+        val_fraction=val_fraction,
+        val_seed=val_seed,
+        skip_bad=skip_bad,
+        workers=workers,
+    )
+    spec, folder = convert_dataset(kind, source, output, options, display())
     out.print(describe_dataset(spec, folder))
 
 

@@ -13,7 +13,7 @@ from deitfast.progress import Bar, Display
 from pipelines.errors import UserError
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert.converter import convert
-from pipelines.storage.formats.format import Format, beton, shards
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.verify import verify
 
@@ -24,62 +24,29 @@ SHOWN_DAMAGES = 20
 
 
 def convert_dataset(
-    kind: str,
-    source: Path | None,
-    output: Path | None,
-    *,
-    max_side: int = 0,
-    quality: int | None = None,
-    form: str = "beton",
-    shard_size: int | None = None,
-    val_fraction: float = 0.0,
-    skip_bad: bool = False,
-    workers: int = 0,
-    display: Display,
+    kind: str, source: Path | None, output: Path | None, options: ConvertOptions, display: Display
 ) -> tuple[DatasetSpec, Path]:
-    """Convert and return what was written, and where; `form` is beton or wds, `shard_size` in MB.
+    """Convert and return what was written, and where.
 
     Raises:
-        UserError: there is no such format; the source is missing or not what `kind` says; damaged files without
-            `skip_bad`; another data set is in `output`.
+        UserError: the source is missing or not what `kind` says; damaged files without `skip_bad`; another data set is
+            in `output`.
         DeitfastError: the disk is full, or the source cannot be read.
     """
-    written_as = _format(form, shard_size)
     source = source or _default_source(kind)
     if kind == "dataset" and output is None:
         raise UserError("convert dataset needs an output", expected=f"deitfast convert dataset {source} OUTPUT")
     output = output or Path("data") / kind
     bars = _Bars(display)
-    with (
-        bars,
-        closing(open_source(kind, source, val_fraction=val_fraction, scratch=output, progress=bars.listing)) as opened,
-    ):
-        for note in opened.notes:
-            log.info("%s", note)
-        spec = convert(
-            opened,
-            output,
-            max_side=max_side,
-            quality=quality,
-            workers=workers,
-            skip_bad=skip_bad,
-            form=written_as,
-            progress=bars.images,
-        )
-    return spec, output
-
-
-def _format(name: str, shard_size: int | None) -> Format:
-    """Return the format that --format and --shard-size (MB) ask for."""
-    match name:
-        case "beton" if shard_size is None:
-            return beton()
-        case "beton":
-            raise UserError("--shard-size without shards", remedy="--format wds, or leave --shard-size out")
-        case "wds":
-            return shards(shard_size * MB) if shard_size else shards()
-        case _:
-            raise UserError(f"there is no format {name}", expected="beton, wds")
+    with bars:
+        opened = open_source(
+            kind, source, val_fraction=options.val_fraction, val_seed=options.val_seed, scratch=output,
+            progress=bars.listing,
+        )  # fmt: skip
+        with closing(opened):
+            for note in opened.notes:
+                log.info("%s", note)
+            return convert(opened, output, options, progress=bars.images), output
 
 
 def _default_source(kind: str) -> Path | None:

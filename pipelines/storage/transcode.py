@@ -6,10 +6,12 @@ ImageFolder feeds to a model; EXIF orientation is ignored, as Pillow and FFCV ig
 """
 
 import io
+import threading
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,15 @@ FORCED_QUALITY = 95
 """JPEG quality, at full chroma resolution, of what must be re-encoded though nobody asked for smaller files."""
 LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
-Image.init()
-FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
-    if name in Image.OPEN
-)
-"""What Pillow is asked to read: all that `source_tree` takes for images. AVIF came with Pillow 11.3."""
+USUAL_PIXELS = 178_956_970
+"""Pixels above which an image is refused unless huge ones are allowed: Pillow's own limit against bombs."""
+HUGE_PIXELS = 500_000_000
+"""Pixels above which an image is refused in any case: Pillow takes 4 bytes a pixel, twice where it has to convert."""
 ORIENTATION = 0x0112  # EXIF tag
+
+
+_LIMIT = threading.Lock()
+"""Held while Pillow's limit is lifted."""
 
 
 class Kind(IntFlag):
@@ -50,6 +53,9 @@ class Kind(IntFlag):
     ROTATED = 512
     MISNAMED = 1024
     FRAMES = 2048
+    FLOAT = 4096
+    LONG = 8192
+    NARROW = 16384
 
 
 KIND_NAMES = {
@@ -65,8 +71,18 @@ KIND_NAMES = {
     Kind.ROTATED: "EXIF-rotated",
     Kind.MISNAMED: "named JPEG but not one",
     Kind.FRAMES: "first of several frames",
+    Kind.FLOAT: "floating-point",
+    Kind.LONG: "32-bit integers",
+    Kind.NARROW: "few of their bits used",
 }
 """How `DatasetSpec` and the summary call them."""
+REMARKS = {
+    Kind.FLOAT: "floating-point pixels: white is 1 where none is above it, else 255",
+    Kind.LONG: "32-bit integers: white is the smallest of 255, 4095 and 65535 that no pixel exceeds",
+    Kind.NARROW: "16 bits a channel of which at most 12 are used: in gray images white is the smaller of 255 and 4095 "
+    "that no pixel exceeds; color images stay as dark as they are",
+}
+"""What is said once of kinds whose pixels are converted by a rule that may not be the right one."""
 
 
 class BadImageError(Exception):
@@ -82,10 +98,12 @@ class EncodeOptions:
             filter that the recipe resizes with; 0 shrinks nothing.
         quality: JPEG quality. None: 95, and only where an image must be re-encoded. Given: every JPEG is re-encoded,
             and the original kept where that is no smaller.
+        allow_huge: read images of more than USUAL_PIXELS, up to HUGE_PIXELS; max_side does so as well.
     """
 
     max_side: int = 0
     quality: int | None = None
+    allow_huge: bool = False
 
     def __post_init__(self) -> None:
         if self.max_side != 0 and not 16 <= self.max_side <= LONGEST_SIDE:
@@ -99,6 +117,11 @@ class EncodeOptions:
         """Return an RGB image as JPEG: 4:2:0 as photographs usually are where smaller files were asked for."""
         smaller = self.max_side > 0 or self.quality is not None
         return _save(image, quality=self.quality or FORCED_QUALITY, subsampling="4:2:0" if smaller else "4:4:4")
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest image that is read."""
+        return HUGE_PIXELS if self.allow_huge or self.max_side else USUAL_PIXELS
 
     def shrinks(self, size: tuple[int, int]) -> bool:
         """Return whether an image of this (width, height) is too long."""
@@ -139,7 +162,8 @@ def transcode(content: bytes | np.ndarray, name: str, codec: EncodeOptions) -> E
     if not content:
         raise BadImageError("the file is empty")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_image(content, image_formats()) as image:
+            _check_pixels(image.size, codec)
             return _transcode(image, content, name, codec)
     except (BadImageError, MemoryError):
         raise
@@ -152,7 +176,7 @@ def transcode(content: bytes | np.ndarray, name: str, codec: EncodeOptions) -> E
 def stored_size(data: bytes) -> tuple[int, int]:
     """Decode a stored JPEG sample and return its (height, width). Raises BadImageError."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with open_image(data, ("JPEG",)) as image:
             width, height = image.size
             _check_decodes(image, data)
     except BadImageError:
@@ -160,6 +184,31 @@ def stored_size(data: bytes) -> tuple[int, int]:
     except Exception as error:  # as above
         raise BadImageError(str(error) or type(error).__name__) from None
     return height, width
+
+
+def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image of any size; Pillow's own limit is lifted meanwhile. Raises whatever Pillow raises."""
+    with _LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Return what Pillow is asked to read: all that `image_folder` takes for images. AVIF came with Pillow 11.3."""
+    Image.init()
+    wanted = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def _check_pixels(size: tuple[int, int], codec: EncodeOptions) -> None:
+    """Refuse an image too large to be read in the memory that is allowed. Raises BadImageError."""
+    if size[0] * size[1] > codec.max_pixels:
+        remedy = "" if codec.max_pixels == HUGE_PIXELS else f"; --max-side or --allow-huge read up to {HUGE_PIXELS:,}"
+        raise BadImageError(f"{size[0]:,} x {size[1]:,} pixels; at most {codec.max_pixels:,} are read{remedy}")
 
 
 def count_kinds(kinds: np.ndarray) -> dict[str, int]:
@@ -172,7 +221,8 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: EncodeOptio
     kind = _image_attributes(image, name)
     if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further ones behind it
         image.load()
-        return _store(_to_rgb(image), kind, codec, lossless=True)
+        rgb, more = _to_rgb(image, kind)
+        return _store(rgb, kind | more, codec, lossless=True)
     size = image.size
     passable = image.mode == "RGB" and read_frame(content).marker in HUFFMAN_FRAMES
     as_it_is = codec.quality is None and not codec.shrinks(size)
@@ -180,10 +230,12 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: EncodeOptio
         _check_decodes(image, content)
         return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     _check_end(content)
+    if size[0] * size[1] > USUAL_PIXELS and codec.shrinks(size):
+        image.draft(None, (2 * codec.max_side, 2 * codec.max_side))  # decoded smaller: a 64th of the memory at best
     image.load()
     if image.mode == "L" and as_it_is:
         return _encoded_image(JPEG, size, _gray_to_rgb(image), kind | Kind.REENCODED)
-    sample = _store(_to_rgb(image), kind, codec, lossless=False)
+    sample = _store(_to_rgb(image, kind)[0], kind, codec, lossless=False)
     if passable and (sample.width, sample.height) == size and len(sample.data) >= len(content):
         return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     return sample
@@ -217,27 +269,50 @@ def _gray_to_rgb(image: Any) -> bytes:
     return _save(image.convert("RGB"), qtables=[table], subsampling="4:2:0")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the pixels as 8-bit RGB, 16-bit grays scaled by 255 / 65535 (Pillow would clip them)."""
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise BadImageError(f"integer pixels from {pixels.min()} to {pixels.max()}; 0 to 65535 can be converted")
-        image = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode == "F":
-        raise BadImageError("floating-point pixels, which have no white")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _to_rgb(image: Image.Image, kind: Kind) -> tuple[Image.Image, Kind]:
+    """Return the pixels as 8-bit RGB, and what only they could tell of the image.
+
+    Integers of more than 8 bits are scaled by 255 / white (Pillow would clip them), white being what REMARKS says;
+    where the file states its range (16-bit PGM) it is 65535.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels, white, more = _white(np.asarray(image), kind, stated=image.format == "PPM")
+        scaled = (pixels * 255 + white // 2) // white if pixels.dtype == np.int64 else np.rint(pixels * (255 / white))
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB"), more
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    narrow = kind & Kind.DEEP and np.asarray(rgb).max() < 16  # Pillow kept the upper 8 bits
+    return rgb, Kind.NARROW if narrow else Kind(0)
+
+
+def _white(pixels: np.ndarray, kind: Kind, *, stated: bool) -> tuple[np.ndarray, int, Kind]:
+    """Return gray pixels as int64 or float64, the value that becomes 255, and NARROW where few bits are used."""
+    if not np.isfinite(pixels).all():
+        raise BadImageError("floating-point pixels that are not finite")
+    floats = pixels.dtype.kind == "f"
+    pixels = pixels.astype(np.float64 if floats else np.int64)
+    low, high = pixels.min(), pixels.max()
+    allowed = (1, 255) if floats else (65535,) if stated else (255, 4095, 65535)
+    if low < 0 or high > allowed[-1]:
+        what = "floating-point" if floats else "integer"
+        raise BadImageError(f"{what} pixels from {low:g} to {high:g}; 0 to {allowed[-1]} can be converted")
+    white = next(value for value in allowed if high <= value)
+    narrow = not floats and white < 65535 and not kind & Kind.LONG
+    return pixels, white, Kind.NARROW if narrow else Kind(0)
 
 
 def _image_attributes(image: Image.Image, name: str) -> Kind:
     """Return what is special about an image, from its header."""
     kind = Kind(0)
     mode = image.mode
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
+    if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I"):
         kind |= Kind.GRAY
+    if mode == "F":
+        kind |= Kind.FLOAT
     if mode == "CMYK":
         kind |= Kind.CMYK
-    if mode.startswith("I") or any(str(raw)[-4:-1] == ";16" for raw in _raw_modes(image)):
+    if mode == "I" and any(";32" in str(raw) for raw in _raw_modes(image)):
+        kind |= Kind.LONG
+    elif mode.startswith("I") or any(str(raw)[-4:-1] == ";16" for raw in _raw_modes(image)):
         kind |= Kind.DEEP
     if mode in ("P", "PA"):
         kind |= Kind.PALETTE

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import ByteRange, Reader
@@ -159,5 +160,5 @@ def _converted(images: Sequence[bytes | np.ndarray], classes: int, folder: Path)
     ]
     names = tuple(f"class {number:04d}" for number in range(classes))
     source = InMemory("folder", "images to measure with", names, {"train": entries, "val": entries})
-    convert(source, folder, skip_bad=True, workers=1 if len(entries) <= FEW else 0)
+    convert(source, folder, ConvertOptions(skip_bad=True, workers=1 if len(entries) <= FEW else 0))
     return Dataset.open(folder)

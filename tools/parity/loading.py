@@ -18,6 +18,7 @@ from pipelines.loaders.factory import available, open_loader
 from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
 from pipelines.storage.reader import Reader
@@ -37,7 +38,7 @@ BATCH = 8
 def store(files: list[bytes], folder: Path) -> Reader:
     """Convert encoded images to a data set in `folder` and open it."""
     entries = [Entry(f"image {number}", 0, data, len(data)) for number, data in enumerate(files)]
-    convert(InMemory("folder", "images to compare", ("image",), {"train": entries}), folder, workers=1)
+    convert(InMemory("folder", "images to compare", ("image",), {"train": entries}), folder, ConvertOptions(workers=1))
     return Dataset.open(folder).split("train")
 
 

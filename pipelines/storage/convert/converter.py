@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, explain_os_error, file_lock
 from pipelines.spec import DatasetSpec
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.convert.split import Job, check_counts, convert_split, journal_path
 from pipelines.storage.dataset import (
     FORMAT,
@@ -26,11 +27,10 @@ from pipelines.storage.dataset import (
     write_spec,
 )
 from pipelines.storage.entry import Source
-from pipelines.storage.formats.format import Format, beton
-from pipelines.storage.transcode import EncodeOptions
+from pipelines.storage.transcode import KIND_NAMES, REMARKS
 from pipelines.storage.verify import Progress
-from pipelines.workers import usable_cores
 
+DEFAULTS = ConvertOptions()
 SKIPPED_FILE = "skipped.txt"
 GO_ON = "make room, or check the rights, and run the same command again; it goes on where it stopped"
 
@@ -39,13 +39,9 @@ log = logging.getLogger(__name__)
 
 def convert(
     source: Source,
-    output: Path,
+    output: Path | str,
+    options: ConvertOptions = DEFAULTS,
     *,
-    max_side: int = 0,
-    quality: int | None = None,
-    workers: int = 0,
-    skip_bad: bool = False,
-    form: Format | None = None,
     progress: Progress | None = None,
 ) -> DatasetSpec:
     """Convert a source into the dataset folder `output`; does nothing if exactly that is there already.
@@ -53,11 +49,7 @@ def convert(
     Args:
         source: the images.
         output: the folder to make, or to go on with.
-        max_side: shrink longer images to this longest side in pixels; 0: none.
-        quality: JPEG quality; None: re-encode (at 95) only what must be. See `transcode.EncodeOptions`.
-        workers: processes; 0: one a usable core; 1: this one.
-        skip_bad: leave out files that are no whole images and list them in skipped.txt, rather than stop at the first.
-        form: how splits are stored; None: as one .beton file each.
+        options: how they are stored.
         progress: called with (stage, done, total, bytes written) as work gets done.
 
     Returns:
@@ -68,10 +60,7 @@ def convert(
         DeitfastError: the disk is full or a file cannot be read. The same command then goes on where this one stopped.
     """
     _check_source(source)
-    job = Job(
-        source, Path(output), EncodeOptions(max_side, quality), workers or usable_cores(), skip_bad,
-        progress or (lambda *_: None), _listing(source), form or beton(),
-    )  # fmt: skip
+    job = Job(source, Path(output), options, progress or (lambda *_: None), _listing(source))
     with file_lock(job.output, "conversion"), explain_os_error(job.output, GO_ON):
         if (job.output / SPEC_FILE).exists():
             return _already_there(job)
@@ -81,11 +70,15 @@ def convert(
         spec = DatasetSpec(
             format=FORMAT, name=source.kind, classes=source.classes, splits=splits, codec=job.codec_spec,
             source=job.described, fingerprint=fingerprint,
+            val_fraction=options.val_fraction, val_seed=options.val_seed,
         )  # fmt: skip
         if skipped := [line for _, lines in converted.values() for line in lines]:
             with atomic_write(job.output / SKIPPED_FILE) as file:
                 file.write("".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace"))
             log.info("%d images are left out; %s says which and why", len(skipped), job.output / SKIPPED_FILE)
+        for kind, remark in REMARKS.items():
+            if count := sum(split.converted.get(KIND_NAMES[kind], 0) for split in splits.values()):
+                log.warning("%d images have %s", count, remark)
         write_spec(job.output, spec)
         _remove_leftovers(job)
     return spec

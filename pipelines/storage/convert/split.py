@@ -20,12 +20,13 @@ from pipelines.errors import DeitfastError, UserError
 from pipelines.files import sync_folder
 from pipelines.spec import SplitSpec
 from pipelines.storage.convert.journal import Journal
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import content_fingerprint
 from pipelines.storage.entry import Entry, Source
 from pipelines.storage.formats.format import Format, Writer, beton, shards
 from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, count_kinds, transcode
 from pipelines.storage.verify import Progress, damaged_samples
-from pipelines.workers import in_order
+from pipelines.workers import in_order, usable_cores
 
 BATCH_IMAGES, BATCH_BYTES = 64, 2 << 20
 """A worker's task: so many images, or so many bytes of them."""
@@ -41,14 +42,25 @@ class Job:
 
     source: Source
     output: Path
-    codec: EncodeOptions
-    workers: int
-    skip_bad: bool
+    options: ConvertOptions
     progress: Progress
     listing: str
     """Digest of the source's kind, classes and entries."""
-    form: Format
-    """How splits are stored."""
+
+    @property
+    def form(self) -> Format:
+        """How splits are stored."""
+        return self.options.form
+
+    @property
+    def codec(self) -> EncodeOptions:
+        """How images are stored."""
+        return EncodeOptions(self.options.max_side, self.options.quality, self.options.allow_huge)
+
+    @property
+    def workers(self) -> int:
+        """Number of processes."""
+        return self.options.workers or usable_cores()
 
     @property
     def key(self) -> str:
@@ -60,7 +72,7 @@ class Job:
 
     @property
     def described(self) -> str:
-        """The source, for people; equal only for an equal listing."""
+        """The source, human-readable; equal only for an equal listing."""
         return f"{self.source.origin} (listing {self.listing})"
 
     @property
@@ -164,7 +176,7 @@ def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
 def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
     """Transcode and write whatever entries of the split the journal does not have yet."""
     entries, done = job.source.splits[split], len(journal.records)
-    if journal.reasons and not job.skip_bad:
+    if journal.reasons and not job.options.skip_bad:
         number, reason = min(journal.reasons.items())
         raise _bad(entries[number], reason)
     if done:
@@ -201,7 +213,7 @@ def _write(
                 True, outcome.mode, int(outcome.kind), outcome.width, outcome.height, label, outcome.crc32, size, offset
             )  # fmt: skip
             journal.add(record, number, "")
-        elif job.skip_bad:
+        elif job.options.skip_bad:
             journal.add((False, 0, 0, 0, 0, label, 0, 0, 0), number, outcome)
         else:
             _flush(writer, journal)

@@ -98,5 +98,22 @@ def shards(size: int = SHARD_SIZE) -> Format:
     )
 
 
+def named_format(name: str, shard_size: int | None = None) -> Format:
+    """Return the format beton, or wds with shards of `shard_size` bytes (None: SHARD_SIZE).
+
+    Raises:
+        UserError: there is no such format, or a size where there are no shards.
+    """
+    match name:
+        case "beton" if shard_size is None:
+            return beton()
+        case "beton":
+            raise UserError("--shard-size without shards", remedy="--format wds, or leave --shard-size out")
+        case "wds":
+            return shards(SHARD_SIZE if shard_size is None else shard_size)
+        case _:
+            raise UserError(f"there is no format {name}", expected="beton, wds")
+
+
 def _as_it_is(sample: EncodedImage) -> EncodedImage:
     return sample

@@ -14,7 +14,7 @@ from pipelines.files import explain_os_error
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES, open_tree
 from pipelines.storage.sources.listing import Extent, Listing, list_files, printable
-from pipelines.storage.sources.opened_source import OpenedSource, Workspace, refuse_fraction
+from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -75,7 +75,7 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def open_cifar(kind: str, path: Path, workspace: Workspace, val_fraction: float) -> OpenedSource:
+def open_cifar(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
     """Open CIFAR-10 or CIFAR-100: an official archive, its folder, a folder that holds either, or an image tree.
 
     Raises:
@@ -86,7 +86,7 @@ def open_cifar(kind: str, path: Path, workspace: Workspace, val_fraction: float)
     for layout in LAYOUTS:
         folder = _folder(layout, listing)
         if folder is not None and layout.kind == kind:
-            return _open_archive(layout, folder, listing, workspace, val_fraction)
+            return _open_archive(layout, folder, listing, workspace)
         if folder is not None:
             raise UserError(
                 f"{printable(path)} holds {layout.kind}", expected=kind, remedy=f"convert {layout.kind} of it"
@@ -98,7 +98,10 @@ def open_cifar(kind: str, path: Path, workspace: Workspace, val_fraction: float)
             expected=f"{archives}, packed or unpacked, or an image tree train/<class>/* and test/<class>/*",
             found=f"{len(listing.files):,} other files",
         )
-    return open_tree(kind, listing, workspace, val_fraction)
+    source = open_tree(kind, listing, workspace)
+    if "val" not in source.splits and "test" in source.splits:  # as from the archives: their test images are val
+        source.splits["val"] = source.splits.pop("test")
+    return source
 
 
 def _home(kind: str, path: Path) -> Path:
@@ -122,9 +125,7 @@ def _folder(layout: Layout, listing: Listing) -> str | None:
     return folder + "/" if folder else ""
 
 
-def _open_archive(
-    layout: Layout, folder: str, listing: Listing, workspace: Workspace, val_fraction: float
-) -> OpenedSource:
+def _open_archive(layout: Layout, folder: str, listing: Listing, workspace: Workspace) -> OpenedSource:
     where = printable(listing.origin)
     wanted = (*layout.train, layout.test, layout.meta)
     if missing := [name for name in wanted if folder + name not in listing.files]:
@@ -133,7 +134,6 @@ def _open_archive(
             expected=f"all files of {layout.archive}.tar.gz: {', '.join(wanted)}",
             remedy="fetch the archive again from https://www.cs.toronto.edu/~kriz/cifar.html",
         )
-    refuse_fraction(where, val_fraction, layout.test)
     read_batch = _read_python if layout.labels_key else _read_binary
     classes = _class_names(layout, listing.files[folder + layout.meta].read(), where)
     splits: dict[str, list[Entry]] = {"train": [], "val": []}
@@ -146,7 +146,7 @@ def _open_archive(
                 Entry(f"{name}#{row}", int(label), image, PIXELS)
                 for row, (label, image) in enumerate(zip(batch.labels, batch.images, strict=True))
             )
-    return OpenedSource(layout.kind, str(listing.origin), classes, splits, tuple(workspace.notes), workspace.unpacked)
+    return OpenedSource(layout.kind, str(listing.origin), classes, splits, tuple(listing.notes), workspace.unpacked)
 
 
 def _class_names(layout: Layout, data: bytes, where: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry
 from pipelines.storage.reader import JPEG
@@ -31,15 +30,13 @@ class Converted:
         return data.reshape(int(reader.heights[self.sample]), int(reader.widths[self.sample]), 3)
 
 
-def open_dataset(folder: Path, val_fraction: float) -> OpenedSource:
+def open_dataset(folder: Path) -> OpenedSource:
     """Open a converted dataset as a source of its own kind, classes, splits and order.
 
     Raises:
-        UserError: there is no dataset, or a validation split of it is asked for.
+        UserError: there is no dataset.
         DeitfastError: it is damaged.
     """
-    if val_fraction:
-        raise UserError("a converted data set keeps the splits it has", remedy="leave the validation fraction out")
     dataset = Dataset.open(folder)
     spec = dataset.spec
     splits = {}

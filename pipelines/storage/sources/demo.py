@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.storage.entry import Entry
-from pipelines.storage.sources.opened_source import OpenedSource, refuse_fraction
+from pipelines.storage.sources.opened_source import OpenedSource
 
 SIDES = (32, 64)
 """Smallest and largest side of an image in pixels; few are square."""
@@ -97,12 +97,11 @@ class Drawing:
         return file.getvalue()
 
 
-def open_demo(train: int = 4000, val: int = 1000, seed: int = 0, val_fraction: float = 0.0) -> OpenedSource:
+def open_demo(train: int = 4000, val: int = 1000, seed: int = 0) -> OpenedSource:
     """Return the demo set with `train` and `val` images, the classes taking turns; nothing is drawn yet.
 
     An image depends on seed, split and its own index only: a larger set begins with the smaller one.
     """
-    refuse_fraction("the demo set", val_fraction, "val")
     splits = {}
     for split, (name, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
         labels = [index % len(CLASSES) for index in range(number)]

@@ -1,5 +1,6 @@
 """Open any source of images by its kind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,8 @@ from pipelines.storage.sources.demo import open_demo
 from pipelines.storage.sources.image_folder import open_folder
 from pipelines.storage.sources.imagenet import open_imagenet
 from pipelines.storage.sources.listing import printable
-from pipelines.storage.sources.opened_source import OpenedSource, Progress, Workspace
+from pipelines.storage.sources.opened_source import ListingProgress, OpenedSource, Workspace
+from pipelines.storage.sources.splits import with_validation
 
 KINDS: tuple[str, ...] = get_args(SourceKind)
 
@@ -21,17 +23,21 @@ def open_source(
     path: Path | None,
     *,
     val_fraction: float = 0.0,
+    val_seed: int = 0,
     scratch: Path | None = None,
-    progress: Progress | None = None,
+    progress: ListingProgress | None = None,
 ) -> OpenedSource:
     """Find the classes and images of a source. Nothing is decoded; images are read later, one by one.
 
     Args:
         kind: one of KINDS.
         path: the folder or archive; None for demo, which draws its own.
-        val_fraction: share of each class that becomes the validation split of a source that has none.
-        scratch: folder for what compressed archives must be unpacked to: their unpacked size, and for CIFAR's python
-            archives 3 KB an image. None: the system's temporary folder. `close()` of the source deletes it again.
+        val_fraction: share of each training class that becomes the validation split; the source's own one, if any,
+            is then the split test. 0: the splits are the source's.
+        val_seed: another seed draws other images.
+        scratch: output of the conversion, never part of the source, and folder for what compressed archives must be
+            unpacked to: their unpacked size, and for CIFAR's python archives 3 KB an image. None: the system's
+            temporary folder. `close()` of the source deletes it again.
         progress: told what is being listed, indexed or unpacked, and how far that is.
 
     Raises:
@@ -44,25 +50,35 @@ def open_source(
         )
     if path is None and kind in KINDS and kind != "demo":
         raise UserError(f"{kind} needs a folder or an archive to read", remedy="name it after the kind")
-    place = path or Path()
+    if val_seed < 0:
+        raise UserError("the seed of the validation split is negative", expected="0 or more", found=str(val_seed))
     workspace = Workspace(scratch, progress or (lambda what, done, total: None))
     try:
-        match kind:
-            case "imagenet":
-                return open_imagenet(place, workspace, val_fraction)
-            case "cifar10" | "cifar100":
-                return open_cifar(kind, place, workspace, val_fraction)
-            case "folder":
-                return open_folder(place, workspace, val_fraction)
-            case "demo":
-                return open_demo(val_fraction=val_fraction)
-            case "dataset":
-                return open_dataset(place, val_fraction)
-            case _:
-                raise UserError(f"there is no kind of source called {kind}", expected=", ".join(KINDS))
+        source = _open(kind, path or Path(), workspace)
+        if val_fraction:
+            source = with_validation(source, val_fraction, val_seed)
     except OSError as error:
         workspace.close()
-        raise DeitfastError(f"{printable(place)} cannot be read: {error}") from None
+        raise DeitfastError(f"{printable(path or '')} cannot be read: {error}") from None
     except BaseException:
         workspace.close()
         raise
+    if "val" not in source.splits:
+        source = replace(source, notes=(*source.notes, "there is no validation split; --val-fraction .1 makes one"))
+    return source
+
+
+def _open(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
+    match kind:
+        case "imagenet":
+            return open_imagenet(path, workspace)
+        case "cifar10" | "cifar100":
+            return open_cifar(kind, path, workspace)
+        case "folder":
+            return open_folder(path, workspace)
+        case "demo":
+            return open_demo()
+        case "dataset":
+            return open_dataset(path)
+        case _:
+            raise UserError(f"there is no kind of source called {kind}", expected=", ".join(KINDS))

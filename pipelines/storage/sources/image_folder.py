@@ -1,8 +1,6 @@
-"""Image trees: `train/<class>/*` and `val/<class>/*` in a folder or an archive. What kind `folder` opens."""
+"""Image trees: `train/<class>/*`, `val/<class>/*`, `test/<class>/*` in a folder or an archive; the kind `folder`."""
 
-import hashlib
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,17 +8,16 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
-from pipelines.storage.sources.listing import Extent, Listing, ZipMember, is_hidden, list_files, printable
-from pipelines.storage.sources.opened_source import OpenedSource, Workspace, refuse_fraction
+from pipelines.storage.sources.listing import FileLocator, Listing, is_hidden, list_files, printable
+from pipelines.storage.sources.opened_source import OpenedSource, Workspace
+from pipelines.storage.sources.splits import SPLIT_NAMES, mentions_split, split_of
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "test", "testing")
-LAYOUT = "train/<class>/* and, if you have one, val/<class>/* (or test, valid, validation)"
-Images = dict[str, Extent | ZipMember]
+EXPECTED = "train/<class>/* and, if you have them, val/<class>/* (or valid, validation) and test/<class>/*"
+Images = dict[str, FileLocator]
 
 
 @dataclass
@@ -34,13 +31,18 @@ class Part:
     loose: Images = field(default_factory=dict)
     """Images outside every class folder, by name."""
 
+    @property
+    def num_images(self) -> int:
+        """Images in class folders."""
+        return sum(map(len, self.classes.values()))
+
 
 @dataclass
 class Tree:
     """The images of a listing, below the folder that everything lies in."""
 
     root: str
-    """Prefix that all names share, ending in "/", or empty."""
+    """Prefix of the folder that holds the splits or classes, ending in "/", or empty."""
     images: Images
     """Images by full name, sorted."""
     folders: set[str]
@@ -49,8 +51,13 @@ class Tree:
     """Visible files that are not images by their names, by their ending (or name, where that has none)."""
 
     def part(self, folder: str) -> Part:
-        """Return what lies below `folder` (a name directly below the root; empty: the root itself)."""
+        """Return what lies below `folder` (a name directly below the root; empty: the root itself).
+
+        A folder that holds nothing but one of the same split's name (train/train/<class>) is passed through.
+        """
         prefix = f"{self.root}{folder}/" if folder else self.root
+        while folder and (inner := self._only_folder(prefix)) and split_of(inner) == split_of(folder):
+            prefix += inner + "/"
         part = Part(folder)
         for name in self.folders:
             if name.startswith(prefix) and "/" not in name[len(prefix) :]:
@@ -64,49 +71,69 @@ class Tree:
 
     def parts(self, names: Iterable[str]) -> list[Part]:
         """Return the parts in folders of these names (upper or lower case), in the order of `names`."""
-        tops = {name[len(self.root) :].split("/", 1)[0] for name in self.images if name.startswith(self.root)}
-        return [self.part(top) for name in names for top in sorted(tops) if top.lower() == name]
+        return [self.part(top) for name in names for top in self._tops() if top.lower() == name]
+
+    def split_parts(self, split: str) -> list[Part]:
+        """Return the parts whose folders are named like a split and hold class folders with images, best name first."""
+        names = SPLIT_NAMES[split]
+        tops = [top for top in self._tops() if split_of(top) == split]
+        tops.sort(key=lambda top: names.index(top.lower()) if top.lower() in names else len(names))
+        return [part for part in map(self.part, tops) if part.num_images]
+
+    def _tops(self) -> list[str]:
+        return sorted({name[len(self.root) :].split("/", 1)[0] for name in self.images if name.startswith(self.root)})
+
+    def _only_folder(self, prefix: str) -> str | None:
+        """Return the one folder that all images below `prefix` lie in, if they lie in further folders there."""
+        below = [name[len(prefix) :].split("/", 2) for name in self.images if name.startswith(prefix)]
+        tops = {parts[0] for parts in below}
+        return tops.pop() if len(tops) == 1 and all(len(parts) == 3 for parts in below) else None
 
 
-def open_folder(path: Path, workspace: Workspace, val_fraction: float) -> OpenedSource:
-    """Open a folder, tar or zip of class folders, with or without train and val above them.
+def open_folder(path: Path, workspace: Workspace) -> OpenedSource:
+    """Open a folder, tar or zip of class folders, with or without train, val and test above them.
 
     Raises:
         UserError: no class folders, or named like splits; a class is empty, or val has classes that train has not.
     """
-    return open_tree("folder", list_files(path, workspace), workspace, val_fraction)
+    return open_tree("folder", list_files(path, workspace), workspace)
 
 
-def open_tree(kind: str, listing: Listing, workspace: Workspace, val_fraction: float) -> OpenedSource:
+def open_tree(kind: str, listing: Listing, workspace: Workspace) -> OpenedSource:
     """Open the image tree in a listing; without a train folder, every folder at the top is a class."""
     tree = read_tree(listing)
-    trains = [part for part in tree.parts(TRAIN_NAMES) if any(part.classes.values())]
-    vals = [part for part in tree.parts(VAL_NAMES) if any(part.classes.values())]
-    if not trains and vals:
+    parts = find_splits(tree, listing.origin)
+    classes, splits, notes = assemble(listing.origin, parts, tree.ignored.total())
+    notes = (*_outside(tree, parts, splits), *notes, *listing.notes)
+    return OpenedSource(kind, str(listing.origin), classes, splits, notes, workspace.unpacked)
+
+
+def find_splits(tree: Tree, origin: Path) -> dict[str, Part]:
+    """Return the parts by split. Raises UserError where there is no training set, or only splits' names for classes."""
+    found = {split: parts[0] for split in SPLIT_NAMES if (parts := tree.split_parts(split))}
+    if "train" not in found and found:
+        part = next(iter(found.values()))
         raise UserError(
-            f"{printable(listing.origin)} has no training images",
-            expected=LAYOUT,
-            found=f"{vals[0].folder}/ with {len(vals[0].classes)} classes, and no train/",
+            f"{printable(origin)} has no training images",
+            expected=EXPECTED,
+            found=f"{part.folder}/ with {len(part.classes)} classes, and no train/",
         )
-    train, val = trains[0] if trains else tree.part(""), vals[0] if vals else None
-    if any(train.classes.values()) and all(map(_is_split, train.classes)):
+    parts = {"train": found.get("train") or tree.part(""), **found}
+    if parts["train"].num_images and all(map(mentions_split, parts["train"].classes)):
         raise UserError(
-            f"{printable(listing.origin)}: the folders that should be classes are named like splits",
-            expected=LAYOUT,
-            found=some(sorted(train.classes)),
+            f"{printable(origin)}: the folders that should be classes are named like splits",
+            expected=EXPECTED,
+            found=some(sorted(parts["train"].classes)),
         )
-    used = sum(len(images) for part in (train, val) if part for images in part.classes.values())
-    if unused := len(tree.images) - used:
-        seen = " and ".join(f"{part.folder}/<class>/" for part in (train, val) if part and part.folder)
-        workspace.notes.append(f"{unused:,} images outside {seen or 'the class folders'} are left out")
-    if tree.ignored:
-        endings = some([ending for ending, _ in tree.ignored.most_common()])
-        workspace.notes.append(f"{tree.ignored.total():,} files, not images by their names, are left out: {endings}")
-    return assemble(kind, listing.origin, train, val, workspace, val_fraction, tree.ignored.total())
+    return parts
 
 
 def read_tree(listing: Listing) -> Tree:
-    """Pick the images out of a listing, by their names' endings, and find the folder that holds them all."""
+    """Pick the images out of a listing, by their names' endings, and find the folder that holds splits or classes.
+
+    Raises:
+        UserError: several folders hold a training set each.
+    """
     images: Images = {}
     ignored: Counter[str] = Counter()
     for name, locator in listing.files.items():
@@ -118,26 +145,29 @@ def read_tree(listing: Listing) -> Tree:
         else:
             ignored["._*" if base.startswith("._") else printable(posixpath.splitext(base)[1].lower() or base)] += 1
     visible = {name for name in listing.folders if not any(map(is_hidden, name.split("/")))}
-    return Tree(_common_root(images), images, visible, ignored)
+    root = _root_of_splits(images, listing.origin)
+    return Tree(_common_root(images) if root is None else root, images, visible, ignored)
 
 
 def assemble(
-    kind: str,
-    origin: Path,
-    train: Part,
-    val: Part | None,
-    workspace: Workspace,
-    val_fraction: float,
-    ignored: int = 0,
-) -> OpenedSource:
-    """Number the classes of `train` in sorted order and list both splits sorted by class and name.
+    origin: Path, parts: Mapping[str, Part], ignored: int = 0
+) -> tuple[tuple[str, ...], dict[str, list[Entry]], tuple[str, ...]]:
+    """Number the classes of train in sorted order and list every split sorted by class and name.
+
+    Args:
+        origin: the folder or archive, for messages.
+        parts: what lies there, by split; train is among them.
+        ignored: files that are not images by their names, for messages.
+
+    Returns:
+        Class names, entries by split, and notes for the user.
 
     Raises:
-        UserError: no images, an empty class, unknown classes in val, or a `val_fraction` where there is a val.
+        UserError: no images, an empty class, or unknown classes in another split.
     """
-    where = printable(origin)
-    if not any(train.classes.values()):
-        raise UserError(f"{where} holds no images in class folders", expected=LAYOUT, found=_contents(train, ignored))
+    where, train = printable(origin), parts["train"]
+    if not train.num_images:
+        raise UserError(f"{where} holds no images in class folders", expected=EXPECTED, found=_contents(train, ignored))
     if empty := sorted(name for name, images in train.classes.items() if not images):
         raise UserError(
             f"{where}: {len(empty)} of {len(train.classes)} classes have no images",
@@ -145,38 +175,23 @@ def assemble(
             remedy="add their images or remove their folders",
         )
     labels = {name: label for label, name in enumerate(sorted(train.classes))}
-    if len(labels) == 1:
-        workspace.notes.append(f"there is one class only: {min(labels)}")
+    notes = [f"there is one class only: {min(labels)}"] if len(labels) == 1 else []
     splits = {"train": _entries(train, labels)}
-    if val is not None:
-        if unknown := sorted(name for name, images in val.classes.items() if images and name not in labels):
+    for split, part in parts.items():
+        if split == "train":
+            continue
+        unknown = sorted(name for name, images in part.classes.items() if images and name not in labels)
+        if split == "test" and not any(images and name in labels for name, images in part.classes.items()):
+            notes.append(f"{part.folder}/ has none of the training classes: {part.num_images:,} images are left out")
+            continue
+        if unknown:
             raise UserError(
-                f"{where}: {val.folder}/ has {len(unknown)} classes that {train.folder}/ has not",
+                f"{where}: {part.folder}/ has {len(unknown)} classes that {train.folder}/ has not",
                 found=some(unknown),
-                remedy="name the class folders of both splits alike",
+                remedy="name the class folders of all splits alike",
             )
-        refuse_fraction(where, val_fraction, val.folder)
-        splits["val"] = _entries(val, labels)
-    elif val_fraction:
-        splits["train"], splits["val"] = split_off(splits["train"], val_fraction, train.folder)
-    else:
-        workspace.notes.append("there is no validation split; --val-fraction .1 makes one")
-    return OpenedSource(kind, str(origin), tuple(labels), splits, tuple(workspace.notes), workspace.unpacked)
-
-
-def split_off(entries: list[Entry], fraction: float, folder: str) -> tuple[list[Entry], list[Entry]]:
-    """Move `fraction` of each class to a validation split; at least one image each, where the class has two.
-
-    Which images go is decided by a hash of their own names below `folder`, so that more files change little.
-    """
-    by_class: dict[int, list[Entry]] = {}
-    for entry in entries:
-        by_class.setdefault(entry.label, []).append(entry)
-    chosen: set[str] = set()
-    for images in by_class.values():
-        number = min(len(images) - 1, max(1, int(len(images) * fraction + 0.5)))
-        chosen.update(entry.name for entry in sorted(images, key=lambda e: _draw(e.name, folder))[:number])
-    return [e for e in entries if e.name not in chosen], [e for e in entries if e.name in chosen]
+        splits[split] = _entries(part, labels)
+    return tuple(labels), splits, tuple(notes)
 
 
 def some(names: list[str]) -> str:
@@ -184,8 +199,22 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def _draw(name: str, folder: str) -> bytes:
-    return hashlib.blake2b(name.removeprefix(f"{folder}/").encode(), digest_size=8).digest()
+def _outside(tree: Tree, parts: Mapping[str, Part], splits: Mapping[str, list[Entry]]) -> list[str]:
+    """Return notes on what was taken for what, and on what lies there besides."""
+    folders = [part.folder for split, part in parts.items() if split in splits and part.folder]
+    notes = []
+    if tree.root or any(folder.lower() not in SPLIT_NAMES[split_of(folder) or "train"] for folder in folders):
+        found = " and ".join(f"{folder}/" for folder in folders) or "class folders"
+        counts = " + ".join(f"{len(entries):,}" for entries in splits.values())
+        under = f" under {printable(tree.root)}" if tree.root else ""
+        notes.append(f"{found}{under}: {len(parts['train'].classes):,} classes, {counts} images")
+    if unused := len(tree.images) - sum(part.num_images for part in parts.values()):
+        seen = " and ".join(f"{folder}/<class>/" for folder in folders)
+        notes.append(f"{unused:,} images outside {seen or 'the class folders'} are left out")
+    if tree.ignored:
+        endings = some([ending for ending, _ in tree.ignored.most_common()])
+        notes.append(f"{tree.ignored.total():,} files, not images by their names, are left out: {endings}")
+    return notes
 
 
 def _entries(part: Part, labels: Mapping[str, int]) -> list[Entry]:
@@ -196,13 +225,41 @@ def _entries(part: Part, labels: Mapping[str, int]) -> list[Entry]:
     ]
 
 
-def _is_split(folder: str) -> bool:
-    """Say whether a folder's name is that of a split: train, test1, seg_train."""
-    return any(word in TRAIN_NAMES + VAL_NAMES for word in re.findall("[a-z]+", folder.lower()))
+def _root_of_splits(images: Iterable[str], origin: Path) -> str | None:
+    """Return the prefix of the folder that holds a training folder with class folders, or None.
+
+    It counts where a validation or test folder lies next to it, or where most of the images lie in it.
+
+    Raises:
+        UserError: there are several, equally far down.
+    """
+    found: dict[str, set[str]] = {}
+    inside: Counter[str] = Counter()
+    total = 0
+    for name in images:
+        total += 1
+        parts = name.split("/")
+        for depth, part in enumerate(parts[:-2]):  # a class folder lies between it and the image
+            if split := split_of(part):
+                root = "/".join([*parts[:depth], ""])
+                found.setdefault(root, set()).add(split)
+                inside[root] += 1
+                break
+    with_train = [root for root, splits in found.items() if "train" in splits]
+    roots = [root for root in with_train if len(found[root]) > 1 or inside[root] * 2 > total] or with_train
+    highest = [root for root in roots if root.count("/") == min(other.count("/") for other in roots)]
+    if len(highest) > 1:
+        raise UserError(
+            f"{printable(origin)}: several folders hold a training set",
+            found=some(sorted(map(printable, highest))),
+            remedy="give one of them as the source",
+        )
+    alone = len(with_train) == 1 and len(found[highest[0]]) == 1 and inside[highest[0]] * 2 <= total
+    return highest[0] if highest and not alone else None
 
 
 def _common_root(images: Iterable[str]) -> str:
-    """Return the prefix below which splits or classes lie: past folders that hold one folder and no images."""
+    """Return the prefix below which classes lie: past folders that hold one folder and no images."""
     root = ""
     while True:
         below = [name[len(root) :].split("/", 2) for name in images if name.startswith(root)]
@@ -210,7 +267,7 @@ def _common_root(images: Iterable[str]) -> str:
         if len(tops) != 1 or any(len(parts) == 2 for parts in below):
             return root
         (top,) = tops
-        if top.lower() in TRAIN_NAMES + VAL_NAMES:
+        if split_of(top):
             return root
         root += top + "/"
 

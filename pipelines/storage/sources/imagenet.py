@@ -5,21 +5,24 @@ import re
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.storage.sources.image_folder import TRAIN_NAMES, Part, Tree, assemble, read_tree, some
+from pipelines.storage.sources.image_folder import Images, Part, Tree, assemble, read_tree, some
 from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
 from pipelines.storage.sources.listing import Extent, Listing, list_files, list_tar, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
+from pipelines.storage.sources.splits import SPLIT_NAMES
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 CLASS_TAR = re.compile(r"n\d{8}\.tar")
-TRAIN_FOLDERS = (*TRAIN_NAMES, "ilsvrc2012_img_train")
+TRAIN_FOLDERS = (*SPLIT_NAMES["train"], "ilsvrc2012_img_train")
 VAL_FOLDERS = ("val", "ilsvrc2012_img_val", "validation", "valid")
 UNUSED = frozenset({"test", "ILSVRC2012_img_test", "Annotations", "ImageSets"})
 """Folders of Kaggle's download that hold half a million files of no use here."""
+WNID_IN_NAME = re.compile(r"(?:^|_)(n\d{8})(?=[_.])")
+"""ILSVRC2012_val_00000293_n01440764.JPEG, n01440764_10026.JPEG: some publish images side by side under such names."""
 
 
-def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> OpenedSource:
+def open_imagenet(path: Path, workspace: Workspace) -> OpenedSource:
     """Open a folder with the official tars or the extracted tree, or one tar of either.
 
     The same images give the same order from tars and from a tree: training images by class and name, validation
@@ -36,7 +39,7 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
     listing = list_files(path, workspace, skip)
     tree = read_tree(listing)
     train = _train(tree, listing, workspace)
-    if not any(train.classes.values()):
+    if not train.num_images:
         outside = f", with {len(tree.images):,} images in none of these" if tree.images else ""
         raise UserError(
             f"{printable(path)} holds no ImageNet training images",
@@ -45,18 +48,19 @@ def open_imagenet(path: Path, workspace: Workspace, val_fraction: float) -> Open
             remedy="give the folder they lie in as the source, or set IMAGENET_DIR",
         )
     val = _packed_val(listing, workspace) or _tree_val(tree)
-    if val is not None and val.loose:
-        val = _label(val, train, listing, workspace)
+    notes = list(listing.notes)
     if val is not None:
-        val = _known_classes(val, train, workspace)
+        val = _label(_named_classes(val), train, listing)
+        if left_out := _leave_out_unknown(val, train):
+            notes.append(f"{left_out:,} validation images of classes that are not in the training set are left out")
     if train.loose:
-        workspace.notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
+        notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
     if len(train.classes) != 1000:
-        workspace.notes.append(f"{len(train.classes):,} of ImageNet's 1,000 classes are here")
-    source = assemble("imagenet", listing.origin, train, val, workspace, val_fraction)
+        notes.append(f"{len(train.classes):,} of ImageNet's 1,000 classes are here")
+    classes, splits, more = assemble(listing.origin, {"train": train} | ({"val": val} if val is not None else {}))
     if val is not None:
-        source.splits["val"].sort(key=lambda entry: posixpath.basename(entry.name))
-    return source
+        splits["val"].sort(key=lambda entry: posixpath.basename(entry.name))
+    return OpenedSource("imagenet", str(listing.origin), classes, splits, (*notes, *more), workspace.unpacked)
 
 
 def _train(tree: Tree, listing: Listing, workspace: Workspace) -> Part:
@@ -85,7 +89,8 @@ def _packed_train(listing: Listing, workspace: Workspace) -> Part:
 def _tree_train(tree: Tree) -> Part | None:
     """Return the train folder's class folders, or those at the top where they are wnids."""
     for part in tree.parts(TRAIN_FOLDERS):
-        if any(part.classes.values()):
+        part = part if part.num_images else _named_classes(part)
+        if part.num_images:
             return part
     classes = {name: images for name, images in tree.part("").classes.items() if WNID.fullmatch(name)}
     return Part("", classes) if classes else None
@@ -106,8 +111,19 @@ def _tree_val(tree: Tree) -> Part | None:
     return next((part for part in tree.parts(VAL_FOLDERS) if part.loose or any(part.classes.values())), None)
 
 
-def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Part:
+def _named_classes(part: Part) -> Part:
+    """Return a part whose images outside class folders lie in the class that their own name tells, where it does."""
+    classes, loose = {wnid: dict(images) for wnid, images in part.classes.items()}, Images()
+    for name, where in part.loose.items():
+        wnids = WNID_IN_NAME.findall(posixpath.basename(name))
+        (classes.setdefault(wnids[-1], {}) if wnids else loose)[name] = where
+    return Part(part.folder, classes, loose)
+
+
+def _label(val: Part, train: Part, listing: Listing) -> Part:
     """Return the validation images, those that lie side by side in the classes that a label file gives them."""
+    if not val.loose:
+        return val
     labels = validation_labels(listing, sorted(train.classes))
     classes = {wnid: dict(images) for wnid, images in val.classes.items()}
     for name, where in val.loose.items():
@@ -123,25 +139,22 @@ def _label(val: Part, train: Part, listing: Listing, workspace: Workspace) -> Pa
     return Part(val.folder, classes)
 
 
-def _known_classes(val: Part, train: Part, workspace: Workspace) -> Part:
-    """Leave out validation images of classes that a partial training set lacks, with a note.
+def _leave_out_unknown(val: Part, train: Part) -> int:
+    """Drop validation images of classes that a partial training set lacks; return how many.
 
     Raises:
         UserError: that would be all of them.
     """
-    known = {wnid: images for wnid, images in val.classes.items() if wnid in train.classes}
-    if not any(known.values()):
+    before, classes = val.num_images, sorted(val.classes)
+    val.classes = {wnid: images for wnid, images in val.classes.items() if wnid in train.classes}
+    if not val.num_images:
         raise UserError(
             f"{val.folder}/ has images of no class that the training images have",
             expected="folders of wnids, or images side by side and a file of their labels",
-            found=some(sorted(val.classes)),
+            found=some(classes),
             remedy="sort them so, or take them away to go on without",
         )
-    if left_out := sum(map(len, val.classes.values())) - sum(map(len, known.values())):
-        workspace.notes.append(
-            f"{left_out:,} validation images of classes that are not in the training set are left out"
-        )
-    return Part(val.folder, known)
+    return before - val.num_images
 
 
 def _some_names(listing: Listing) -> str:

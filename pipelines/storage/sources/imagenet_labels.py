@@ -9,6 +9,7 @@ import re
 import struct
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
@@ -24,6 +25,8 @@ CAFFE = "val.txt"
 ACCEPTED = f"{DEVKIT} (or its {GROUND_TRUTH} and meta.mat), {SYNSET_LINES[0]}, {SYNSET_LINES[1]}, {KAGGLE} or {CAFFE}"
 """The files that labels are read from, for messages, in order of preference."""
 NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
+HEADS = {"imageid", "image", "filename", "file", "name", "path"}
+"""First words of a label file's first line where that line is a head."""
 WNID = re.compile(r"n\d{8}")
 
 
@@ -42,7 +45,8 @@ def validation_labels(listing: Listing, classes: list[str]) -> dict[int, str]:
         ((DEVKIT,), _from_devkit),
         ((GROUND_TRUTH,), _from_ground_truth),
         (SYNSET_LINES, _from_synset_lines),
-        ((KAGGLE, CAFFE), _from_pairs),
+        ((KAGGLE,), _kaggle),
+        ((CAFFE,), _caffe),
     )
     for names, reader in readers:
         for name in listing.named(*names):
@@ -81,42 +85,61 @@ def _from_ground_truth(listing: Listing, name: str, classes: list[str]) -> dict[
 def _official(ground_truth: bytes, meta: bytes, name: str) -> dict[int, str]:
     try:
         wnids = read_meta(meta)
-        return {number: wnids[int(line)] for number, line in enumerate(ground_truth.split(), 1)}
+        return {number: wnids[int(line)] for number, line in enumerate(ground_truth.removeprefix(BOM_UTF8).split(), 1)}
     except (ValueError, KeyError, IndexError, struct.error, zlib.error, UnicodeDecodeError) as error:
         raise _parse_error(name, "numbers 1 to 1000 that meta.mat explains", repr(error)) from None
 
 
 def _from_synset_lines(listing: Listing, name: str, classes: list[str]) -> dict[int, str]:
     """One wnid a line, in the order of the images' numbers."""
-    lines = listing.files[name].read().decode("utf-8", "replace").split()
+    lines = [word for words in _words(listing, name) for word in words]
     for number, line in enumerate(lines, 1):
         if not WNID.fullmatch(line):
             raise _parse_error(name, "one wnid such as n01440764 a line", f"{line!r} in line {number}")
     return dict(enumerate(lines, 1))
 
 
-def _from_pairs(listing: Listing, name: str, classes: list[str]) -> dict[int, str]:
-    """Image name, then a wnid (Kaggle's csv) or a place among the sorted wnids, from 0 (val.txt of Caffe)."""
-    labels: dict[int, str | int] = {}
-    text = listing.files[name].read().decode("utf-8", "replace")
-    for row, line in enumerate(text.splitlines(), 1):
-        image, _, rest = line.replace(",", " ").strip().partition(" ")
-        words, number = rest.split(), NUMBER.search(image)
-        if number and words and (WNID.fullmatch(words[0]) or words[0].isdecimal()):
-            labels[int(number[1])] = words[0] if WNID.fullmatch(words[0]) else int(words[0])
-        elif line.strip() and not (row == 1 and line.startswith("ImageId")):
-            raise _parse_error(name, "an image's name and its class in each line", f"{line[:60]!r} in line {row}")
-    places = [label for label in labels.values() if isinstance(label, int)]
-    if places and max(places) + 1 != len(classes) and len(classes) != 1000:
+def _kaggle(listing: Listing, name: str, classes: list[str]) -> dict[int, str]:
+    """A line for each image: its name, then the wnid and the boxes of its objects, of which the first counts."""
+    labels = _pairs(listing, name, WNID)
+    return {number: label for number, label in labels.items() if WNID.fullmatch(label)}
+
+
+def _caffe(listing: Listing, name: str, classes: list[str]) -> dict[int, str]:
+    """A line for each image: its name, then its class's position among the sorted wnids, from 0, or its wnid."""
+    labels = _pairs(listing, name, re.compile(r"n\d{8}|\d+"))
+    positions = [int(label) for label in labels.values() if label.isdecimal()]
+    if positions and max(positions) + 1 != len(classes) and len(classes) != 1000:
         raise UserError(
             f"{printable(name)} counts the sorted classes of the whole set, which is not here",
-            expected=f"{max(places) + 1:,} training classes",
+            expected=f"{max(positions) + 1:,} training classes",
             found=f"{len(classes):,}",
             remedy=f"use one of {ACCEPTED.rpartition(' or ')[0]} instead",
         )
-    if places and max(places) >= len(classes):
-        raise _parse_error(name, f"places below {len(classes):,}", f"{max(places):,}")
-    return {number: label if isinstance(label, str) else classes[label] for number, label in labels.items()}
+    if positions and max(positions) >= len(classes):
+        raise _parse_error(name, f"positions below {len(classes):,}", f"{max(positions):,}")
+    return {number: classes[int(label)] if label.isdecimal() else label for number, label in labels.items()}
+
+
+def _pairs(listing: Listing, name: str, label: re.Pattern[str]) -> dict[int, str]:
+    """Return the second word of each line by the image's number; the first line may be a head."""
+    labels: dict[int, str] = {}
+    for row, words in enumerate(_words(listing, name), 1):
+        number = NUMBER.search(words[0]) if words else None
+        if number and len(words) > 1 and label.fullmatch(words[1]):
+            labels[int(number[1])] = words[1]
+        elif words and not (row == 1 and words[0].lower() in HEADS):
+            found = f"{' '.join(words)[:60]!r} in line {row}"
+            raise _parse_error(name, "an image's name and its class in each line", found)
+    return labels
+
+
+def _words(listing: Listing, name: str) -> list[list[str]]:
+    """Return a text's lines as words, apart by white space, commas or semicolons; no quotes, no byte-order mark."""
+    data = listing.files[name].read()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as PowerShell writes
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", "replace")
+    return [[word for word in re.split(r"[\s,;\"']+", line) if word] for line in text.splitlines()]
 
 
 def read_meta(data: bytes) -> dict[int, str]:

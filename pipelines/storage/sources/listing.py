@@ -11,6 +11,7 @@ import os
 import posixpath
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,13 +20,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.errors import DeitfastError, UserError
+from pipelines.storage.dataset import SPEC_FILE
 from pipelines.storage.sources.opened_source import Workspace
+from pipelines.storage.transcode import BadImageError
 
 Opener = Callable[..., Any]
 COMPRESSIONS: dict[bytes, Opener] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """First bytes of the compressed files that can be unpacked, and how."""
 JUNK_FOLDERS = {"__MACOSX", "@eaDir", "lost+found"}
 REPORT_EVERY = 5000
+FROM_DOS = 0
+"""What a zip's member says that was written by a system whose names have no backslashes but as separators."""
+OURS = (".beton", ".journal", ".wds", ".partial")
+"""Endings of what a conversion writes next to dataset.json, finished or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,30 @@ class ZipMember:
                 file.seek(sum(struct.unpack_from("<HH", head, 26)), os.SEEK_CUR)
             data = file.read(self.packed)
         try:
-            data = zlib.decompress(data, wbits=-15) if self.method == zipfile.ZIP_DEFLATED else data
+            if self.method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(wbits=-15).decompress(data, self.size + 1)
         except zlib.error as error:
             raise OSError(f"{printable(self.path)}: damaged at byte {self.header}: {error}") from None
         if len(data) != self.size or zlib.crc32(data) != self.crc:
             raise OSError(f"{printable(self.path)}: damaged at byte {self.header}: wrong checksum")
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class DanglingLink:
+    """A link that leads to no file."""
+
+    path: str
+    target: str
+    offset: int = 0
+    size: int = 0
+
+    def read(self) -> bytes:
+        """Raise BadImageError: a conversion stops here, or leaves it out with --skip-bad."""
+        raise BadImageError(f"a link to {printable(self.target)}, which does not exist")
+
+
+FileLocator = Extent | ZipMember | DanglingLink
 
 
 @dataclass
@@ -82,10 +107,12 @@ class Listing:
 
     origin: Path
     """The folder or archive."""
-    files: dict[str, Extent | ZipMember] = field(default_factory=dict)
-    """Names below the origin, parts joined by "/", in sorted order."""
+    files: dict[str, FileLocator] = field(default_factory=dict)
+    """Names below the origin, parts joined by "/", in Unicode's composed form (NFC), in sorted order."""
     folders: set[str] = field(default_factory=set)
     """Names of the folders, empty ones too; those that only a file's name implies may be missing."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of how they were found."""
 
     def named(self, *names: str) -> list[str]:
         """Return the files whose last part is one of `names`, in the order of `names`, then sorted."""
@@ -115,7 +142,7 @@ def list_files(path: Path, workspace: Workspace, skip: frozenset[str] = frozense
             _index_tar(_whole_file(_decompress(path, opener, workspace)), listing, workspace)
         else:
             _index_tar(_whole_file(path), listing, workspace)
-    listing.files = dict(sorted(listing.files.items()))
+    _finish(listing)
     return listing
 
 
@@ -123,8 +150,32 @@ def list_tar(tar: Extent, origin: Path, workspace: Workspace) -> Listing:
     """Index an uncompressed tar that lies anywhere in a file: in a tar of tars, for instance."""
     listing = Listing(origin)
     _index_tar(tar, listing, workspace)
-    listing.files = dict(sorted(listing.files.items()))
+    _finish(listing)
     return listing
+
+
+def _finish(listing: Listing) -> None:
+    """Sort the names and give them the forms that classes are compared in.
+
+    Windows programs write "\\" between folders where "/" belongs. macOS decomposes letters (NFD) that others write
+    composed; of two files whose names differ in nothing else, the second gets a tilde.
+    """
+    if not listing.origin.is_dir() and not any("/" in name for name in listing.files):
+        renamed = {name.replace("\\", "/"): where for name, where in listing.files.items()}
+        if any("/" in name for name in renamed):
+            listing.notes.append("names with backslashes are read as paths")
+            listing.files = {_normalized(name): where for name, where in renamed.items() if not name.endswith("/")}
+            listing.folders = {_normalized(name.replace("\\", "/")) for name in (*listing.folders, *renamed)}
+            listing.folders -= listing.files.keys()
+    files: dict[str, FileLocator] = {}
+    for name, where in sorted(listing.files.items()):
+        composed = unicodedata.normalize("NFC", name)
+        while composed in files:
+            stem, ending = posixpath.splitext(composed)
+            composed = f"{stem}~{ending}"
+        files[composed] = where
+    listing.files = dict(sorted(files.items()))
+    listing.folders = {unicodedata.normalize("NFC", name) for name in listing.folders}
 
 
 def is_hidden(folder: str) -> bool:
@@ -141,64 +192,95 @@ def printable(name: str | Path) -> str:
 
 
 def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspace) -> None:
-    """List a folder with all below it; links are followed, except back into a folder that is being listed."""
-    pending = [(os.fspath(root), "", frozenset[tuple[int, int]]())]
+    """List a folder with all below it; links are followed, except back into a folder that is being listed.
+
+    The output of a conversion is not part of its source: the workspace's folder, and data sets of ours, are left out.
+    """
+    output = _identity(workspace.scratch) if workspace.scratch else None
+    pending = [(os.fspath(root), "", frozenset[object]())]
+    left_out: list[str] = []
     while pending:
         folder, prefix, above = pending.pop()
         try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
+            identity = _identity(folder)
             children = [] if identity in above else list(os.scandir(folder))
         except OSError as error:
             raise DeitfastError(f"{printable(folder)} cannot be listed: {error.strerror}") from None
+        if prefix and (identity == output or any(_is_ours(child.name) for child in children)):
+            left_out.append(prefix[:-1])
+            continue
         for child in children:
             name = prefix + child.name
             is_folder, is_file = _entry_type(child)
             if is_folder:
-                if child.name not in skip and not is_hidden(child.name):
+                if child.name not in skip and not is_hidden(child.name) and not child.name.endswith(OURS):
                     listing.folders.add(name)
                     pending.append((child.path, name + "/", above | {identity}))
             elif is_file:
                 listing.files[name] = Extent(child.path, 0, child.stat().st_size)
-            elif child.is_symlink():  # leads nowhere: reading it will say so, silence would lose an image
-                listing.files[name] = Extent(child.path, 0, 0)
+            elif child.is_symlink():
+                listing.files[name] = DanglingLink(child.path, os.readlink(child.path))
             if len(listing.files) % REPORT_EVERY == 1:
                 workspace.progress("listing files", len(listing.files), 0)
+    for name in left_out:
+        _forget_folder(name, listing)
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Return device and inode of a folder, None where there is none."""
+    try:
+        status = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_ours(name: str) -> bool:
+    return name == SPEC_FILE or name.endswith(OURS)
+
+
+def _forget_folder(name: str, listing: Listing) -> None:
+    """Drop a folder that is left out, and those above it that hold nothing else."""
+    while name and not any(
+        other.startswith(name + "/") for others in (listing.files, listing.folders) for other in others
+    ):
+        listing.folders.discard(name)
+        name = posixpath.dirname(name)
 
 
 def _entry_type(child: os.DirEntry[str]) -> tuple[bool, bool]:
     """Return whether an entry, or what a link leads to, is a folder and whether a file; a link may lead nowhere."""
     try:
         return child.is_dir(), child.is_file()
-    except OSError:  # links that lead to themselves, or into a folder that nobody may enter
+    except OSError:  # links that lead to themselves, or into a folder that this user may not enter
         if child.is_symlink():
             return False, False
         raise
 
 
 def _members(tar: Extent, origin: Path, workspace: Workspace) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar, and refuse it where it is cut short or damaged."""
+    """Yield the members of a tar, or of several joined one behind the other.
+
+    Raises:
+        DeitfastError: it is cut short or damaged.
+    """
     end = tar.offset + tar.size
     with open(tar.path, "rb") as file:
         if hasattr(os, "posix_fadvise"):  # headers lie far apart: reading ahead would read the whole archive
             os.posix_fadvise(file.fileno(), tar.offset, tar.size, os.POSIX_FADV_RANDOM)
-        file.seek(tar.offset)
-        archive = _open_tar(file, origin)
-        number = 0
-        try:
-            while (member := archive.next()) is not None and member.offset < end:
-                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else a kilobyte for each stays
-                if member.isreg() and member.offset_data + member.size > end:
-                    raise _damaged(origin, f"{printable(member.name)} reaches beyond the end of the archive")
+        start, number = tar.offset, 0
+        while start is not None:
+            file.seek(start)
+            archive = _open_tar(file, origin)
+            for member in _members_of_one(archive, origin, end):
                 if number % REPORT_EVERY == 0:
                     workspace.progress(f"indexing {printable(origin.name)}", member.offset, end)
                 number += 1
                 yield member
-        except tarfile.TarError as error:
-            raise _damaged(origin, str(error)) from None
-        file.seek(archive.offset)
-        if archive.offset < end and any(file.read(tarfile.BLOCKSIZE)):  # next() ends quietly at nonsense
-            raise _damaged(origin, f"no tar header at byte {archive.offset}")
+            file.seek(archive.offset)
+            if archive.offset < end and any(file.read(tarfile.BLOCKSIZE)):  # next() ends quietly at nonsense
+                raise _damaged(origin, f"no tar header at byte {archive.offset}")
+            start = _next_archive(file, archive.offset, end)
 
 
 def _open_tar(file: IO[bytes], origin: Path) -> tarfile.TarFile:
@@ -213,11 +295,39 @@ def _open_tar(file: IO[bytes], origin: Path) -> tarfile.TarFile:
             expected="a folder, .tar, .tar.gz, .tar.bz2, .tar.xz or .zip",
             found=f"a file that begins with {file.read(8)!r}",
         ) from None
+    except (Exception, MemoryError) as error:
+        raise _damaged(origin, f"a header at byte {start} with absurd numbers ({error})") from None
+
+
+def _members_of_one(archive: tarfile.TarFile, origin: Path, end: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the members up to the archive's end mark. Raises DeitfastError where a header lies."""
+    while True:
+        try:
+            member = archive.next()
+        except (Exception, MemoryError) as error:  # headers with absurd numbers lead to nearly any exception
+            raise _damaged(origin, str(error) or type(error).__name__) from None
+        if member is None or member.offset >= end:
+            return
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else a kilobyte for each stays
+        if member.size < 0 or (member.isreg() and member.offset_data + member.size > end):
+            raise _damaged(origin, f"{printable(member.name)} reaches beyond the end of the archive")
+        yield member
+
+
+def _next_archive(file: IO[bytes], start: int, end: int) -> int | None:
+    """Return where a further tar follows the zeros that end one (`cat a.tar b.tar`), None where nothing does."""
+    file.seek(position := start)
+    while position < end and (block := file.read(min(1 << 20, end - position))):
+        if rest := block.lstrip(b"\0"):
+            position += len(block) - len(rest)
+            return position - (position - start) % tarfile.BLOCKSIZE
+        position += len(block)
+    return None
 
 
 def _index_tar(tar: Extent, listing: Listing, workspace: Workspace) -> None:
     """List a tar's files. Links to members become those members; of equal names the last counts, as in extracting."""
-    links = {}
+    links: dict[str, str] = {}
     for member in _members(tar, listing.origin, workspace):
         name = _normalized(member.name)
         if member.isdir():
@@ -226,8 +336,13 @@ def _index_tar(tar: Extent, listing: Listing, workspace: Workspace) -> None:
             links[name] = _normalized(posixpath.join(posixpath.dirname(name) * member.issym(), member.linkname))
         elif member.isreg() and not member.issparse():
             listing.files[name] = Extent(tar.path, member.offset_data, member.size)
-    files = listing.files
-    files.update({name: files[target] for name, target in links.items() if target in files})
+            links.pop(name, None)
+    for name, target in links.items():
+        seen = {name}
+        while target in links and target not in seen:
+            seen.add(target)
+            target = links[target]
+        listing.files[name] = listing.files.get(target) or DanglingLink(name, target)
 
 
 def _index_zip(path: Path, listing: Listing) -> None:
@@ -235,11 +350,19 @@ def _index_zip(path: Path, listing: Listing) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise _damaged(path, str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, but also what directories with absurd numbers lead to
+        raise _damaged(path, str(error) or type(error).__name__) from None
+    if members and min(member.header_offset for member in members) > 0 and _begins_with_member(path):
+        raise UserError(
+            f"{printable(path)} is several zips joined, of which only the last can be listed",
+            remedy="extract each by itself and give the folder",
+        )
     for member in members:
-        name = _normalized(member.filename)
-        if member.is_dir():
+        written = member.filename.replace("\\", "/") if member.create_system == FROM_DOS else member.filename
+        name = _normalized(written)
+        if written.endswith("/"):
             listing.folders.add(name)
             continue
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -257,6 +380,11 @@ def _index_zip(path: Path, listing: Listing) -> None:
             member.compress_type,
             member.CRC,
         )
+
+
+def _begins_with_member(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _decompress(path: Path, opener: Opener, workspace: Workspace) -> Path:

@@ -16,6 +16,7 @@ from pipelines.augment.chain import augment
 from pipelines.errors import DeitfastError, UserError
 from pipelines.spec import AugmentSpec
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from tests.helpers.sample_images import MemorySource, drawn, entries
 from tests.helpers.small_runs import CPU, run, tiny_recipe
@@ -77,7 +78,7 @@ def images(count: int = 40) -> list[np.ndarray]:
 def converted(contents: list[np.ndarray], folder: Path) -> Path:
     names = "t#{}"
     splits = {"train": entries(contents, classes=10, names=names), "val": entries(images(4), classes=10, names=names)}
-    convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, workers=1)
+    convert(MemorySource("cifar10", classes=tuple("abcdefghij"), splits=splits), folder, ConvertOptions(workers=1))
     return folder
 
 

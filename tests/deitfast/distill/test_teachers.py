@@ -17,6 +17,7 @@ from deitfast.models.class_names import imagenet_synsets, outputs_of
 from deitfast.weights import torchvision as published
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from tests.helpers.sample_images import MemorySource, drawn, entries
 from tests.helpers.small_runs import CPU, run, tiny_recipe
 
@@ -146,7 +147,7 @@ def test_a_run_whose_classes_are_in_another_order_teaches_by_their_names(tmp_pat
     images = [drawn(32, 32, number) for number in range(32)]
     for name, classes in {"abc": ("a", "b", "c"), "bca": ("b", "c", "a")}.items():
         splits = {"train": entries(images, classes=3, names="t#{}"), "val": entries(images[:4], classes=3)}
-        convert(MemorySource("cifar10", classes=classes, splits=splits), tmp_path / name, workers=1)
+        convert(MemorySource("cifar10", classes=classes, splits=splits), tmp_path / name, ConvertOptions(workers=1))
     out = tmp_path / "teacher"
     run(tmp_path / "abc", out, tiny_recipe("model.arch=vit_ti", "train.epochs=1", "train.ema=0"))
     pixels, recipe = torch.randn(2, 3, 32, 32), tiny_recipe()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.formats.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
 from pipelines.storage.formats.beton_writer import RECORD, BetonWriter
@@ -296,7 +297,7 @@ def test_ffcv_reads_jpegs_of_all_sizes(ffcv, tiny_dataset, cache):
 def test_skipped_samples_leave_no_hole_in_the_index(tmp_path):
     contents = [drawn(9, 9, 1), b"no image", jpeg(40, 30), drawn(8, 8, 2)]
     source = MemorySource(splits={"train": entries(contents, labels=[0, 0, 1, 1])})
-    convert(source, tmp_path / "d", workers=1, skip_bad=True)
+    convert(source, tmp_path / "d", ConvertOptions(workers=1, skip_bad=True))
     reader = Dataset.open(tmp_path / "d").split("train")
     assert reader.modes.tolist() == [RAW, JPEG, RAW]
     assert reader.labels.tolist() == [0, 1, 1]

@@ -7,6 +7,7 @@ import pytest
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset, content_fingerprint, read_spec
 from tests.helpers.sample_images import MemorySource, contents_of, entries, jpeg, mixed_source
 
@@ -14,7 +15,7 @@ from tests.helpers.sample_images import MemorySource, contents_of, entries, jpeg
 def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):
     seen = []
     source = mixed_source(odd)
-    spec = convert(source, tmp_path / "d", workers=1, progress=lambda *step: seen.append(step))
+    spec = convert(source, tmp_path / "d", ConvertOptions(workers=1), progress=lambda *step: seen.append(step))
     train = spec.splits["train"]
     assert (train.samples, train.counts) == (40, (20, 20))
     assert train.converted == {
@@ -35,7 +36,7 @@ def test_convert_counts_and_keeps_the_sources_order(odd, tmp_path):
 def test_the_bytes_do_not_depend_on_the_workers(odd, tmp_path, monkeypatch):
     monkeypatch.setattr(split, "BATCH_IMAGES", 3)
     for workers in (1, 2):
-        convert(mixed_source(odd), tmp_path / str(workers), workers=workers, max_side=100)
+        convert(mixed_source(odd), tmp_path / str(workers), ConvertOptions(workers=workers, max_side=100))
     assert contents_of(tmp_path / "1") == contents_of(tmp_path / "2")
 
 
@@ -44,16 +45,16 @@ def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path, caplog):
     contents = [files[0], files[1][:-50], files[2], b"", files[3], b"text"]
     source = MemorySource(splits={"train": entries(contents, labels=[0, 0, 0, 0, 1, 1])})
     with pytest.raises(UserError, match=r"1\.JPEG: the JPEG stops before its end(.|\n)*--skip-bad"):
-        convert(source, tmp_path / "d", workers=1)
+        convert(source, tmp_path / "d", ConvertOptions(workers=1))
     assert not (tmp_path / "d" / "dataset.json").exists()
     with caplog.at_level(logging.INFO, logger="pipelines"):
-        spec = convert(source, tmp_path / "d", workers=1, skip_bad=True)
+        spec = convert(source, tmp_path / "d", ConvertOptions(workers=1, skip_bad=True))
     assert f"3 images are left out; {tmp_path / 'd' / 'skipped.txt'} says which and why" in caplog.messages
     assert spec.splits["train"].samples == 3
     assert spec.splits["train"].converted["skipped"] == 3
     lines = (tmp_path / "d" / "skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["1.JPEG", "3.JPEG", "5.JPEG"]
-    convert(source, tmp_path / "fresh", workers=1, skip_bad=True)
+    convert(source, tmp_path / "fresh", ConvertOptions(workers=1, skip_bad=True))
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "fresh")
 
 
@@ -63,11 +64,16 @@ def test_going_on_without_skip_bad_does_not_keep_what_was_skipped(tmp_path, monk
     contents = [jpeg(30, 30), b"", jpeg(30, 31), OSError(5, "broken disk")]
     source = MemorySource(splits={"train": entries(contents)})
     with pytest.raises(DeitfastError, match=r"3\.JPEG: cannot be read: broken disk"):
-        convert(source, tmp_path / "d", workers=1, skip_bad=True)
+        convert(source, tmp_path / "d", ConvertOptions(workers=1, skip_bad=True))
     seen = []
     for skip_bad in (False, True):  # the digest of the listing goes by name, label and size: this is the same source
         with pytest.raises(DeitfastError) as raised:
-            convert(source, tmp_path / "d", workers=1, skip_bad=skip_bad, progress=lambda *step: seen.append(step))
+            convert(
+                source,
+                tmp_path / "d",
+                ConvertOptions(workers=1, skip_bad=skip_bad),
+                progress=lambda *step: seen.append(step),
+            )
         assert ("1.JPEG: the file is empty" in str(raised.value)) == (not skip_bad)
     assert seen[0] == ("train", 3, 4, 0)
 
@@ -75,38 +81,38 @@ def test_going_on_without_skip_bad_does_not_keep_what_was_skipped(tmp_path, monk
 def test_classes_without_images_are_mistakes(tmp_path):
     image = jpeg(20, 20)
     with pytest.raises(UserError, match=r"1 of 2 classes(.|\n)*none of b"):
-        convert(MemorySource(splits={"train": entries([image], labels=[0])}), tmp_path / "d", workers=1)
+        convert(MemorySource(splits={"train": entries([image], labels=[0])}), tmp_path / "d", ConvertOptions(workers=1))
     assert not (tmp_path / "d").exists()
     source = MemorySource(splits={"train": entries([image, b""], labels=[0, 1])})
     with pytest.raises(UserError, match="none of b"):
-        convert(source, tmp_path / "d", workers=1, skip_bad=True)
+        convert(source, tmp_path / "d", ConvertOptions(workers=1, skip_bad=True))
     with pytest.raises(UserError, match="no images found"):
-        convert(MemorySource(splits={"train": []}), tmp_path / "e", workers=1)
+        convert(MemorySource(splits={"train": []}), tmp_path / "e", ConvertOptions(workers=1))
 
 
 def test_a_finished_dataset_is_left_alone(odd, tmp_path):
     source = mixed_source(odd, copies=1)
-    first = convert(source, tmp_path, workers=1)
+    first = convert(source, tmp_path, ConvertOptions(workers=1))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert convert(source, tmp_path, workers=1) == first
+    assert convert(source, tmp_path, ConvertOptions(workers=1)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     for other, options in ((source, {"max_side": 50}), (mixed_source(odd, copies=2), {})):
         with pytest.raises(UserError, match="holds another dataset already"):
-            convert(other, tmp_path, workers=1, **options)
+            convert(other, tmp_path, ConvertOptions(workers=1, **options))
 
 
 def test_what_is_in_the_way_is_not_overwritten(odd, tmp_path):
     (tmp_path / "train.beton").write_bytes(b"precious")
     with pytest.raises(UserError, match="in the way"):
-        convert(mixed_source(odd), tmp_path, workers=1)
+        convert(mixed_source(odd), tmp_path, ConvertOptions(workers=1))
     assert (tmp_path / "train.beton").read_bytes() == b"precious"
     with pytest.raises(UserError, match="cannot be the output folder"):
-        convert(mixed_source(odd), tmp_path / "train.beton", workers=1)
+        convert(mixed_source(odd), tmp_path / "train.beton", ConvertOptions(workers=1))
 
 
 def test_two_conversions_into_one_folder_are_refused(odd, tmp_path):
     def again(*_):
         with pytest.raises(UserError, match="another conversion"):
-            convert(mixed_source(odd), tmp_path, workers=1)
+            convert(mixed_source(odd), tmp_path, ConvertOptions(workers=1))
 
-    convert(mixed_source(odd, copies=1), tmp_path, workers=1, progress=again)
+    convert(mixed_source(odd, copies=1), tmp_path, ConvertOptions(workers=1), progress=again)

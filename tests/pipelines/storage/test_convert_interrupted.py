@@ -15,6 +15,7 @@ from pipelines.errors import DeitfastError
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.journal import MAGIC
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.formats.format import Format, beton, shards
 from tests.helpers.sample_images import MemorySource, contents_of, entries, jpeg, mixed_source
 
@@ -25,6 +26,7 @@ sys.path[:0] = {paths!r}
 from tests.helpers.sample_images import MemorySource, entries, jpeg
 from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.formats.format import beton, shards
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ if __name__ == "__main__":
     source = slow()
     print("starting", flush=True)
     form = beton() if sys.argv[4] == ".beton" else shards(20_000)
-    convert(source, sys.argv[1], workers=int(sys.argv[2]), form=form)
+    convert(source, sys.argv[1], ConvertOptions(workers=int(sys.argv[2]), form=form))
 """
 
 
@@ -143,7 +145,7 @@ def convert_until(source: MemorySource, folder: Path, images: int, split: str = 
             raise StopError
 
     with pytest.raises(StopError):
-        convert(source, folder, workers=1, progress=progress, **options)
+        convert(source, folder, ConvertOptions(workers=1, **options), progress=progress)
 
 
 @pytest.fixture
@@ -155,14 +157,14 @@ def eager(monkeypatch):
 
 def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_path, eager, form):
     source, reversed_ = mixed_source(odd), mixed_source(dict(reversed(odd.items())))
-    convert(source, tmp_path / "plain", workers=1, form=form)
+    convert(source, tmp_path / "plain", ConvertOptions(workers=1, form=form))
     others = [shards(10_000)] if form.suffix == ".beton" else [shards(10_000), beton()]
     befores = [(source, {"max_side": 60}), (reversed_, {}), (source, {"quality": 50})]
     attempts = [(before, {"form": form, **options}) for before, options in befores]
     for number, (before, options) in enumerate([*attempts, *((source, {"form": other}) for other in others)]):
         convert_until(before, tmp_path / str(number), 20, **options)
         assert (tmp_path / str(number) / "train.journal").stat().st_size > 0
-        convert(source, tmp_path / str(number), workers=1, form=form)
+        convert(source, tmp_path / str(number), ConvertOptions(workers=1, form=form))
         assert contents_of(tmp_path / str(number)) == contents_of(tmp_path / "plain")
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == [
             "dataset.json", f"train{form.suffix}", f"val{form.suffix}",
@@ -171,19 +173,24 @@ def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_pa
 
 @pytest.mark.parametrize("before", [beton(), shards(20_000), shards(10_000)], ids=["beton", "same", "smaller"])
 def test_a_finished_split_of_another_conversion_leaves_no_trace(odd, tmp_path, eager, form, before):
-    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "plain", ConvertOptions(workers=1, form=form))
     convert_until(mixed_source(odd, copies=6), tmp_path / "d", 2, split="val", form=before)
     assert (tmp_path / "d" / f"train{before.suffix}").exists()
-    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "d", ConvertOptions(workers=1, form=form))
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
 def test_a_finished_split_is_not_converted_again(odd, tmp_path, eager, form):
     convert_until(mixed_source(odd), tmp_path / "d", 2, split="val", form=form)
     seen = []
-    convert(mixed_source(odd), tmp_path / "d", workers=1, progress=lambda *step: seen.append(step), form=form)
+    convert(
+        mixed_source(odd),
+        tmp_path / "d",
+        ConvertOptions(workers=1, form=form),
+        progress=lambda *step: seen.append(step),
+    )
     assert seen[0][:3] == ("train", 40, 40)
-    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "plain", ConvertOptions(workers=1, form=form))
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
@@ -207,11 +214,16 @@ def last_shard(folder: Path) -> Path:
     ids=["beton", "end", "last shard", "second shard"],
 )
 def test_data_lost_behind_the_journal_is_written_again(odd, tmp_path, eager, form, lose):
-    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "plain", ConvertOptions(workers=1, form=form))
     convert_until(mixed_source(odd), tmp_path / "d", 30, form=form)
     lose(tmp_path / "d" / f"train{form.suffix}.partial")
     seen = []
-    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form, progress=lambda *step: seen.append(step))
+    convert(
+        mixed_source(odd),
+        tmp_path / "d",
+        ConvertOptions(workers=1, form=form),
+        progress=lambda *step: seen.append(step),
+    )
     assert seen[0][1] < 30
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
@@ -236,9 +248,9 @@ def test_data_spoiled_on_the_disk_is_found_before_it_gets_its_name(odd, tmp_path
     convert_until(mixed_source(odd), tmp_path, 30, form=form)
     harm(tmp_path / f"train{form.suffix}.partial")
     with pytest.raises(DeitfastError, match="does not read back"):
-        convert(mixed_source(odd), tmp_path, workers=1, form=form)
+        convert(mixed_source(odd), tmp_path, ConvertOptions(workers=1, form=form))
     assert not (tmp_path / f"train{form.suffix}").exists()
-    assert convert(mixed_source(odd), tmp_path, workers=1, form=form).splits["train"].samples == 40
+    assert convert(mixed_source(odd), tmp_path, ConvertOptions(workers=1, form=form)).splits["train"].samples == 40
 
 
 @pytest.mark.parametrize("last", ["train", "dataset.json"])
@@ -253,11 +265,11 @@ def test_a_disk_that_is_full_for_the_last_names_is_a_failure(odd, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
         with pytest.raises(DeitfastError, match=r"cannot write .*\n.*No space left") as raised:
-            convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
+            convert(mixed_source(odd), tmp_path / "d", ConvertOptions(workers=1, form=form))
         assert type(raised.value) is DeitfastError
     assert not (tmp_path / "d" / "dataset.json").exists()
-    convert(mixed_source(odd), tmp_path / "d", workers=1, form=form)
-    convert(mixed_source(odd), tmp_path / "plain", workers=1, form=form)
+    convert(mixed_source(odd), tmp_path / "d", ConvertOptions(workers=1, form=form))
+    convert(mixed_source(odd), tmp_path / "plain", ConvertOptions(workers=1, form=form))
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "plain")
 
 
@@ -270,12 +282,12 @@ def test_a_full_disk_is_a_failure_and_the_rest_is_kept(tmp_path, eager, form):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(DeitfastError, match=r"no room to go on(.|\n)*MiB more(.|\n)*MiB free") as raised:
-            convert(source, tmp_path / "d", workers=1, form=form)
+            convert(source, tmp_path / "d", ConvertOptions(workers=1, form=form))
         assert type(raised.value) is DeitfastError
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     seen = []
-    convert(source, tmp_path / "d", workers=1, form=form, progress=lambda *step: seen.append(step))
+    convert(source, tmp_path / "d", ConvertOptions(workers=1, form=form), progress=lambda *step: seen.append(step))
     assert seen[0][1] > 4
-    convert(source, tmp_path / "whole", workers=1, form=form)
+    convert(source, tmp_path / "whole", ConvertOptions(workers=1, form=form))
     assert contents_of(tmp_path / "d") == contents_of(tmp_path / "whole")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import UserError
 from pipelines.storage.sources.demo import CLASSES, SIDES, draw, open_demo
 from pipelines.storage.sources.factory import open_source
 
@@ -27,8 +26,6 @@ def test_default_set() -> None:
     for entries in source.splits.values():
         assert set(np.bincount([entry.label for entry in entries]).tolist()) == {len(entries) // 10}
         assert len({entry.name for entry in entries}) == len(entries)
-    with pytest.raises(UserError, match="has a validation split already"):
-        open_source("demo", None, val_fraction=0.1)
     source.close()
 
 

@@ -215,7 +215,7 @@ def test_no_training_images(tmp_path: Path) -> None:
         UserError, match=r"(?s)no ImageNet training images.*found: ILSVRC2012_img_val\.tar, readme\.txt"
     ):
         open_source("imagenet", tmp_path)
-    flat = write_tree(tmp_path / "flat", {"train/n01440764_1.JPEG": b"", "train/n01440764_2.JPEG": b""})
+    flat = write_tree(tmp_path / "flat", {"train/a_1.JPEG": b"", "train/a_2.JPEG": b""})
     with pytest.raises(UserError, match="found: train, with 2 images in none of these"):
         open_source("imagenet", flat)
 

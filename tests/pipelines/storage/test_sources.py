@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.sources.opened_source import OpenedSource
+from pipelines.storage.transcode import BadImageError
 from tests.helpers.archives import contents, tar_bytes, write_tree
 
 TREE = {
@@ -68,7 +69,9 @@ def test_a_tree_is_the_same_in_every_shape(tmp_path: Path, shape: str) -> None:
     assert contents(source) == [item for item in expected if item[1].startswith("train")]
     assert contents(source, "val") == [("dog", "val/dog/9.jpg", b"dog nine")]
     left_out = ".md, .db, .txt, ._*, .heic"  # of hidden folders nothing is said
-    assert source.notes == (f"5 files, not images by their names, are left out: {left_out}",)
+    assert source.notes[-1] == f"5 files, not images by their names, are left out: {left_out}"
+    guess = ("train/ and val/ under my set/: 3 classes, 5 + 1 images",) if shape == "below a top folder" else ()
+    assert source.notes[:-1] == guess
     copy = pickle.loads(pickle.dumps(source))
     assert contents(copy) == contents(source)
 
@@ -130,18 +133,24 @@ def test_folders_without_train_are_classes_even_one_called_train(tmp_path: Path)
     assert any("no validation split" in note for note in source.notes)
 
 
-@pytest.mark.parametrize("name", ["test", "valid", "Validation"])
+@pytest.mark.parametrize("name", ["valid", "Validation"])
 def test_names_of_validation_folders(tmp_path: Path, name: str) -> None:
     write_tree(tmp_path, {"Train/a/1.jpg": b"1", f"{name}/a/2.jpg": b"2"})
     assert contents(open_source("folder", tmp_path), "val") == [("a", f"{name}/a/2.jpg", b"2")]
 
 
-def test_val_comes_before_test_and_unlabeled_test_is_left_out(tmp_path: Path) -> None:
+def test_test_is_a_split_of_its_own_and_unlabeled_test_is_left_out(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train/a/1.jpg": b"1", "test/a/2.jpg": b"2", "val/a/3.jpg": b"3"})
     source = open_source("folder", tmp_path)
     assert contents(source, "val") == [("a", "val/a/3.jpg", b"3")]
-    left_out = "1 images outside train/<class>/ and val/<class>/ are left out"
-    assert source.notes == (left_out, "there is one class only: a")
+    assert contents(source, "test") == [("a", "test/a/2.jpg", b"2")]
+    assert source.notes == ("there is one class only: a",)
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    assert list(open_source("folder", tmp_path).splits) == ["train", "test"]
+    other = write_tree(tmp_path / "other", {"train/a/1.jpg": b"1", "test/unknown/2.jpg": b"2"})
+    source = open_source("folder", other)
+    assert list(source.splits) == ["train"]
+    assert "test/ has none of the training classes: 1 images are left out" in source.notes
     flat = write_tree(tmp_path / "flat", {"train/a/1.jpg": b"1", "test/2.jpg": b"2"})
     assert list(open_source("folder", flat).splits) == ["train"]
 
@@ -165,7 +174,7 @@ def test_links_and_odd_names(tmp_path: Path) -> None:
         (root / "train/cat/gone.jpg").symlink_to(target)
         source = open_source("folder", root)
         (gone,) = [entry for entry in source.splits["train"] if "gone" in entry.name]
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(BadImageError, match=f"a link to {target}, which does not exist"):
             source.read(gone)
 
 
@@ -233,7 +242,7 @@ def test_val_fraction_depends_on_names_alone(tmp_path: Path) -> None:
         ({"val/cat/1.jpg": b""}, "no training images.*no train/"),
         ({"train/cat.1.jpg": b"", "test1/2.jpg": b""}, "named like splits.*found: test1, train"),
         ({"images/train/1.jpg": b"", "images/val/2.jpg": b""}, "named like splits.*found: train, val"),
-        ({"seg_train/a/1.jpg": b"", "seg_test/a/2.jpg": b""}, "named like splits.*found: seg_test, seg_train"),
+        ({"one/train/a/1.jpg": b"", "two/train/a/2.jpg": b""}, "several folders hold a training set.*one/, two/"),
     ],
 )
 def test_trees_that_will_not_do(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
@@ -262,8 +271,10 @@ def test_requests_that_will_not_do(tmp_path: Path) -> None:
         open_source("cifar10", None)
     with pytest.raises(UserError, match="0 to 1"):
         open_source("folder", tmp_path, val_fraction=1.0)
-    with pytest.raises(UserError, match="has a validation split already"):
-        open_source("folder", write_tree(tmp_path, TREE), val_fraction=0.1)
+    with pytest.raises(UserError, match="has a validation and a test split already"):
+        open_source("folder", write_tree(tmp_path, TREE | {"test/dog/8.jpg": b""}), val_fraction=0.1)
+    with pytest.raises(UserError, match="seed of the validation split"):
+        open_source("demo", None, val_fraction=0.1, val_seed=-1)
 
 
 @pytest.mark.parametrize("cut", [100, 600, 1024, 1500])

@@ -1,6 +1,8 @@
 """Transcoding: what becomes of each kind of image, and what is refused."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -134,13 +136,69 @@ def test_cut_jpegs_are_refused_wherever_they_are_cut(odd, codec, name, share):
         (b"<html>not found</html>", r"not an image that Pillow reads \(it starts with b'<html>"),
         (encoded(drawn(90, 90), "PNG")[:-3000], "truncated|cut|broken"),
         (np.zeros((4, 4), np.uint8), "instead of uint8"),
-        (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "floating-point pixels .* not finite"),
+        (encoded(Image.fromarray(np.full((4, 4), 256, np.float32)), "TIFF"), "floating-point pixels from 256 to 256"),
+        (encoded(Image.fromarray(np.full((4, 4), -1, np.int32)), "TIFF"), "integer pixels from -1 to -1"),
+        (encoded(Image.fromarray(np.full((4, 4), 65536, np.int32)), "TIFF"), "integer pixels from 65536"),
         (encoded(Image.new("1", (65501, 1)), "PNG"), "65501 pixels"),
     ],
 )
 def test_what_is_no_image_is_refused_with_the_reason(content, reason):
     with pytest.raises(BadImageError, match=reason):
         transcode(content, "x.JPEG", EncodeOptions())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "form", "white", "kinds"),
+    [
+        (np.uint16([[0, 40_000, 65_535]]), "PNG", 65535, Kind.DEEP),
+        (np.uint16([[0, 4096, 4097]]), "TIFF", 65535, Kind.DEEP),
+        (np.uint16([[0, 1000, 4095]]), "PNG", 4095, Kind.DEEP | Kind.NARROW),
+        (np.uint16([[0, 100, 255]]), "TIFF", 255, Kind.DEEP | Kind.NARROW),
+        (np.uint16([[0, 100, 255]]), "PPM", 65535, Kind.DEEP),  # the file states its range
+        (np.int32([[0, 127, 255]]), "TIFF", 255, Kind.LONG),
+        (np.int32([[0, 127, 3000]]), "TIFF", 4095, Kind.LONG),
+        (np.int32([[0, 127, 60_000]]), "TIFF", 65535, Kind.LONG),
+        (np.float32([[0, 0.25, 1]]), "TIFF", 1, Kind.FLOAT),
+        (np.float32([[0, 0.25, 254.6]]), "TIFF", 255, Kind.FLOAT),
+    ],
+)
+def test_integers_and_floats_by_their_own_rule(pixels, form, white, kinds):
+    pixels = np.repeat(np.repeat(pixels, 9, 0), 3, 1)
+    image = transcode(encoded(Image.fromarray(pixels), form), "x", EncodeOptions())
+    assert image.kind & (Kind.DEEP | Kind.NARROW | Kind.LONG | Kind.FLOAT) == kinds
+    assert image.kind & Kind.GRAY
+    expected = np.floor(pixels.astype(np.float64) * 255 / white + 0.5)
+    assert stored(image).tolist() == np.repeat(expected[..., None], 3, 2).tolist()
+
+
+def test_dark_sixteen_bit_colors_are_counted():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    for value, narrow in ((0x0FFF, Kind.NARROW), (0x1000, Kind(0))):
+        rows = (b"\0" + value.to_bytes(2, "big") * 12) * 4
+        image = transcode(head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""), "x.png", EncodeOptions())
+        assert image.kind & Kind.NARROW == narrow
+
+
+def test_huge_images_are_read_where_asked_for(monkeypatch):
+    monkeypatch.setattr("pipelines.storage.transcode.USUAL_PIXELS", 5000)
+    monkeypatch.setattr("pipelines.storage.transcode.HUGE_PIXELS", 90_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)  # Pillow would raise above twice that
+    large = jpeg(200, 300)
+    with pytest.raises(BadImageError, match=r"300 x 200 pixels; at most 5,000 .*--max-side or --allow-huge .*90,000"):
+        transcode(large, "x.jpg", EncodeOptions())
+    assert transcode(large, "x.jpg", EncodeOptions(allow_huge=True)).data == large
+    for content in (large, encoded(drawn(200, 300), "PNG")):
+        small = transcode(content, "x.jpg", EncodeOptions(max_side=60))
+        assert (small.width, small.height) == (60, 40)
+        full = Image.fromarray(drawn(200, 300)).resize((60, 40), Image.Resampling.BICUBIC)
+        assert np.abs(stored(small).astype(int) - np.asarray(full)).mean() < 6
+    with pytest.raises(BadImageError, match=r"at most 90,000 are read$"):
+        transcode(jpeg(301, 300), "x.jpg", EncodeOptions(allow_huge=True))
+    assert Image.MAX_IMAGE_PIXELS == 2500
 
 
 def test_codecs_out_of_range_are_mistakes():

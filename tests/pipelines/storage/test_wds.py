@@ -15,6 +15,7 @@ from pipelines.loaders.factory import available, open_loader
 from pipelines.rng.sampler import SamplerSpec, TrainSampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.formats.format import beton, shards
 from pipelines.storage.formats.wds import INDEX, MAGIC, ROW
@@ -31,7 +32,7 @@ SMALL_SHARDS = shards(20_000)
 
 def as_shards(folder: Path, output: Path, **options) -> Path:
     """Convert a dataset to small shards."""
-    convert(open_source("dataset", folder), output, workers=1, form=SMALL_SHARDS, **options)
+    convert(open_source("dataset", folder), output, ConvertOptions(workers=1, form=SMALL_SHARDS, **options))
     return output
 
 
@@ -48,7 +49,7 @@ def copy(mixed_shards: Path, tmp_path: Path) -> Path:
 
 
 def test_both_formats_hold_the_same(odd, mixed_shards, tmp_path):
-    spec = convert(mixed_source(odd), tmp_path / "beton", workers=1)
+    spec = convert(mixed_source(odd), tmp_path / "beton", ConvertOptions(workers=1))
     other = Dataset.open(mixed_shards)
     assert other.spec.fingerprint == spec.fingerprint
     assert other.spec.splits["train"].converted == spec.splits["train"].converted
@@ -101,7 +102,7 @@ def test_a_run_learns_the_same_from_both_formats_and_goes_on_with_either(tiny_sm
 
 def test_there_and_back_again_gives_the_same_file(tiny_small, tmp_path):
     as_shards(tiny_small, tmp_path / "wds")
-    convert(open_source("dataset", tmp_path / "wds"), tmp_path / "back", workers=1, form=beton())
+    convert(open_source("dataset", tmp_path / "wds"), tmp_path / "back", ConvertOptions(workers=1, form=beton()))
     for split in ("train.beton", "val.beton"):
         assert (tmp_path / "back" / split).read_bytes() == (tiny_small / split).read_bytes()
     old, new = Dataset.open(tiny_small).spec, Dataset.open(tmp_path / "back").spec
@@ -109,7 +110,7 @@ def test_there_and_back_again_gives_the_same_file(tiny_small, tmp_path):
 
 
 def test_a_dataset_as_a_source_is_shrunk_and_refused_where_it_is_damaged(tiny_dataset, tmp_path):
-    spec = convert(open_source("dataset", tiny_dataset), tmp_path / "smaller", workers=1, max_side=100)
+    spec = convert(open_source("dataset", tiny_dataset), tmp_path / "smaller", ConvertOptions(workers=1, max_side=100))
     reader = Dataset.open(tmp_path / "smaller").split("train")
     assert max(reader.heights.max(), reader.widths.max()) == 100
     assert spec.splits["train"].counts == Dataset.open(tiny_dataset).spec.splits["train"].counts
@@ -117,7 +118,7 @@ def test_a_dataset_as_a_source_is_shrunk_and_refused_where_it_is_damaged(tiny_da
     place = Dataset.open(broken).split("train").location(5)
     flip(place.file, place.offset + 100)
     with pytest.raises(DeitfastError, match="sample 5 is damaged"):
-        convert(open_source("dataset", broken), tmp_path / "x", workers=1)
+        convert(open_source("dataset", broken), tmp_path / "x", ConvertOptions(workers=1))
     with pytest.raises(UserError, match="keeps the splits"):
         open_source("dataset", tiny_dataset, val_fraction=0.5)
 
@@ -266,7 +267,7 @@ def test_too_small_shards_are_a_mistake():
 
 def test_skipped_images_leave_no_hole(tmp_path):
     source = MemorySource(splits={"train": entries([drawn(9, 9), b"no image", jpeg(40, 30)], labels=[0, 0, 1])})
-    convert(source, tmp_path, workers=1, skip_bad=True, form=SMALL_SHARDS)
+    convert(source, tmp_path, ConvertOptions(workers=1, skip_bad=True, form=SMALL_SHARDS))
     reader = Dataset.open(tmp_path).split("train")
     assert reader.labels.tolist() == [0, 1]
     with tarfile.open(tmp_path / "train.wds" / "000000.tar") as tar:
