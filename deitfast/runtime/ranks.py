@@ -6,6 +6,7 @@ Either way every other rank knows which one it was, even where it is blocked in 
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -131,11 +132,15 @@ def failures_named(watch: RankWatch) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:  # all ranks have agreed on it
+    except KeyboardInterrupt as request:  # all ranks have agreed on it
+        _write_torchrun_file(f"{request}: stopped; the same command with --resume continues the run")
         raise
     except Exception as error:
+        lost = _is_connection_error(error)
+        if lost:  # torchrun ends all ranks when one dies, and this one still has something to say
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # a collective fails on every rank when one of them goes: give that one's message time to come
-        blamed = watch.failure(LOST_SECONDS if _is_connection_error(error) else 0)
+        blamed = watch.failure(LOST_SECONDS if lost else 0)
         if blamed is None:
             text = str(error) if isinstance(error, DeitfastError) else f"{type(error).__name__}: {error}"
             if watch.publish(text, getattr(error, "exit_code", 1)):
@@ -144,8 +149,10 @@ def failures_named(watch: RankWatch) -> Iterator[None]:
             raise SystemExit(getattr(error, "exit_code", 1)) from None
         if blamed.host == socket.gethostname() or os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(blamed.exit_code) from None
-        remedy = "mend the cause and start the same command with --resume: the last checkpoint is there"
-        raise RankFailedError(sentence(blamed), remedy=remedy) from None
+        remedy = "mend the cause, then start the same command with --resume"
+        told = RankFailedError(sentence(blamed), remedy=remedy)
+        _write_torchrun_file(str(told))
+        raise told from None
 
 
 def sentence(failure: RankFailure) -> str:

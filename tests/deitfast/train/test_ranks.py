@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from deitfast.run_folder import RunFolder
 from tests.helpers.small_runs import run, tiny_recipe, weights
 
 ROOT = Path(__file__).parents[3]
@@ -68,3 +70,86 @@ def test_ranks_fill_one_cache_and_learn_the_same_from_it(tiny_small: Path, tmp_p
     for name in ("writing", "reading"):
         found = weights(tmp_path / name)
         assert all(torch.equal(value, found[key]) for key, value in loop.items()), name
+
+
+FAULTS = {
+    "error": "planted: an image cannot be read",
+    "memory": "out of GPU memory for the training step",
+    "killed": "no sign of life",
+    "evaluation": "planted: the disk is full",
+    "nan forever": "is not finite",
+}
+"""What may go wrong on one rank, and what the last lines say then."""
+
+
+def faulty(fault: str, rank: int, world: int, data: Path, out: Path, *words: str) -> tuple[str, int, float]:
+    """Train with a fault on one rank; return what is on the terminal, the exit code and the seconds it took."""
+    settings = [word for setting in (*SETTINGS, "train.amp=off", "train.ema=0") for word in ("--set", setting)]
+    train = ["train", "--data", str(data), "--out", str(out), "--batch", "16", "--epochs", "2", "--device", "cpu"]
+    runner = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    script = str(ROOT / "tests" / "helpers" / "faulty_rank.py")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", *runner, script, fault, str(rank), *train, *settings, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    return done.stdout + done.stderr, done.returncode, time.monotonic() - began
+
+
+def named(fault: str, rank: int, text: str) -> bool:
+    """Whether the last lines say which rank failed, and why."""
+    told = [line for line in text.splitlines() if FAULTS[fault] in line]
+    return any(f"rank {rank}" in line for line in told)
+
+
+def test_an_error_on_one_rank_ends_all_and_is_named(tiny_small: Path, tmp_path: Path) -> None:
+    text, code, _ = faulty("error", 1, 2, tiny_small, tmp_path / "run")
+    assert code != 0
+    assert named("error", 1, text), text
+    assert text.count("error: planted: an image cannot be read") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("fault", ["memory", "killed", "evaluation", "nan forever"])
+def test_a_fault_on_one_rank_ends_all_within_a_minute(tiny_small: Path, tmp_path: Path, fault: str, world: int) -> None:
+    text, code, seconds = faulty(fault, world - 1, world, tiny_small, tmp_path / "run")
+    assert code != 0
+    assert any(FAULTS[fault] in line for line in text.splitlines()), text
+    assert fault == "nan forever" or named(fault, world - 1, text), text
+    assert seconds < 120  # with the start of the processes, on a loaded machine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["nan loss", "nan gradient"])
+def test_a_passing_nan_on_one_rank_costs_no_run(tiny_small: Path, tmp_path: Path, fault: str) -> None:
+    """All ranks go back to the same checkpoint, and end with the weights of an undisturbed run."""
+    every_step = ("--set", "train.checkpoint_minutes=0")
+    faulty("none", 1, 2, tiny_small, tmp_path / "good", *every_step)
+    text, code, _ = faulty(fault, 1, 2, tiny_small, tmp_path / "bad", *every_step)
+    assert code == 0, text
+    assert "going back to the last good checkpoint" in text
+    good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
+    assert all(torch.equal(good[name], bad[name]) for name in good)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_loss_is_that_of_all_ranks(
+    tiny_small: Path, tmp_path: Path
+) -> None:
+    every_step = ("--set", "train.checkpoint_minutes=0")
+    faulty("none", 1, 2, tiny_small, tmp_path / "whole", *every_step)
+    text, code, _ = faulty("interrupted", 1, 2, tiny_small, tmp_path / "run", *every_step)
+    assert code != 0
+    assert "SIGINT: stopped in epoch 1" in text
+    text, code, _ = faulty("none", 1, 2, tiny_small, tmp_path / "run", *every_step, "--resume")
+    assert code == 0, text
+    rows = [RunFolder(tmp_path / name).metrics() for name in ("whole", "run")]
+    for whole, resumed in zip(*rows, strict=True):
+        assert resumed["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+        assert resumed["images"] == whole["images"]
+    good, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(good[name], found[name]) for name in good)
