@@ -87,7 +87,9 @@ def write_normalized(images, out, scales, SIZE: tl.constexpr, PATCH: tl.constexp
 
 
 @triton.jit
-def store_pixels(out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr):
+def store_pixels(
+    out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr
+):
     """Write a row's pixels, float32 [BLOCK] at offsets `at` into a plane, as they are laid out in `out`."""
     target = out + row.to(tl.int64) * (SIZE * SIZE * 3)
     if PATCH:
@@ -97,13 +99,40 @@ def store_pixels(out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PAT
         place = patch * (3 * PATCH * PATCH) + y % PATCH * PATCH + x % PATCH
         if PATCH % 4 == 0:
             place = tl.max_contiguous(tl.multiple_of(place, [4]), [4])
-        step: tl.constexpr = PATCH * PATCH
+        _store(target + place, red, inside, WHOLE)
+        _store(target + place + PATCH * PATCH, green, inside, WHOLE)
+        _store(target + place + 2 * PATCH * PATCH, blue, inside, WHOLE)
+    elif WHOLE and at.shape[0] % 4 == 0 and out.dtype.element_ty.primitive_bitwidth == 16:
+        # four pixels of three channels are twelve numbers in three words of eight bytes
+        words = target.to(tl.pointer_type(tl.int64), bitcast=True) + _first_of_four(at) // 4 * 3
+        r0, r1, r2, r3 = _bits_of_four(red, out)
+        g0, g1, g2, g3 = _bits_of_four(green, out)
+        b0, b1, b2, b3 = _bits_of_four(blue, out)
+        tl.store(words, r0 | g0 << 16 | b0 << 32 | r1 << 48)
+        tl.store(words + 1, g1 | b1 << 16 | r2 << 32 | g2 << 48)
+        tl.store(words + 2, b2 | r3 << 16 | g3 << 32 | b3 << 48)
     else:
-        place = at * 3
-        step: tl.constexpr = 1
-    _store(target + place, red, inside, WHOLE)
-    _store(target + place + step, green, inside, WHOLE)
-    _store(target + place + 2 * step, blue, inside, WHOLE)
+        _store(target + at * 3, red, inside, WHOLE)
+        _store(target + at * 3 + 1, green, inside, WHOLE)
+        _store(target + at * 3 + 2, blue, inside, WHOLE)
+
+
+@triton.jit
+def _first_of_four(values):
+    """Return every fourth value, [BLOCK / 4]."""
+    even, _ = tl.split(tl.reshape(values, (values.shape[0] // 4, 2, 2)))
+    first, _ = tl.split(even)
+    return first
+
+
+@triton.jit
+def _bits_of_four(values, out):
+    """Return the bits of float32 values in the 16-bit type of `out`, int64 [BLOCK / 4] for each place among four."""
+    bits = values.to(out.dtype.element_ty).to(tl.uint16, bitcast=True).to(tl.int64)
+    even, odd = tl.split(tl.reshape(bits, (values.shape[0] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def test_every_operation_on_every_picture_is_the_references(name: str) -> None:
     ("size", "patch", "dtype"),
     [
         (16, 4, torch.float32), (21, 7, torch.float32), (17, 0, torch.float32), (1, 1, torch.float32),
-        (16, 4, torch.bfloat16), (16, 0, torch.float16), *LARGE,
+        (16, 4, torch.bfloat16), (16, 0, torch.float16), (16, 0, torch.bfloat16), *LARGE,
     ],
 )  # fmt: skip
 def test_everything_at_once_is_the_references(size: int, patch: int, dtype: torch.dtype) -> None:
