@@ -93,17 +93,23 @@ class BatchPlan:
         return images.zero_() if zeroed else images
 
     def batch(
-        self, images: torch.Tensor, rows: Rows, params: ViewParams, skipped: np.ndarray | Sequence[int] = ()
+        self,
+        images: torch.Tensor,
+        rows: Rows,
+        params: ViewParams,
+        skipped: np.ndarray | Sequence[int] = (),
+        *,
+        flipped: bool = False,
     ) -> Batch:
         """Return the batch of `rows` with `images`, uint8 [B, S, S, 3], on whatever device they are.
 
-        `skipped` are the rows whose image cannot be read; they are black in `images`.
+        `skipped` are the rows whose image cannot be read; they are black in `images`. `flipped`: see `Batch`.
         """
         labels = torch.from_numpy(self.reader.labels[rows.samples])
         valid = rows.valid.copy()
         valid[np.asarray(skipped, np.int64)] = False
         valid &= valid[rows.partners]  # a row that is mixed with a black image is of no use either
-        return Batch(images, labels, torch.from_numpy(valid), params, len(skipped))
+        return Batch(images, labels, torch.from_numpy(valid), params, len(skipped), flipped)
 
 
 def undecodable_error(reader: Reader, sample: int, found: str = "") -> DeitfastError:

@@ -44,7 +44,7 @@ def pixels(context: Context) -> Iterator[Figure | Note]:
     )
     for sampler, what in ((train, "training"), (EvalSampler(samples, count), "evaluation")):
         ours, theirs = (_first(context, name, sampler, spec) for name in ("dali", "reference"))
-        off = (ours.images.cpu().int() - theirs.images.cpu().int()).abs()
+        off = (ours.crops().cpu().int() - theirs.crops().cpu().int()).abs()
         means = tuple(off.float().mean((1, 2, 3)).tolist())
         yield Figure(f"{what}: pixels from PIL's, mean", "levels", means, f"{count} crops", most=ALLOWED["dali"])
         yield Figure(f"{what}: pixels from PIL's, worst", "levels", (float(off.max()),))

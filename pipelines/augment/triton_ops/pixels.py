@@ -87,9 +87,7 @@ def write_normalized(images, out, scales, SIZE: tl.constexpr, PATCH: tl.constexp
 
 
 @triton.jit
-def store_pixels(
-    out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr
-):
+def store_pixels(out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr):
     """Write a row's pixels, float32 [BLOCK] at offsets `at` into a plane, as they are laid out in `out`."""
     target = out + row.to(tl.int64) * (SIZE * SIZE * 3)
     if PATCH:

@@ -34,6 +34,8 @@ class DecodeRun:
     """int64 [R, n, 8]: window, resized, offset of each crop."""
     destination: np.ndarray
     """int64 [R, n]: the row that a crop is for: k x B + row, in the batch k steps ahead; -1: the crop is unused."""
+    mirror: np.ndarray
+    """bool [R, n]: whether that row is mirrored left to right."""
 
 
 def decode_once(draw: Callable[[int], Drawn], steps: range, views: int) -> Iterator[DecodeRun]:
@@ -95,8 +97,10 @@ def plan_run(steps: list[Drawn], done: list[np.ndarray], views: int) -> DecodeRu
     geometry[crop, slot] = columns[positions]
     destination = np.full(geometry.shape[:2], -1)
     destination[crop, slot] = positions
+    mirror = np.zeros(destination.shape, np.bool_)
+    mirror[crop, slot] = np.concatenate([params.flip for _, params in steps])[positions] == 1
 
     step, row = np.divmod(positions, batch)
     for number, mask in enumerate(done):
         mask[row[step == number]] = True
-    return DecodeRun(*steps[0], np.repeat(images, slots_of), geometry, destination)
+    return DecodeRun(*steps[0], np.repeat(images, slots_of), geometry, destination, mirror)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
+from pipelines.batch.place import kernels_missing, place_crops
 from pipelines.device import explain_oom, out_of_memory, to_device
 from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.dali.decode_once import DecodeRun, decode_once
@@ -94,7 +95,7 @@ class DaliLoader:
                 del crops  # DALI's memory
                 started.popleft()
                 start(pool)
-                yield self.plan.batch(images, run.rows, run.params, skipped)
+                yield self.plan.batch(images, run.rows, run.params, skipped, flipped=assembler.planar)
         self._idle.append(graph)
 
     def _build(self) -> Graph:
@@ -126,10 +127,16 @@ class _RejectedError(Exception):
 
 
 class BatchAssembler:
-    """Copies the crops of one run after the other into the batches that they belong to."""
+    """Copies the crops of one run after the other into the batches that they belong to.
+
+    On a GPU a kernel does it, which mirrors them as well and separates them into the planes that augmentation reads;
+    where kernels cannot run, and on the CPU, they are copied as they are.
+    """
 
     def __init__(self, plan: BatchPlan) -> None:
         self._plan = plan
+        self.planar = plan.device.type == "cuda" and not kernels_missing(plan.device)
+        """Whether batches are mirrored, and planes in memory."""
         self._partial: deque[tuple[Tensor, list[int]]] = deque()
         """Batches that have some of their crops, the next one first, with their rows that are skipped."""
 
@@ -137,8 +144,8 @@ class BatchAssembler:
         """Copy a run's crops, R times uint8 [n, S, S, 3], to their rows, and return the batch that is complete now.
 
         Entry (crop, slot) of `run.destination` says k x B + row: `crops[crop][slot]` becomes that row of the batch k
-        steps ahead. Crops with the same k and from the same tensor are copied together, with one pair of index
-        tensors, which are parts of one array, so that a single copy carries all of them to the device.
+        steps ahead. Crops with the same k and from the same tensor are copied together; which, and where to, are parts
+        of one array, so that a single copy carries all of it to the device.
 
         Args:
             run: what was decoded.
@@ -156,12 +163,15 @@ class BatchAssembler:
 
         order = np.lexsort((crop, step))  # by step, then by crop
         groups, sizes = np.unique(np.stack([step, crop]), axis=1, return_counts=True)  # in the same order
-        slots, rows = to_device(torch.from_numpy(np.stack([slot, row])[:, order]), self._plan.device)
-        for (ahead, source), from_slots, to_rows in zip(
-            groups.T.tolist(), slots.split(sizes.tolist()), rows.split(sizes.tolist()), strict=True
-        ):
+        moves = np.stack([slot, row, run.mirror[crop, slot], 0 * slot], axis=1)[order].astype(np.int32)
+        parts = to_device(torch.from_numpy(moves), self._plan.device).split(sizes.tolist())
+        for (ahead, source), part in zip(groups.T.tolist(), parts, strict=True):
             batch, _ = self._partial[ahead]
-            _as_int64(batch).index_copy_(0, to_rows, _as_int64(crops[source]).index_select(0, from_slots))
+            if self.planar:
+                place_crops(crops[source], part, batch.permute(0, 3, 1, 2), kernel=batch.is_cuda)
+            else:
+                from_slots, to_rows = part[:, :2].long().unbind(1)
+                _as_int64(batch).index_copy_(0, to_rows, _as_int64(crops[source]).index_select(0, from_slots))
 
         for ahead, skipped in zip(step[lost[slot]].tolist(), row[lost[slot]].tolist(), strict=True):
             self._partial[ahead][1].append(skipped)
@@ -170,7 +180,9 @@ class BatchAssembler:
     def _allocate(self, rows: int) -> Tensor:
         """Return device memory for a batch; in evaluation zeros, as its last batch has rows without an image."""
         side, make = self._plan.augment.size, torch.empty if self._plan.train else torch.zeros
-        return make(rows, side, side, 3, dtype=torch.uint8, device=self._plan.device)
+        shape = (rows, 3, side, side) if self.planar else (rows, side, side, 3)
+        batch = make(shape, dtype=torch.uint8, device=self._plan.device)
+        return batch.permute(0, 2, 3, 1) if self.planar else batch
 
 
 def _as_int64(crops: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 import logging
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.augment.chain import augment
 from pipelines.errors import DeitfastError
 from pipelines.loaders import factory
+from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.factory import choose, open_loader
 from pipelines.loaders.prefetch import QUEUED
 from pipelines.rng.sampler import SamplerSpec, TrainSampler
@@ -237,6 +241,25 @@ def test_the_rate_of_a_graph_can_be_measured(photos: Reader) -> None:
     assert isinstance(loader, DaliLoader)
     spec = setup.graph_spec(loader.plan, loader._source)
     assert setup.rate(loader.plan, loader._source, spec, 0.5) > 0
+
+
+def test_planes_that_a_gpu_gets_are_the_same_crops_mirrored(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = open_train("dali", photos, RESIZED)
+    with closing(loader):
+        plain = list(loader.epoch(0))
+        monkeypatch.setattr("pipelines.loaders.dali.loader.BatchAssembler.__init__", planar_assembler)
+        placed = list(loader.epoch(0))
+    for one, other in zip(plain, placed, strict=True):
+        assert (one.flipped, other.flipped) == (False, True)
+        assert other.images.permute(0, 3, 1, 2).is_contiguous()
+        assert torch.equal(one.images, other.crops())
+        ours, theirs = (augment(batch, RESIZED, dtype=torch.float32, train=True).pixels for batch in (one, other))
+        assert torch.equal(ours, theirs)
+
+
+def planar_assembler(self: BatchAssembler, plan: BatchPlan) -> None:
+    """Assembles on the CPU as on a GPU."""
+    self._plan, self._partial, self.planar = plan, deque(), True
 
 
 def test_placing_asks_the_device_nothing(photos: Reader) -> None:

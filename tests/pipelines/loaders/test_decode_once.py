@@ -38,6 +38,7 @@ def check(found: list[DecodeRun]) -> None:
             assert target.rows.samples[row] == work.samples[line]
             expected = np.concatenate([target.params[name][row] for name in GEOMETRY])
             np.testing.assert_array_equal(work.geometry[view, line], expected)
+            assert work.mirror[view, line] == target.params.flip[row]
         assert (work.geometry[work.destination < 0] == UNUSED_CROP).all()
     np.testing.assert_array_equal(given, [work.rows.valid for work in found])
 
