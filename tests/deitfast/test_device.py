@@ -1,0 +1,75 @@
+"""The probe at the start: a GPU that is there and cannot be used is named, with what it would need."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitfast.runtime import choose_compile, choose_device, device
+from pipelines.errors import UserError
+
+VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15 \nGCC version: 12.2.0\n"
+
+
+@pytest.fixture
+def old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose driver is too old: PyTorch says that there is none."""
+    (tmp_path / "version").write_text(VERSION)
+    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_driver_that_is_too_old_stops_the_run(old_driver: None, name: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)driver from 580 on.*found: driver 570\.86\.15.*--device cpu"):
+        choose_device(name, 0)
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for(old_driver: None) -> None:
+    assert choose_device("cpu", 0).type == "cpu"
+
+
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_a_gpu_that_is_hidden_on_purpose_stops_nothing(old_driver: None, monkeypatch, value: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert choose_device("auto", 0).type == "cpu"
+
+
+def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "none")
+    monkeypatch.setattr(device, "DEVICE_FILE", tmp_path / "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(UserError, match="sees no CUDA device"):
+        choose_device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 0), False), ((7, 5), True), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 1), True)],
+)
+def test_a_gpu_that_pytorch_has_no_kernels_for_is_named(monkeypatch, capability: tuple[int, int], runs: bool) -> None:
+    built = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    if runs:
+        device.require_kernels_for(torch.device("cuda", 0))
+    else:
+        with pytest.raises(UserError, match=r"(?s)no kernels for Tesla V100.*sm_75.*found: sm_70"):
+            device.require_kernels_for(torch.device("cuda", 0))
+
+
+def test_ptx_runs_on_later_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device._runs("compute_90", 12, 0)
+    assert not device._runs("sm_90a", 12, 0)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(device, "kernels_missing", lambda device: "no C compiler: install gcc")
+    assert not choose_compile("auto", torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"(?s)train\.compile is on.*install gcc"):
+        choose_compile("on", torch.device("cuda", 0))
+    assert choose_compile("on", torch.device("cpu"))
