@@ -1,42 +1,75 @@
-"""The hardware JPEG decoder's share of the work: tried out once, and remembered for the machine."""
+"""The hardware JPEG decoder's share of the images: measured once, and remembered for the machine."""
 
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.files import atomic_write
 
 log = logging.getLogger(__name__)
-SHARES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
-"""What is tried. Below its best share the decoder idles; above it, the rest of the GPU waits for it."""
+SHARES = (1.0, 0.0, 0.9, 0.8, 0.65, 0.5, 0.3)
+"""Shares that are measured, in this order: if the first two are equally fast, the GPU has no such decoder."""
+DEFAULT = 0.65
+"""The share of ranks that wait in vain for the first rank's measurement."""
+HEADROOM = 1.3
+"""A rate this many times the step's consumption is enough: batches never make the step wait."""
 NEAR = 0.03
-"""A rate this close to the best is as good: measurements scatter by so much."""
+"""Rates are equal within this: measurements scatter by so much."""
+POLL_SECONDS, PATIENCE_SECONDS = 0.5, 60.0
+"""How often, and for how long, the other ranks of a machine look for the first one's result."""
 FILE = "hw_decoder_load.json"
 _found: dict[str, float] = {}
 """What this process has measured: the file may not be writable."""
 
 
-def decoder_share(key: str, measure: Callable[[float], float]) -> float:
+def decoder_share(key: str, measure: Callable[[float], float], needed: float) -> float:
     """Return the share of JPEGs to give the GPU's own decoder, in [0, 1].
 
-    Of the shares that come near the best rate it is the highest: the step computes on what the decoder leaves it.
+    Whatever the decoder does not take is decoded on the multiprocessors, which the step needs. So it is the highest
+    share whose rate is `HEADROOM` times what the step consumes; if none is that fast, the highest near the best rate.
+    Processes that share a machine would disturb each other's measurement: the first one measures for all.
 
     Args:
-        key: names machine, library and data, as far as the best share depends on them.
-        measure: images/s at a share; called only if nothing is remembered under `key`.
+        key: names machine, library, data and `needed`, as far as the best share depends on them.
+        measure: views/s at a share; called only if nothing is remembered under `key`.
+        needed: views/s that the step consumes at most.
     """
-    if (known := _found.get(key, _remembered().get(key))) is not None:
+    if (known := _known(key)) is not None:
         return known
-    rates = {share: measure(share) for share in SHARES}
-    best = max(rates.values())
-    chosen = max(share for share, rate in rates.items() if rate >= (1 - NEAR) * best)
-    tried = ", ".join(f"{share:g}: {rate:,.0f}" for share, rate in rates.items())
-    log.info("hardware JPEG decoder: %g of the images (tried, in images/s: %s)", chosen, tried)
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return _wait_for_first_rank(key)
+    rates: dict[float, float] = {}
+    for share in SHARES:
+        rates[share] = measure(share)
+        if rates[share] >= HEADROOM * needed and share == max(SHARES):
+            break
+        if len(rates) == 2 and min(rates.values()) >= (1 - NEAR) * max(rates.values()):
+            break
+    enough = min(HEADROOM * needed, (1 - NEAR) * max(rates.values()))
+    chosen = max(share for share, rate in rates.items() if rate >= enough)
+    tried = ", ".join(f"{share:g}: {rate:,.0f}" for share, rate in sorted(rates.items()))
+    log.info("hardware JPEG decoder: %g of the images (measured, in views/s: %s)", chosen, tried)
     _found[key] = chosen
     _remember(key, chosen)
     return chosen
+
+
+def _known(key: str) -> float | None:
+    return _found.get(key, _remembered().get(key))
+
+
+def _wait_for_first_rank(key: str) -> float:
+    """Return what the first rank of this machine has measured; `DEFAULT` if that takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (known := _known(key)) is None:
+        if time.monotonic() > deadline:
+            log.info("hardware JPEG decoder: %g of the images (the first rank left no measurement)", DEFAULT)
+            return _found.setdefault(key, DEFAULT)
+        time.sleep(POLL_SECONDS)
+    return known
 
 
 def cache_file() -> Path:
@@ -58,7 +91,7 @@ def _remember(key: str, share: float) -> None:
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:  # ranks may write at once: the last one stays, and all say much the same
+        with atomic_write(path) as file:  # runs may write at once: the last one stays
             file.write(json.dumps(_remembered() | {key: share}, indent=1).encode())
     except (OSError, RuntimeError) as error:
         log.info("the hardware decoder's share is not remembered: %s", error)

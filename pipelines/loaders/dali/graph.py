@@ -95,7 +95,7 @@ class Graph:
         if device.type != "cuda":
             return [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.outputs()]
         outputs = [output.as_tensor() for output in self._pipeline.outputs(torch.cuda.current_stream(device))]
-        self._writers = {output.stream for output in outputs}
+        self._writers = writing_streams(outputs)
         # not by DLPack: for tensors that it exports DALI synchronizes the whole device at every run, in a thread, which
         # costs a core and memory, and ends the capture of a CUDA graph
         return [torch.as_tensor(output, device=device) for output in outputs]
@@ -116,6 +116,11 @@ class Graph:
             if self.spec.framed:
                 self._pipeline.feed_input(f"size{view}", resized[view].astype(np.float32))
                 self._pipeline.feed_input(f"offset{view}", offset[view].astype(np.int32))
+
+
+def writing_streams(outputs: list[Any]) -> set[int]:
+    """Return the CUDA streams that write DALI's GPU tensors; one in the host's order has none (its stream is None)."""
+    return {output.stream for output in outputs if output.stream is not None}
 
 
 def define(spec: GraphSpec) -> Pipeline:

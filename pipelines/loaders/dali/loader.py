@@ -25,6 +25,8 @@ from pipelines.loaders.dali.source import EncodedImages
 from pipelines.loaders.prefetch import prefetched
 
 log = logging.getLogger(__name__)
+BUFFER = "the images that the dali loader decodes"
+REMEDY = "lower loader.prefetch, loader.workers or train.batch"
 
 
 class DaliLoader:
@@ -53,7 +55,7 @@ class DaliLoader:
         release_memory()
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        step = start_step
+        step, retried = start_step, -1
         while step < self.steps_per_epoch:
             try:
                 for batch in self._run(epoch, step):
@@ -61,6 +63,17 @@ class DaliLoader:
                     yield batch
             except _RejectedError:  # an image to be skipped, known now: go on with another graph
                 continue
+            except (RuntimeError, MemoryError) as error:
+                if step == retried or not out_of_memory(error):
+                    with explain_oom(BUFFER, REMEDY):
+                        raise
+                retried, found = step, str(error).strip().splitlines()
+            else:
+                break
+            # outside of the handler, as the exception keeps the graph and its memory alive
+            log.info("dali: out of GPU memory (%s); torch's cache is emptied and the step tried again", found[-1])
+            release_memory()
+            torch.cuda.empty_cache()
         self._source.report()
 
     def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
@@ -82,7 +95,7 @@ class DaliLoader:
                     graph.start(encoded, geometry)
                 started.append((run, lost))
 
-        with ThreadPoolExecutor(self.plan.workers, thread_name_prefix="deitfast-dali") as pool:
+        with ThreadPoolExecutor(graph.spec.threads, thread_name_prefix="deitfast-dali") as pool:
             for _ in range(graph.spec.depth):
                 start(pool)
             while started:
@@ -105,21 +118,19 @@ class DaliLoader:
             parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in usual.items())
             text = "dali: usually %.2f GB on %s (%s); %.2f GB if the largest images came together"
             log.info(text, sum(usual.values()) / 1e9, self.plan.device, parts, sum(most.values()) / 1e9)
-        with explain_oom("the dali loader's graph", "lower loader.prefetch, loader.workers or train.batch"):
-            return Graph(self._spec)
+        return Graph(self._spec)
 
     def _take(self, graph: Graph, runs: list[DecodeRun]) -> list[Tensor]:
         """Return the crops of the first of `runs`, all of which are in flight; none where it has no images."""
         if not len(runs[0].samples):
             return []
-        with explain_oom("the images that the dali loader decodes", "lower loader.prefetch or train.batch"):
-            try:
-                return graph.take()
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise
-                self._source.name_rejected(np.concatenate([run.samples for run in runs]), error)
-                raise _RejectedError from error
+        try:
+            return graph.take()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            self._source.name_rejected(np.concatenate([run.samples for run in runs]), error)
+            raise _RejectedError from error
 
 
 class _RejectedError(Exception):

@@ -16,6 +16,8 @@ from pipelines.loaders.dali.graph import DEVICE_PADDING, Graph, GraphSpec
 from pipelines.loaders.dali.source import EncodedImages
 from pipelines.loaders.prefetch import QUEUED
 
+MAX_GPU_THREADS = 16
+"""Most decoding threads with a GPU: they only check bytes and parse headers, and each costs 16 MiB of GPU memory."""
 DIFFERENT = 4
 """Steps whose images a graph's rate is measured on, in turn."""
 WARM, TIMED = DIFFERENT, 6
@@ -30,7 +32,7 @@ def graph_spec(plan: BatchPlan, source: EncodedImages) -> GraphSpec:
         views=views,
         side=plan.augment.size,
         framed=not plan.train or plan.augment.crop != "resized",
-        threads=plan.workers,
+        threads=min(plan.workers, MAX_GPU_THREADS) if plan.device.type == "cuda" else plan.workers,
         depth=plan.spec.prefetch,
         device=plan.device,
         interpolation=plan.interpolation,
@@ -44,9 +46,11 @@ def graph_spec(plan: BatchPlan, source: EncodedImages) -> GraphSpec:
     stored = int(np.median(reader.sizes))
     key = (
         f"{torch.cuda.get_device_name(plan.device)}, DALI {dali.__version__}, {spec.threads} threads, "
-        f"2^{stored.bit_length()} bytes and 2^{spec.typical.bit_length()} decoded an image"
+        f"2^{stored.bit_length()} bytes and 2^{spec.typical.bit_length()} decoded an image, "
+        f"{plan.spec.step_rate:g} views/s"
     )
-    return replace(spec, hw_decoder_load=decoder_share(key, lambda share: rate(plan, source, spec, share)))
+    share = decoder_share(key, lambda share: rate(plan, source, spec, share), plan.spec.step_rate)
+    return replace(spec, hw_decoder_load=share)
 
 
 def most_images(plan: BatchPlan, views: int) -> int:
@@ -76,23 +80,28 @@ def memory(plan: BatchPlan, spec: GraphSpec, *, largest: bool) -> dict[str, int]
 
 
 def rate(plan: BatchPlan, source: EncodedImages, spec: GraphSpec, share: float) -> float:
-    """Return images/s of a graph that gives the hardware decoder a share, over the first steps' images."""
+    """Return views/s of a graph that gives the hardware decoder a share, over the first steps' images."""
     works = decode_once(lambda step: plan.draw(0, step), range(plan.sampler.steps_per_epoch), spec.views)
     with ThreadPoolExecutor(spec.threads) as pool:
-        runs = [source.fetch(pool, work)[:2] for work in islice(works, DIFFERENT) if len(work.samples)]
+        runs = [
+            (*source.fetch(pool, work)[:2], int((work.destination >= 0).sum()))
+            for work in islice(works, DIFFERENT)
+            if len(work.samples)
+        ]
     graph = Graph(replace(spec, hw_decoder_load=share))
 
     def decode(count: int) -> int:
-        images = 0
+        views = 0
         for number in range(count + spec.depth):
             if number >= spec.depth:
                 graph.take()
             if number < count:
-                graph.start(*runs[number % len(runs)])
-                images += len(runs[number % len(runs)][0])
+                encoded, geometry, cut = runs[number % len(runs)]
+                graph.start(encoded, geometry)
+                views += cut
         if spec.device.type == "cuda":
             torch.cuda.synchronize(spec.device)
-        return images
+        return views
 
     decode(WARM)
     began = time.perf_counter()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from pipelines.augment.chain import augment
 from pipelines.errors import DeitfastError
-from pipelines.loaders import factory
+from pipelines.loaders import batch_plan, factory
 from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.factory import choose, open_loader
 from pipelines.loaders.prefetch import QUEUED
@@ -104,6 +105,48 @@ def test_running_out_of_memory_names_the_buffer(
         DeitfastError, match=r"out of GPU memory for the images that the dali loader decodes(.|\n)*prefetch"
     ):
         list(loader.epoch(0))
+
+
+def test_memory_that_torch_caches_is_given_back_before_dali_gives_up(
+    photos: Reader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first out-of-memory of a step empties torch's cache and tries again: the batches are the same."""
+    loader = open_train("dali", photos, RESIZED)
+    undisturbed = [batch.images for batch in loader.epoch(0)]
+    take, calls, failed, emptied = graph.Graph.take, [], [], []
+
+    def full_at_times(graph: graph.Graph) -> list[torch.Tensor]:
+        calls.append(None)
+        if len(calls) in (1, 5):
+            failed.append(None)
+            raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+        return take(graph)
+
+    monkeypatch.setattr(graph.Graph, "take", full_at_times)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    with caplog.at_level(logging.INFO):
+        batches = [batch.images for batch in loader.epoch(0)] + [batch.images for batch in loader.epoch(0)]
+    assert all(map(torch.equal, batches, undisturbed * 2))
+    assert len(batches) == 2 * len(undisturbed)
+    assert len(emptied) == len(failed) == sum("tried again" in record.message for record in caplog.records) == 2
+
+
+def test_tensors_in_the_hosts_order_have_no_stream_to_wait_for() -> None:
+    assert graph.writing_streams([SimpleNamespace(stream=stream) for stream in (7, None, 7)]) == {7}
+
+
+def test_ranks_share_the_cores_and_a_gpu_gets_few_threads(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_plan, "usable_cores", lambda: 128)
+    loader = open_train("dali", photos, RESIZED, workers=0)
+    assert isinstance(loader, DaliLoader)
+    on_gpu = replace(loader.plan, device=torch.device("cuda", 0), spec=LoaderSpec(workers=0, hw_decoder_load=0.5))
+    assert loader.plan.workers == 128
+    assert setup.graph_spec(on_gpu, loader._source).threads == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert loader.plan.workers == 4
+    assert setup.graph_spec(on_gpu, loader._source).threads == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert loader.plan.workers == 1
 
 
 def test_a_header_of_another_size_is_named(tmp_path: Path) -> None:
