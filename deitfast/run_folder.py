@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def best(self) -> Path:
+        """The weights of the best validation top-1 so far; see `deitfast.weights.checkpoint`."""
+        return self.path / "checkpoint_best.pt"
+
+    @property
     def evaluation(self) -> Path:
         """The last evaluation in full: every head's figures and confusion matrix."""
         return self.path / "evaluation.json"

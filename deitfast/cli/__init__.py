@@ -6,11 +6,11 @@ import sys
 
 import typer
 
-from deitfast.cli import data, inspect, train
+from deitfast.cli import data, evaluate, inspect, train
 from deitfast.cli.app import app, err
 from pipelines.errors import DeitfastError
 
-__all__ = ["data", "inspect", "main", "train"]  # importing them is what gives the app its commands
+__all__ = ["data", "evaluate", "inspect", "main", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
 INTERRUPTED = 130
 

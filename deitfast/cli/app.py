@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,16 +25,28 @@ Data = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Teacher = Annotated[
-    str | None, typer.Option("--teacher", help="A run, a file of weights, or a torchvision network (regnet_y_16gf).")
+    str | None,
+    typer.Option(
+        "--teacher", help="A run, a file of weights, a network of torchvision's (regnet_y_16gf) or timm/NAME."
+    ),
 ]
 TeacherWeights = Annotated[
-    Path | None, typer.Option("--teacher-weights", help="torchvision network's weights, where they cannot be fetched.")
+    Path | None,
+    typer.Option("--teacher-weights", help="That network's weights as a file, where they cannot be fetched."),
 ]
 PerImage = Annotated[
     bool, typer.Option("--per-image", help="One target per image, mixed like labels, not one per view (not DeiT).")
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Set a field of the recipe; may be given again.")
+]
+Which = Annotated[
+    Literal["best", "last"] | None,
+    typer.Option(help="Of a run, the checkpoint of the best validation top-1 or the last. Default: best, if there is."),
+]
+AssumeOrder = Annotated[
+    bool,
+    typer.Option("--assume-class-order", help="Take outputs whose classes are not known for the data set's, in order."),
 ]
 
 

@@ -1,16 +1,13 @@
 """What the commands train, teach, eval, export, report and bench do once their options are read."""
 
-import json
 import logging
 import os
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from deitfast.bench.page import page
 from deitfast.bench.record import save
@@ -28,26 +25,18 @@ from deitfast.cli.options import (
     uses_demo_teacher,
 )
 from deitfast.cli.tables import (
-    CONFUSION_CLASSES,
-    agreement_table,
-    confusion_table,
     describe_cache,
     describe_run,
-    metrics_table,
 )
 from deitfast.config import recipe as recipes
-from deitfast.config.recipe import Recipe, TrainSpec
-from deitfast.data_loaders import open_split, typical_side
+from deitfast.config.recipe import Recipe
+from deitfast.data_loaders import typical_side
 from deitfast.distill.build_cache import teach
-from deitfast.eval.evaluate import agreement, final_head, measured, predict
-from deitfast.models.class_names import require_classes
 from deitfast.progress import Display
 from deitfast.report.write import PAGE, write_report
 from deitfast.run_folder import RunFolder
-from deitfast.runtime import Runtime, start
+from deitfast.runtime import start
 from deitfast.train.trainer import train
-from deitfast.weights.export import export, format_of
-from deitfast.weights.load import TrainedModel, load_file, load_run
 from pipelines.errors import UserError
 from pipelines.files import write_text
 from pipelines.storage.convert.options import ConvertOptions
@@ -82,107 +71,6 @@ def run_teaching(options: TrainOptions, views: int | None, device: str, display:
         cache = teach(job, runtime, display)
         if runtime.is_main_process:
             out.print(describe_cache(cache))
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """The options of `deitfast eval`, as typed; None or empty where they were left out."""
-
-    run: Path | None = None
-    weights: Path | None = None
-    arch: str | None = None
-    data: Path | None = None
-    split: str = "val"
-    ema: bool = False
-    loader: str = "auto"
-    check: bool = False
-    settings: tuple[str, ...] = ()
-    json_file: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what can be refused before anything is opened."""
-        if (self.run is None) == (self.weights is None):
-            raise UserError("eval needs one network", expected="a run's folder, or --weights FILE")
-        if self.run and (self.arch or self.settings):
-            raise UserError("--arch and --set go with --weights", expected="a run is evaluated as its recipe says")
-        if self.weights and self.data is None:
-            raise UserError("--weights without --data", expected="--data FOLDER, a converted data set")
-
-    def precision(self) -> TrainSpec:
-        """Return the recipe's section that says in which precision the network computes."""
-        if self.run:
-            return RunFolder(self.run).recipe().train
-        return recipes.override(Recipe(), recipes.parse_settings(self.settings)).train
-
-    def load(self, device: torch.device) -> TrainedModel:
-        """Return the network to evaluate."""
-        if self.weights:
-            arch = recipes.check_arch(self.arch) if self.arch else None
-            return load_file(self.weights, arch, recipes.parse_settings(self.settings), device, ema=self.ema)
-        return load_run(self.run or Path(), device, ema=self.ema)
-
-    def data_folder(self) -> Path:
-        """Return the data set: the one named, else the run's own."""
-        return self.data or Path(RunFolder(self.run or Path()).info().data)
-
-
-def run_evaluation(options: EvalOptions, device: str, display: Display, out: Console) -> None:
-    """Evaluate a run's network, or one in a file, and print its metrics; write them to `json_file` as well."""
-    with start(options.precision(), device) as runtime:
-        trained, folder = options.load(runtime.device), options.data_folder()
-        recipe = recipes.override(trained.recipe, {"loader.name": options.loader})
-        owner = str(options.run or options.weights)
-        with closing(Dataset.open(folder)) as dataset:
-            classes = dataset.spec.classes
-            require_classes(owner, trained.classes or classes, classes)
-            if trained.outputs != len(classes):
-                raise UserError(f"{owner} tells {trained.outputs} classes apart, the data set has {len(classes)}")
-            name, heads, labels = _predict(trained, dataset, options.split, recipe, runtime, display)
-            checked = None
-            if options.check:
-                slow = recipes.override(recipe, {"loader.name": "reference"})
-                _, others, _ = _predict(trained, dataset, options.split, slow, runtime, display)
-                checked = agreement(heads, others, labels)
-    if not runtime.is_main_process:
-        return
-    weights = "averaged weights" if options.ema else "weights"
-    of = f"{weights} of epoch {trained.epoch}" if trained.epoch else weights
-    found = measured(heads, labels)
-    title = f"{owner}, {of}, on {folder}, {options.split} ({name} loader)"
-    out.print(metrics_table(title, {head: metrics.summary() for head, metrics in found.items()}))
-    if checked:
-        out.print(agreement_table(name, checked))
-    if len(classes) <= CONFUSION_CLASSES:
-        out.print(confusion_table(found[final_head(found)], classes))
-    if options.json_file:
-        tree = {
-            "run": owner,
-            "split": options.split,
-            "classes": classes,
-            "weights": weights,
-            "epoch": trained.epoch,
-            "heads": {head: metrics.everything() for head, metrics in found.items()},
-        }
-        write_text(options.json_file, json.dumps(tree | ({"check": asdict(checked)} if checked else {})))
-
-
-def _predict(
-    trained: TrainedModel, dataset: Dataset, split: str, recipe: Recipe, runtime: Runtime, display: Display
-) -> tuple[str, tuple[Tensor, ...], Tensor]:
-    """Return the loader's name, every head's logits and the labels of one pass over a split."""
-    loader = open_split(dataset, split, recipe, runtime)
-    label = f"evaluating {split} ({loader.name} loader)"
-    with closing(loader), display.bar(label, loader.steps_per_epoch) as bar:
-        heads, labels = predict(trained.model, loader, recipe, runtime, lambda done, _: bar.reach(done))
-    return loader.name, heads, labels
-
-
-def run_export(run: Path, out_path: Path, form: str, *, ema: bool, out: Console) -> None:
-    """Write a run's network for other programs and say where."""
-    form = format_of(out_path, form)  # before anything is read
-    trained = load_run(run, torch.device("cpu"), ema=ema)
-    for file in export(trained, out_path, form):
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
 
 def run_report(runs: list[Path], page: Path | None, table: Path | None, out: Console) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
-from deitfast.config.choices import Arch
+from deitfast.config.choices import Arch, WhichCheckpoint
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import typical_side
 from deitfast.distill.build_cache import TeachJob
 from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
-from deitfast.weights.load import recipe_of
+from deitfast.weights.load import normalization_of, recipe_of
 from deitfast.weights.read import read_weights
 from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
@@ -50,6 +50,8 @@ class TrainOptions:
     skip_bad: bool = False
     fraction: float | None = None
     tensorboard: bool = False
+    which: WhichCheckpoint | None = None
+    assume_class_order: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -156,7 +158,8 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
     """Return the recipe: the named one, the resumed run's, or what suits network, weights and data; then overrides."""
     arch = recipes.check_arch(options.arch) if options.arch else None
     source = options.weights or options.finetune
-    start = read_weights(source) if source and not begun else None  # a run that has begun does not need them again
+    # a run that has begun does not need them again
+    start = read_weights(source, which=options.which or "auto") if source and not begun else None
     if options.recipe:
         recipe = recipes.load(options.recipe)
     elif begun:
@@ -166,9 +169,13 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         recipe = recipe_of(told, arch) if told else recipes.choose(arch or "deit_ti", dataset, side)
         log.info("recipe %s (another: --recipe, see `deitfast recipes`)", recipe.name)
     if begun and source:
-        recipe = recipes.override(recipe, {"model.token": begun.model.token})
+        fed = {"augment.mean": begun.augment.mean, "augment.std": begun.augment.std}
+        recipe = recipes.override(recipe, {"model.token": begun.model.token} | fed)
     elif start and start.distilled and recipe.model.arch.startswith("deit_"):
         recipe = recipes.override(recipe, {"model.token": "on"})
+    if start and (fed := normalization_of(start)):
+        log.info("normalization as %s says: mean %s, std %s", start.sidecar.input_from, *fed.values())
+        recipe = recipes.override(recipe, fed)
     named = {
         "model.arch": options.arch,
         "distill.mode": options.distill,
@@ -181,6 +188,10 @@ def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int
         "train.batch": options.batch,
         "loader.skip_bad": True if options.skip_bad else None,
         "train.fraction": options.fraction,
+        "model.start_checkpoint": options.which if source else None,
+        "model.assume_class_order": True if options.assume_class_order and source else None,
+        "distill.teacher_checkpoint": options.which if options.teacher else None,
+        "distill.assume_class_order": True if options.assume_class_order and options.teacher else None,
     }
     given = {key: value for key, value in named.items() if value is not None}
     recipe = recipes.override(recipe, overrides(options.ablate) | given | recipes.parse_settings(options.settings))

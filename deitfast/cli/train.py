@@ -1,4 +1,4 @@
-"""The commands around a network: train, teach, eval, export, recipes."""
+"""The commands around training: train, teach, recipes."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from deitfast.cli.app import Data, Device, PerImage, Settings, Teacher, TeacherWeights, app, display, out
+from deitfast.cli.app import (
+    AssumeOrder,
+    Data,
+    Device,
+    PerImage,
+    Settings,
+    Teacher,
+    TeacherWeights,
+    Which,
+    app,
+    display,
+    out,
+)  # fmt: skip
 from deitfast.config import ablations
 
 
@@ -60,6 +72,8 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard, to tensorboard/ in the run.")
     ] = False,
+    which: Which = None,
+    assume_class_order: AssumeOrder = False,
     device: Device = "auto",
 ) -> None:
     """Train a network; several GPUs or nodes with `torchrun ... -m deitfast train`."""
@@ -70,6 +84,7 @@ def train(
         data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
         weights=weights, finetune=finetune, ablate=tuple(ablate or ()), teacher_weights=teacher_weights, cache=cache,
         views=views, per_image=per_image, skip_bad=skip_bad, fraction=fraction, tensorboard=tensorboard,
+        which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
     run_training(options, device, display(), out)
 
@@ -95,6 +110,8 @@ def teach(
     ] = None,
     settings: Settings = None,
     ablate: Annotated[list[str] | None, typer.Option(metavar="NAME", help="As for train.")] = None,
+    which: Which = None,
+    assume_class_order: AssumeOrder = False,
     device: Device = "auto",
 ) -> None:
     """Ask a teacher once for every view that a student will see, and keep the answers for `train --cache`."""
@@ -104,50 +121,9 @@ def teach(
     options = TrainOptions(
         data, arch, recipe, distill, teacher, None, epochs, batch, tuple(settings or ()), ablate=tuple(ablate or ()),
         teacher_weights=teacher_weights, cache=str(out_) if out_ else None, per_image=per_image,
+        which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
     run_teaching(options, views, device, display(), out)
-
-
-@app.command("eval")
-def eval_(
-    run: Annotated[Path | None, typer.Argument(help="The run whose network to evaluate.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Evaluate a file of weights (DeiT, timm, Hugging Face, export) instead.")
-    ] = None,
-    arch: Annotated[str | None, typer.Option(help="The file's network. Default: what its shapes say.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
-    ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights.")] = False,
-    loader: Annotated[str, typer.Option(help="auto, resident, dali, cpu, ffcv or reference.")] = "auto",
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare with the reference loader's predictions on the same images.")
-    ] = False,
-    settings: Settings = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the metrics and confusion matrices here.")
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Evaluate a trained network: every head's top-1, top-5, precision, recall, F1, AUC and confusion matrix."""
-    from deitfast.cli.commands import EvalOptions, run_evaluation
-
-    options = EvalOptions(run, weights, arch, data, split, ema, loader, check, tuple(settings or ()), json_)
-    run_evaluation(options, device, display(), out)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="The run whose network to write.")],
-    output: Annotated[
-        Path, typer.Argument(help="FILE.safetensors, FILE.onnx, or a folder for weights and config.json.")
-    ],
-    format_: Annotated[str, typer.Option("--format", help="timm or onnx; default: as OUTPUT ends.")] = "",
-    ema: Annotated[bool, typer.Option("--ema", help="Write the averaged weights.")] = False,
-) -> None:
-    """Write a trained network for other programs: safetensors under timm's names, or ONNX."""
-    from deitfast.cli.commands import run_export
-
-    run_export(run, output, format_, ema=ema, out=out)
 
 
 @app.command()

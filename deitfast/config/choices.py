@@ -7,3 +7,5 @@ Arch = Literal[
     "resnet18", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
 ]  # fmt: skip
 DistillMode = Literal["none", "soft", "hard"]
+WhichCheckpoint = Literal["auto", "best", "last"]
+"""Of a run's checkpoints: that of the best validation top-1, or the last one; auto: the best where there is one."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deitfast.config.choices import Arch, DistillMode
+from deitfast.config.choices import Arch, DistillMode, WhichCheckpoint
 from pipelines.choices import Kernels
 from pipelines.spec import STRICT
 
@@ -31,7 +31,11 @@ class ModelSpec:
     weights: str = ""
     """Run or file whose weights a run starts from, of the same shape and classes; "": drawn from `train.seed`."""
     finetune: str = ""
-    """Run or file to fine-tune: positions are resized to `augment.size`, heads of other classes drawn anew."""
+    """Run or file to fine-tune: positions are resized to `augment.size`, heads of other classes initialized again."""
+    assume_class_order: bool = False
+    """Weights to start from whose class names are not known have the data set's classes, in its order."""
+    start_checkpoint: WhichCheckpoint = "auto"
+    """Of a run to start from: its best or its last checkpoint; auto: the best where it was validated."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,9 +45,13 @@ class DistillSpec:
     mode: DistillMode = "none"
     """hard: cross-entropy with the teacher's argmax; soft: KL divergence at temperature tau."""
     teacher: str = ""
-    """Folder of the teacher's run, a file of weights, or a network that torchvision has published."""
+    """Folder of the teacher's run, a file of weights, a network that torchvision has published, or timm/NAME."""
     teacher_weights: str = ""
-    """File with the weights of torchvision's network; "": its published ones, fetched if need be."""
+    """File with the weights of torchvision's or timm's network; "": its published ones, fetched if need be."""
+    teacher_checkpoint: WhichCheckpoint = "auto"
+    """Of a run as teacher: its best or its last checkpoint; auto: the best where it was validated."""
+    assume_class_order: bool = False
+    """A teacher whose class names are not known has the data set's classes, in its order."""
     cache: str = "auto"
     """Folder of a teacher cache: what is in it is not asked again, and what is not is added. auto: for hard targets one
     in caches/, named by all that they depend on; none: the teacher answers in the loop, and nothing is kept."""

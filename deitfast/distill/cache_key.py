@@ -15,7 +15,7 @@ from deitfast.distill.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, i
 from deitfast.distill.teacher import FINGERPRINT_FIELDS, LoadedTeacher, load_teacher
 from deitfast.environment import version
 from deitfast.runtime import Runtime
-from deitfast.weights.torchvision import is_torchvision_model
+from deitfast.weights.zoo import is_zoo_model
 from pipelines.errors import UserError
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import RAW
@@ -39,7 +39,7 @@ def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[
     """
     distill = recipe.distill
     complete = is_cache(Path(distill.cache)) and bool(read_manifest(Path(distill.cache)).crc32)
-    published = is_torchvision_model(distill.teacher) and not distill.teacher_weights
+    published = is_zoo_model(distill.teacher) and not distill.teacher_weights
     if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
         return dict.fromkeys(FINGERPRINT_FIELDS) | ({"teacher.network": distill.teacher} if published else {}), None
     loaded = load_teacher(distill, classes)
@@ -70,7 +70,8 @@ def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path |
         return Path(distill.cache)
     question = json.dumps([manifest.identity, manifest.views], sort_keys=True).encode()
     digest = hashlib.blake2b(question, digest_size=4).hexdigest()
-    return CACHES / f"{dataset.spec.name}-{manifest.identity['teacher.network']}-{digest}"
+    network = str(manifest.identity["teacher.network"]).replace("/", "-")  # of timm/NAME
+    return CACHES / f"{dataset.spec.name}-{network}-{digest}"
 
 
 def open_cache(

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deitfast.config.recipe import DistillSpec, Recipe
-from deitfast.models.class_names import IMAGENET, imagenet_synsets, outputs_of
+from deitfast.models.class_names import match_classes
 from deitfast.models.vit import joint
-from deitfast.run_folder import RunFolder
 from deitfast.runtime import Runtime
-from deitfast.weights.load import load_file, load_run
-from deitfast.weights.torchvision import is_torchvision_model, load_torchvision, torchvision_state, torchvision_weights
+from deitfast.weights.load import describe_input, load_model
+from deitfast.weights.zoo import is_zoo_model, load_zoo_model
 from pipelines.errors import UserError
 
 log = logging.getLogger("deitfast")
@@ -74,48 +73,25 @@ def load_teacher(spec: DistillSpec, classes: tuple[str, ...]) -> LoadedTeacher:
         UserError: there is none of that name, or it does not know the classes.
         DeitfastError: its weights are damaged, or cannot be fetched.
     """
-    name, path = spec.teacher, Path(spec.teacher)
-    if is_torchvision_model(name) and not path.exists():
-        return _published(name, spec.teacher_weights, classes)
+    name, path, owner = spec.teacher, Path(spec.teacher), f"teacher {spec.teacher}"
+    if is_zoo_model(name) and not path.exists():
+        zoo = load_zoo_model(name, Path(spec.teacher_weights) if spec.teacher_weights else None)
+        match = match_classes(owner, zoo.classes, zoo.num_classes, classes, assume_order=spec.assume_class_order)
+        log.info("%s: %d px, mean %s, std %s; classes %s", owner, zoo.size, zoo.mean, zoo.std, match)
+        return LoadedTeacher(name, zoo.model, zoo.size, zoo.mean, zoo.std, match.index, match.is_identity)
     if spec.teacher_weights:
-        raise UserError(f"--teacher-weights goes with a network of torchvision's, and --teacher is {name}")
-    cpu = torch.device("cpu")
-    if not name or (not RunFolder(path).exists() and not path.exists()):
-        expected = "a run's folder, a file of weights, or a network of torchvision's (regnet_y_16gf, resnet50, ...)"
-        problem = f"there is no run in {name}, and no teacher of that name" if name else "no teacher is named"
-        raise UserError(problem, expected=expected)
-    trained = load_run(path, cpu) if RunFolder(path).exists() else load_file(path, None, {}, cpu)
-    own = trained.recipe.augment
-    names = trained.classes or _names(f"teacher {name}", trained.outputs)
-    chosen = outputs_of(f"teacher {name}", names, classes)
-    return LoadedTeacher(
-        trained.recipe.model.arch, trained.model, own.size, own.mean, own.std, chosen, names == classes
-    )
-
-
-def _published(name: str, file: str, classes: tuple[str, ...]) -> LoadedTeacher:
-    state = torchvision_state(name, Path(file) if file else None)
-    model, outputs = load_torchvision(name, state, file or name)
-    weights = torchvision_weights(name)
-    fed = weights.transforms()
-    names = _names(f"teacher {name}", outputs)
-    words = tuple(weights.meta["categories"])
-    if not set(classes) & set(names):
-        names = words  # a data set whose folders are called tench, goldfish, ...
-    chosen = outputs_of(f"teacher {name}", names, classes)
-    model.eval().requires_grad_(False)
-    return LoadedTeacher(name, model, fed.crop_size[0], tuple(fed.mean), tuple(fed.std), chosen, names == classes)
-
-
-def _names(owner: str, outputs: int) -> tuple[str, ...]:
-    """Return the class names of weights that do not tell them: ImageNet's, where there are as many."""
-    if outputs != IMAGENET:
+        raise UserError(f"--teacher-weights goes with a network of torchvision's or timm's, and --teacher is {name}")
+    if not name or not path.exists():
         raise UserError(
-            f"{owner} does not tell what its {outputs} classes are",
-            expected="a run, an export of one, or a network of ImageNet's 1,000",
-            remedy="classes are matched by name; take a teacher that knows its own",
+            f"teacher {name!r} not found" if name else "no teacher is named",
+            expected="a run's folder, a file of weights, a network of torchvision's (regnet_y_16gf) or timm/NAME",
         )
-    return imagenet_synsets()
+    trained = load_model(path, torch.device("cpu"), which=spec.teacher_checkpoint)
+    own = trained.recipe.augment
+    match = match_classes(owner, trained.classes, trained.num_classes, classes, assume_order=spec.assume_class_order)
+    log.info("%s (%s): %s; %s", owner, trained.weights, describe_input(trained), match)
+    arch = trained.recipe.model.arch
+    return LoadedTeacher(arch, trained.model, own.size, own.mean, own.std, match.index, match.is_identity)
 
 
 class Teacher:

@@ -1,8 +1,10 @@
 """Masked evaluation: every validation image once, whatever the batch and the number of processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,15 +53,15 @@ def evaluate(
 
     Raises:
         UserError: heads of another width.
-        DeitfastError: nothing to evaluate, or labels outside the classes.
+        DeitfastError: nothing to evaluate, labels outside the classes, or logits that are not finite.
     """
-    heads, labels = predict(model, loader, recipe, runtime, progress)
-    if heads[0].shape[1] != classes:
+    found = predict(model, loader, recipe, runtime, progress=progress)
+    if found.heads[0].shape[1] != classes:
         raise UserError(
-            f"the model tells {heads[0].shape[1]} classes apart, the data set has {classes}",
+            f"the model has {found.heads[0].shape[1]} classes, the data set {classes}",
             remedy="evaluate on the data set that the model was trained for",
         )
-    return measured(heads, labels)
+    return measured(found.heads, found.labels)
 
 
 def measured(heads: tuple[Tensor, ...], labels: Tensor) -> dict[str, Metrics]:
@@ -70,16 +72,32 @@ def measured(heads: tuple[Tensor, ...], labels: Tensor) -> dict[str, Metrics]:
     return results
 
 
+class Predictions(NamedTuple):
+    """What a model says of a split."""
+
+    heads: tuple[Tensor, ...]
+    """Each head's logits, float32 [N, C]."""
+    labels: Tensor
+    """int64 [N]."""
+    samples: Tensor
+    """int64 [N]: the images' places in the split."""
+
+
 def predict(
     model: nn.Module,
     loader: Loader,
     recipe: Recipe,
     runtime: Runtime,
+    *,
+    outputs: Sequence[int] | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return each head's logits, float32 [N, C], and the labels, int64 [N], of every image; arguments as `evaluate`.
+) -> Predictions:
+    """Return the logits of every image that can be read, in the order of the split, over all ranks.
 
-    Over all ranks, each of which must call it. The order depends on the ranks and the batch, not on the loader.
+    Every rank must call it. Arguments are those of `evaluate`, and:
+
+    Args:
+        outputs: which of the model's outputs stands for each class of the data set; None: all of them, in order.
 
     Raises:
         DeitfastError: there is nothing to evaluate.
@@ -88,10 +106,13 @@ def predict(
     model.eval()
     try:
         with explain_oom("evaluation", "lower train.batch: evaluation takes no larger one"):
-            heads, labels = _predict(model, loader, recipe, runtime, progress)
+            chosen = None if outputs is None else torch.tensor(outputs, device=runtime.device)
+            heads, labels, samples = _predict(model, loader, recipe, runtime, chosen, progress)
     finally:
         model.train(was_training)
-    return tuple(gather(head) for head in heads), gather(labels)
+    heads, labels, samples = tuple(gather(head) for head in heads), gather(labels), gather(samples)
+    order = samples.argsort()
+    return Predictions(tuple(head[order] for head in heads), labels[order], samples[order])
 
 
 @dataclass(frozen=True)
@@ -146,21 +167,26 @@ def _predict(
     loader: Loader,
     recipe: Recipe,
     runtime: Runtime,
+    outputs: Tensor | None,
     progress: Callable[[int, int], object] | None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return each head's logits, float32 [N, C], and labels, int64 [N], of this rank's valid rows, on the device."""
+) -> Predictions:
+    """Return what `predict` does of this rank's valid rows, on the device."""
     logits: list[tuple[Tensor, ...]] = []
     labels: list[Tensor] = []
+    samples: list[Tensor] = []
     valid: list[Tensor] = []
     for done, batch in enumerate(loader.epoch(0), start=1):
         patch, kernels = reads_patches(model), recipe.train.kernels
         inputs = augment(batch, recipe.augment, dtype=runtime.input_dtype, train=False, patch=patch, kernels=kernels)
         with runtime.autocast():
             heads = model(inputs.pixels)
+        if outputs is not None:
+            heads = tuple(head.index_select(1, outputs) for head in heads)
         # copies, as a model in a CUDA graph writes its next logits over these
         logits.append(tuple(head.to(torch.float32, copy=True) for head in heads))
         del heads  # what is still held when the next batch comes, CUDA graphs record another graph behind
         labels.append(inputs.labels)
+        samples.append(torch.from_numpy(batch.params.sample.astype(np.int64)))
         valid.append(inputs.valid)
         if progress:
             progress(done, loader.steps_per_epoch)
@@ -168,4 +194,7 @@ def _predict(
         raise DeitfastError("no image to evaluate", expected="a validation split with images")
     # Masked once at the end: only the device knows a mask's size, and asking for it each batch would stall it.
     kept = torch.cat(valid)
-    return tuple(torch.cat(parts)[kept] for parts in zip(*logits, strict=True)), torch.cat(labels)[kept]
+    everyone = torch.cat(samples).to(kept.device)[kept]
+    return Predictions(
+        tuple(torch.cat(parts)[kept] for parts in zip(*logits, strict=True)), torch.cat(labels)[kept], everyone
+    )

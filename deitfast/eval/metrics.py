@@ -32,7 +32,7 @@ class Metrics:
     f1: float
     """Macro F1: the mean of the classes' F1."""
     auc: float
-    """Macro one-vs-rest area under the ROC curve; NaN where no class has positives and negatives, or logits are NaN."""
+    """Macro one-vs-rest area under the ROC curve; NaN where no class has positives and negatives."""
     auc_classes: int
     """Classes that `auc` is a mean over: those with positives and negatives."""
     confusion: Tensor
@@ -56,7 +56,7 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
     the predictions, and what is undefined (a class never predicted, or never there) counts as 0.
 
     Raises:
-        DeitfastError: no image, or labels outside the logits' classes.
+        DeitfastError: no image, labels outside the logits' classes, or logits that are not finite.
     """
     count, classes = logits.shape
     if not count:
@@ -68,6 +68,12 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
             remedy="evaluate on the data set that the model was trained for",
         )
     logits = logits.float()
+    if bad := int((~logits.isfinite()).any(dim=1).sum()):
+        raise DeitfastError(
+            f"the model's logits are not finite (NaN or infinite) for {bad:,} of {count:,} images",
+            expected="finite logits",
+            remedy="take weights from before training diverged; with fp16, try --set train.amp=off",
+        )
     log_total = logits.logsumexp(dim=1)
     loss = float((log_total - logits.gather(1, labels[:, None]).squeeze(1)).cpu().double().mean())
     best = logits.topk(min(5, classes), dim=1).indices
@@ -83,7 +89,7 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
         precision=precision,
         recall=recall,
         f1=f1,
-        auc=float(areas.mean()) if len(areas) and math.isfinite(loss) else math.nan,
+        auc=float(areas.mean()) if len(areas) else math.nan,
         auc_classes=len(areas),
         confusion=confusion,
     )

@@ -1,7 +1,7 @@
-"""Weights into a network: as they are, or fitted to another size and other classes."""
+"""Weights into a network: as they are, or adapted to another size and other classes."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deitfast.config.recipe import ModelSpec
-from deitfast.weights.read import Weights, file_digest, grid_side, listed, read_weights
+from deitfast.models.class_names import ClassMatch, match_classes
+from deitfast.weights.read import Weights, file_digest, grid_side, read_weights
+from deitfast.weights.state_dict import listed
 from pipelines.errors import UserError
 
-log = logging.getLogger("deitfast")
+log = logging.getLogger(__name__)
 HEADS = ("head", "head_dist", "fc")
 """Layers whose width is the number of classes."""
 
@@ -25,17 +27,19 @@ class AdaptReport:
     """Heads that keep their fresh initialization."""
     positions: tuple[int, int]
     """Patches along a side, in the file and in the model; 0, 0 for a CNN."""
+    match: ClassMatch | None = None
+    """How the kept heads' outputs were matched to the classes; None where there are none."""
 
     def __str__(self) -> str:
         resized = f"positions {self.positions[0]}^2 -> {self.positions[1]}^2, " if len(set(self.positions)) > 1 else ""
-        return resized + (f"new: {', '.join(self.new)}" if self.new else "heads kept")
+        return resized + (f"new: {', '.join(self.new)}" if self.new else f"heads kept, {self.match}")
 
 
 def init_from_pretrained(model: nn.Module, spec: ModelSpec, classes: tuple[str, ...]) -> dict[str, str]:
     """Give a new model the weights that its recipe starts from, if any.
 
     Returns:
-        What `run.json` keeps of it: the file, its blake2b, whose names it has, what became of heads and positions.
+        What `run.json` records: the file, its blake2b, whose names it has, what became of heads and positions.
 
     Raises:
         UserError: the weights cannot be read, or do not fit the network.
@@ -43,14 +47,13 @@ def init_from_pretrained(model: nn.Module, spec: ModelSpec, classes: tuple[str, 
     source = spec.weights or spec.finetune
     if not source:
         return {}
-    weights = read_weights(Path(source))
-    fitted = "as they are"
+    weights, in_order = read_weights(Path(source), which=spec.start_checkpoint), spec.assume_class_order
     if spec.finetune:
-        fitted = str(adapt_pretrained(model, weights, classes))
-    elif weights.classes and weights.classes != classes:
-        raise UserError(f"{source} was trained on other classes than this data set has", remedy="take --finetune")
+        fitted = str(adapt_pretrained(model, weights, classes, assume_order=in_order))
     else:
-        load_weights(model, weights)
+        match = match_heads(weights, classes, assume_order=in_order)
+        fitted = f"as they are, classes {match}"
+        load_weights(model, _with_heads(weights, match))
     log.info("starting from %s (%s weights): %s", source, weights.kind, fitted)
     return {
         "file": str(weights.path),
@@ -60,33 +63,64 @@ def init_from_pretrained(model: nn.Module, spec: ModelSpec, classes: tuple[str, 
     }
 
 
+def match_heads(weights: Weights, classes: tuple[str, ...], *, assume_order: bool = False) -> ClassMatch:
+    """Match the outputs of weights' heads to a data set's classes, which must be all that they have.
+
+    Raises:
+        UserError: they are other classes, or nothing tells which output is which.
+    """
+    owner = str(weights.path)
+    match = match_classes(owner, weights.classes, weights.num_classes, classes, assume_order=assume_order)
+    if match.num_outputs != len(classes):
+        raise UserError(
+            f"{owner} was trained on other classes than this data set has",
+            expected=f"{len(classes)} classes",
+            found=f"{match.num_outputs}",
+            remedy="start from it with --finetune, which draws a new head",
+        )
+    return match
+
+
+def _with_heads(weights: Weights, match: ClassMatch) -> Weights:
+    """Return the weights with their heads' outputs in the data set's order."""
+    if match.is_identity:
+        return weights
+    names = [f"{head}.{part}" for head in HEADS for part in ("weight", "bias")]
+    heads = {name: weights.tensors[name][list(match.index)] for name in names if name in weights.tensors}
+    return replace(weights, tensors=weights.tensors | heads)
+
+
 def load_weights(model: nn.Module, weights: Weights) -> None:
     """Copy weights into a model of the same shape.
 
     Raises:
         UserError: names or shapes differ; the message says which.
     """
-    _require_same(model, weights.tensors, weights, "fit another size or other classes with --finetune")
+    _require_same(model, weights.tensors, weights, "adapt another size or other classes with --finetune")
     model.load_state_dict(weights.tensors)
 
 
-def adapt_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...]) -> AdaptReport:
+def adapt_pretrained(
+    model: nn.Module, weights: Weights, classes: tuple[str, ...], *, assume_order: bool = False
+) -> AdaptReport:
     """Copy weights into a model of another input size or with other classes.
 
-    TrainState embeddings are resized to the model's. A head is copied where it is there, has the model's width, and
-    the file does not name other classes than `classes`; else it keeps the model's own initialization.
+    Position embeddings are resized to the model's. A head that is there for the same classes is copied, its outputs
+    in the order of `classes`; any other keeps the model's own initialization.
 
     Raises:
         UserError: anything else differs; the message says what.
     """
-    own, tensors = model.state_dict(), dict(weights.tensors)
-    other_classes = bool(weights.classes) and weights.classes != classes
-    new = []
+    try:
+        match = match_heads(weights, classes, assume_order=assume_order)
+    except UserError:
+        match = None
+    own, tensors, new = model.state_dict(), dict((_with_heads(weights, match) if match else weights).tensors), []
     for head in HEADS:
         names = [f"{head}.weight", f"{head}.bias"]
         if names[0] not in own:
             continue
-        if other_classes or any(name not in tensors or tensors[name].shape != own[name].shape for name in names):
+        if match is None or any(name not in tensors or tensors[name].shape != own[name].shape for name in names):
             tensors |= {name: own[name] for name in names}
             new.append(head)
     sides = 0, 0
@@ -96,7 +130,7 @@ def adapt_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], prefix, sides[1])
     _require_same(model, tensors, weights, "the network, its patches and its tokens must be the file's")
     model.load_state_dict(tensors)
-    return AdaptReport(tuple(new), sides)
+    return AdaptReport(tuple(new), sides, match)
 
 
 def resize_positions(positions: Tensor, prefix: int, side: int) -> Tensor:

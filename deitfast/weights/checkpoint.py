@@ -1,19 +1,28 @@
-"""Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
+"""Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code.
+
+A run keeps two. `checkpoint.pt` is the last one: all that --resume needs, with the averaged weights where the run has
+them. `checkpoint_best.pt` holds the weights, plain or averaged, of the best validation top-1 so far.
+"""
 
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from deitfast.config.choices import WhichCheckpoint
+from deitfast.run_folder import RunFolder
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import atomic_write
 
-FORMAT = 1
+TAG = "deitfast_checkpoint"
+"""Key that says whose a checkpoint is; its value is FORMAT."""
+FORMAT = 2
 """Version of the dict's layout."""
 UNREADABLE = (
     RuntimeError,
@@ -24,11 +33,16 @@ UNREADABLE = (
     ValueError,
     TypeError,
     AttributeError,
+    AssertionError,  # of torch's reader of files from before PyTorch 1.6
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
     zipfile.BadZipFile,
     struct.error,
 )
 """What `read` raises for files that torch.save did not write, or that are damaged."""
-REMEDY = "copy it again from where it is whole, or start the run anew with another --out"
+REMEDY = "copy it again from where it is whole, or start a new run with another --out"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -41,7 +55,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     before = sys.exception()  # a request to stop, where that is why a run saves
     try:
         with atomic_write(path) as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save({TAG: FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
         cause: BaseException = error  # what came first: torch's writer and the file add complaints of their own
         while cause.__context__ not in (None, before):
@@ -60,7 +74,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
     Raises:
         UserError: there is no such file, or another version of deitfast wrote it.
-        DeitfastError: the file is damaged.
+        DeitfastError: the file is damaged, or holds something else than a checkpoint of a run does.
     """
     try:
         state = read(path, device)
@@ -68,10 +82,39 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}", remedy="name the folder of a run that got that far") from None
     except UNREADABLE as error:
         raise DeitfastError(f"checkpoint {path} is damaged", found=reason(error), remedy=REMEDY) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"checkpoint {path} has another format", expected=str(FORMAT), found=str(found))
+    if not is_ours(state):
+        found = str(state.get(TAG, "none")) if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"checkpoint {path} has another format",
+            expected=f"format {FORMAT}",
+            found=found,
+            remedy="read it with the version of deitfast that wrote it",
+        )
+    if problem := _malformed(state):
+        raise DeitfastError(f"checkpoint {path} is damaged or was edited", found=problem, remedy=REMEDY)
     return state
+
+
+def is_ours(tree: Any) -> bool:
+    """Whether what was read is a checkpoint of this version of deitfast."""
+    return isinstance(tree, dict) and type(tree.get(TAG)) is int and tree[TAG] == FORMAT
+
+
+def _malformed(state: dict[str, Any]) -> str:
+    """Return what is not as `TrainStep.state`, `TrainState.state` and `save_best` write it; "" where all is."""
+    kinds = {
+        "epoch": int, "steps": int, "skipped": int, "seconds": int | float, "waited": int | float, "losses": list,
+        "model": dict, "ema": dict | None, "optimizer": dict, "scaler": dict, "averaged": bool, "top1": int | float,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if name in state and not isinstance(state[name], kind):
+            return f"{name} is a {type(state[name]).__name__}"
+    if "model" not in state or "epoch" not in state:
+        return "no model" if "epoch" in state else "no epoch"
+    for name, weights in (("model", state["model"]), ("ema.model", (state.get("ema") or {"model": {}}).get("model"))):
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            return f"{name} is not a dict of tensors"
+    return ""
 
 
 def read(path: Path, device: torch.device | str) -> Any:
@@ -87,7 +130,9 @@ def read(path: Path, device: torch.device | str) -> Any:
         with zipfile.ZipFile(path) as file:
             if (part := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{part} in it does not have the CRC32 that was written with it")
-    return torch.load(path, map_location=device, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged files, which then fail or not
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def reason(error: BaseException) -> str:
@@ -96,16 +141,63 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0].partition(". Please use")[0]
 
 
-def restore_model(model: nn.Module, state: dict[str, Any], path: Path, *, ema: bool = False) -> None:
-    """Load a checkpoint's weights, plain or averaged, into `model`.
+def choose(run: RunFolder, *, ema: bool = False, which: WhichCheckpoint = "auto") -> Path:
+    """Return the checkpoint of a run that is meant.
+
+    Args:
+        run: the run.
+        ema: the averaged weights are wanted, which the last checkpoint has.
+        which: best or last; auto: the best where there is one and `ema` is not given, else the last.
 
     Raises:
-        UserError: it has no averaged weights, or was written by another model.
+        UserError: the best is wanted and the run has none, or is wanted together with the averaged weights.
     """
-    if ema and state["ema"] is None:
+    if which == "best" and ema:
+        raise UserError(
+            "--which best and --ema exclude each other", remedy="give one of them: the best says what it is"
+        )
+    if which == "best" and not run.best.exists():
+        raise UserError(
+            f"there is no best checkpoint in {run.path}",
+            expected=run.best.name,
+            found="a run that was not evaluated yet, or has no validation split",
+            remedy="take --which last",
+        )
+    return run.best if which != "last" and not ema and run.best.exists() else run.checkpoint
+
+
+def model_weights(state: dict[str, Any], path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Return a loaded checkpoint's weights, plain or averaged.
+
+    Raises:
+        UserError: it has no averaged weights.
+    """
+    if not ema:
+        return state["model"]
+    if not state.get("ema"):
         raise UserError(f"checkpoint {path} has no averaged weights", remedy="train with train.ema above 0")
-    try:
-        model.load_state_dict(state["ema"]["model"] if ema else state["model"])
-    except (RuntimeError, KeyError) as error:
-        found = str(error).splitlines()[-1].strip()
-        raise UserError(f"checkpoint {path} belongs to another model", found=found) from None
+    return state["ema"]["model"]
+
+
+def save_best(path: Path, epoch: int, results: dict[str, tuple[float, dict[str, Tensor]]]) -> bool:
+    """Write the better of some weights of an epoch to `path`, if none that is there already is as good.
+
+    Args:
+        path: the best checkpoint of a run, there already or not.
+        epoch: from 0.
+        results: validation top-1 and weights under "plain" and, where there are any, "averaged".
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        DeitfastError: as `save`; or the one that is there is damaged.
+    """
+    name = max(results, key=lambda each: results[each][0])
+    top1, weights = results[name]
+    if path.exists():
+        before = load(path, torch.device("cpu"))
+        if before["epoch"] < epoch and before["top1"] >= top1:
+            return False
+    save(path, {"epoch": epoch, "top1": top1, "averaged": name == "averaged", "model": weights})
+    return True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deitfast.models.vit import VisionTransformer, joint
 from deitfast.weights.load import TrainedModel
-from deitfast.weights.read import INPUT_FIELDS, METADATA
+from deitfast.weights.sidecar import INPUT_FIELDS, METADATA
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, explain_os_error, write_text
 
@@ -72,12 +72,12 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
     heads = ["head", "head_dist"] if trained.recipe.distilled else "head"
     config = {
         "architecture": f"deit_{size}{middle}_patch16_{side}",
-        "num_classes": trained.outputs,
+        "num_classes": trained.num_classes,
         "model_args": {"img_size": augment.size, "patch_size": model.patch},
         "pretrained_cfg": {
             "input_size": [3, augment.size, augment.size],
             "fixed_input_size": True,
-            "num_classes": trained.outputs,
+            "num_classes": trained.num_classes,
             "mean": augment.mean,
             "std": augment.std,
             "interpolation": "bicubic",

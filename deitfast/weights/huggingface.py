@@ -1,7 +1,8 @@
 """Hugging Face's names for DeiT and ViT, turned into timm's.
 
 `DeiTForImageClassificationWithTeacher` has both heads; `DeiTForImageClassification` a distillation token and the class
-head alone; `ViTForImageClassification`, which the undistilled DeiTs are published as, the class token alone.
+head alone; `ViTForImageClassification`, which the undistilled DeiTs are published as, the class token alone;
+`DeiTModel` and `ViTModel` no head.
 """
 
 import re
@@ -42,6 +43,11 @@ INSIDE = {
     "mlp.fc2": "mlp.fc2",
 }
 """Names inside a block, without .weight and .bias."""
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+ANCHORS = (f"deit.{PATCHES}", f"vit.{PATCHES}", PATCHES)
+"""The name that all of them have, with a classifier beside the body or without."""
+UNUSED = re.compile(r"(pooler\.|embeddings\.mask_token$)")
+"""What classification does not use: the pooler of the headless models, and the mask of masked pre-training."""
 BODY = re.compile(r"(deit|vit)\.")
 BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 QUERY = re.compile(r"(blocks\.\d+\.attn\.)q\.(weight|bias)")
@@ -49,12 +55,13 @@ QUERY = re.compile(r"(blocks\.\d+\.attn\.)q\.(weight|bias)")
 
 def is_hugging_face(tensors: dict[str, Tensor]) -> bool:
     """Whether names are Hugging Face's DeiT's or ViT's."""
-    return any(BODY.match(name) and "embeddings." in name for name in tensors)
+    return any(anchor in tensors for anchor in ANCHORS)
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under timm's names, query, key and value merged; names without a counterpart stay."""
-    renamed = {_renamed(name): value for name, value in tensors.items()}
+    own = {name: value for name, value in tensors.items() if not UNUSED.match(_bare(name))}
+    renamed = {_renamed(name): value for name, value in own.items()}
     for name in list(renamed):
         found = QUERY.fullmatch(name)
         parts = [f"{found[1]}{part}.{found[2]}" for part in "qkv"] if found else []
@@ -63,8 +70,12 @@ def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _bare(name: str) -> str:
+    return BODY.sub("", name, count=1) if BODY.match(name) else name
+
+
 def _renamed(name: str) -> str:
-    bare = BODY.sub("", name, count=1) if BODY.match(name) else name
+    bare = _bare(name)
     if bare in OUTSIDE:
         return OUTSIDE[bare]
     block = BLOCK.fullmatch(bare)

@@ -1,10 +1,9 @@
-"""Weights of other programs and of finished runs, read into timm's names. Nothing in a file is ever executed."""
+"""Weights of other programs and of finished runs, read under deitfast's names. Nothing in a file is ever executed."""
 
 import hashlib
-import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,21 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deitfast.config.choices import Arch
+from deitfast.config.choices import Arch, WhichCheckpoint
 from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
-from deitfast.weights.huggingface import is_hugging_face, to_timm
+from deitfast.weights.layouts import ANCHORS, recognize
+from deitfast.weights.sidecar import INPUT_FIELDS, STANDARD_FILES, Sidecar, read_sidecar
+from deitfast.weights.state_dict import flatten, not_finite, select_network
 from pipelines.errors import UserError
 
 WIDTHS = {192: "deit_ti", 384: "deit_s", 768: "deit_b"}
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
-PLAIN, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
-"""Where the reference's and timm's training checkpoints keep their weights."""
-INPUT_FIELDS = ("size", "crop", "eval_crop", "mean", "std")
-"""Fields of `AugmentSpec` that evaluation needs beside the weights."""
-METADATA = "deitfast"
-"""Key of our own entry in a .safetensors file's metadata."""
+HEAD_WIDTH = 64
+"""Width of an attention head in every ViT and DeiT."""
+EXPECTED = "a run's folder, a folder with a model.safetensors, a .safetensors or a .pth file"
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,20 @@ class Weights:
     path: Path
     """The file they were read from."""
     kind: str
-    """Whose names the file has, for people."""
+    """Whose names the file has, human-readable."""
     tensors: dict[str, Tensor]
     """On the CPU, floating point in float32: transformers under timm's names, CNNs under torchvision's."""
-    classes: tuple[str, ...] = ()
-    """Class names in label order; empty where the file does not say."""
-    input: dict[str, Any] = field(default_factory=dict)
-    """`INPUT_FIELDS` of the recipe that they were trained with, where the file says."""
+    sidecar: Sidecar = field(default_factory=Sidecar)
+    """Class names, and how images are fed to the network, as far as they are told."""
+    epoch: int = 0
+    """Epoch of a run, from 1, in which they were saved; 0 for other files."""
+    described: str = "weights"
+    """Which of a run's or file's weights they are, human-readable: "averaged weights", "best weights", ..."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the outputs; empty where nothing tells them."""
+        return self.sidecar.classes
 
     @property
     def transformer(self) -> bool:
@@ -57,14 +60,21 @@ class Weights:
 
     @property
     def arch(self) -> Arch | None:
-        """The network as its width tells it: deit_ti, deit_s or deit_b; None for a CNN and for other widths."""
-        width = self.tensors["pos_embed"].shape[-1] if self.transformer else 0
-        return cast(Arch | None, WIDTHS.get(width))
+        """The network as its shapes tell it; None where they tell none of deitfast's."""
+        if self.transformer:
+            return cast(Arch | None, WIDTHS.get(self.tensors["pos_embed"].shape[-1]))
+        return _cnn_arch(self.tensors)
 
     @property
-    def outputs(self) -> int:
-        """Number of classes of the class head."""
-        return len(self.tensors["head.weight" if self.transformer else "fc.weight"])
+    def classifier(self) -> str:
+        """Name of the class head's weight."""
+        return "head.weight" if self.transformer else "fc.weight"
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the class head; 0 where there is none."""
+        head = self.tensors.get(self.classifier)
+        return 0 if head is None else len(head)
 
     @property
     def patch(self) -> int:
@@ -83,67 +93,90 @@ def grid_side(positions: Tensor, prefix: int) -> int:
     Raises:
         UserError: they are for no square.
     """
-    side = math.isqrt(positions.shape[1] - prefix)
+    side = math.isqrt(max(0, positions.shape[1] - prefix))
     if side**2 != positions.shape[1] - prefix:
         raise UserError(
-            "position embeddings of an image that is no square",
+            "position embeddings of an image that is not square",
             expected=f"{prefix} and a square number of them",
             found=str(positions.shape[1]),
         )
     return side
 
 
-def read_weights(path: Path, *, ema: bool = False) -> Weights:
+def read_weights(path: Path, *, ema: bool = False, which: WhichCheckpoint = "auto") -> Weights:
     """Read a run's folder, an export of ours, or a file of official DeiT, timm, Hugging Face or torchvision weights.
 
     Args:
         path: a run's folder; a folder with a model.safetensors; a .safetensors file; a file that torch.save wrote.
-        ema: take the averaged weights (of a run, or of the reference's and timm's training checkpoints).
+        ema: take the averaged weights (of a run's last checkpoint, or of another program's training checkpoint).
+        which: of a run, the best or the last checkpoint; auto: the best where there is one, with `ema` the last.
 
     Raises:
         UserError: no such file, one that cannot be read without running code, names of no network that deitfast knows,
-            or no averaged weights.
+            weights that are not finite, no averaged weights, or a configuration beside them that does not fit.
+        DeitfastError: a run's checkpoint is damaged.
     """
-    file = weights_file(path)
-    tree, metadata = _safetensors(file) if file.suffix == ".safetensors" else (_torch_file(file), {})
-    tensors = _unwrapped(tree, file, ema)
     run = RunFolder(path)
-    classes, input_ = tuple(metadata.get("classes", ())), metadata.get("input", {})
     if run.exists():
-        classes = run.info().classes
-        input_ = {name: getattr(run.recipe().augment, name) for name in INPUT_FIELDS}
-    kind, tensors = _recognized(tensors, file)
-    if run.exists() or metadata or "optimizer" in tree:
-        kind = "deitfast"
-    floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    return Weights(file, kind, floats, classes, input_)
+        file = checkpoint.choose(run, ema=ema, which=which)
+        state = checkpoint.load(file, torch.device("cpu"))
+        best = "best " if file == run.best else ""
+        described = f"{best}averaged weights" if ema or state.get("averaged") else f"{best}weights"
+        tensors = checkpoint.model_weights(state, file, ema=ema)
+        augment = run.recipe().augment
+        told = {name: getattr(augment, name) for name in INPUT_FIELDS}
+        side = Sidecar(run.info().classes, f"{run.path / 'run.json'}", told, f"{run.path / 'recipe.toml'}")
+        return _weights(file, "deitfast", tensors, side, state["epoch"] + 1, described)
+    if which != "auto":
+        raise UserError(f"--which {which} goes with a run's folder", found=str(path), remedy="leave --which out")
+    file = weights_file(path)
+    flat, metadata, ours = _contents(file)
+    kind, tensors = recognize(select_network(flat, ANCHORS, file, ema=ema), file)
+    side = read_sidecar(file, metadata)
+    return _weights(file, "deitfast" if ours else kind, tensors, side, 0, "averaged weights" if ema else "weights")
 
 
-def read_state(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file or of one that torch.save wrote, under the names that it has.
+def read_state(file: Path, names: Iterable[str]) -> tuple[dict[str, Tensor], Sidecar]:
+    """Return one network's tensors in a file, without wrappers' prefixes, and what lies beside them.
+
+    Args:
+        file: a .safetensors file, or one that torch.save wrote.
+        names: the network's own names of its tensors.
 
     Raises:
-        UserError: no such file, or one that cannot be read without running code.
+        UserError: no such file, one that cannot be read without running code, or values that are not finite.
     """
     if not file.is_file():
-        raise UserError(f"there is no file {file}", expected="a .safetensors or a .pth file")
-    return _unwrapped(_safetensors(file)[0] if file.suffix == ".safetensors" else _torch_file(file), file, ema=False)
+        raise UserError(f"weights file not found: {file}", expected="a .safetensors or a .pth file")
+    flat, metadata, _ = _contents(file)
+    there = [name for name in names if name in flat or any(other.endswith(f".{name}") for other in flat)]
+    anchors = sorted(there, key=lambda name: (name.count("."), len(name)))[-1:]  # no name of another layer ends so
+    state = select_network(flat, anchors, file, ema=False)
+    _require_finite(state, file)
+    return state, read_sidecar(file, metadata)
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file that holds the weights of a run, of a folder as timm and Hugging Face write it, or `path`.
+    """Return the file of weights in a folder as timm and Hugging Face write it, or `path`.
 
     Raises:
         UserError: there is none.
     """
-    run = RunFolder(path)
-    file = run.checkpoint if run.exists() else path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"weights file not found: {path}", expected=EXPECTED)
+        return path
+    for name in STANDARD_FILES:
+        if (path / name).is_file():
+            return path / name
+    if parts := sorted(path.glob("*.index.json")):
         raise UserError(
-            f"there are no weights in {path}" if path.is_dir() else f"there is no file {path}",
-            expected="a run's folder, a folder with a model.safetensors, a .safetensors or a .pth file",
+            f"{path} holds weights in several files",
+            expected="one model.safetensors",
+            found=parts[0].name,
+            remedy="load it with transformers and save it again: save_pretrained(FOLDER, max_shard_size='100GB')",
         )
-    return file
+    raise UserError(f"there are no weights in {path}", expected=EXPECTED)
 
 
 def file_digest(file: Path) -> str:
@@ -152,17 +185,73 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a .safetensors file's tensors and our own metadata."""
+def _weights(file: Path, kind: str, tensors: dict[str, Tensor], side: Sidecar, epoch: int, described: str) -> Weights:
+    """Return weights in float32, checked against what is told of them.
+
+    Raises:
+        UserError: they are not finite, or what is told belongs to another network.
+    """
+    _require_finite(tensors, file)
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    weights = Weights(file, kind, floats, side, epoch, described)
+    if weights.transformer and side.heads and side.heads * HEAD_WIDTH != floats["pos_embed"].shape[-1]:
+        raise UserError(
+            f"{file} holds a transformer that deitfast cannot build",
+            expected=f"{floats['pos_embed'].shape[-1] // HEAD_WIDTH} attention heads of width {HEAD_WIDTH}",
+            found=f"{side.heads} in {side.input_from}",
+        )
+    side.named(weights.num_classes, file)
+    return weights
+
+
+def _require_finite(tensors: dict[str, Tensor], file: Path) -> None:
+    if bad := not_finite(tensors):
+        raise UserError(
+            f"{file} has weights that are not finite (NaN or infinite)",
+            found=bad,
+            remedy="take weights from before training diverged",
+        )
+
+
+def _cnn_arch(tensors: dict[str, Tensor]) -> Arch | None:
+    """Return which of deitfast's CNNs has these tensors, by the shapes of its stages; None for another."""
+    stages = {
+        "resnet18": {"layer4.1.conv2.weight": (512, 512, 3, 3), "layer1.1.conv2.weight": (64, 64, 3, 3)},
+        "resnet50": {"layer3.5.conv3.weight": (1024, 256, 1, 1), "layer4.2.conv3.weight": (2048, 512, 1, 1)},
+        "regnet_y_4gf": {"trunk_output.block4.block4-1.f.c.0.weight": (1088, 1088, 1, 1)},
+        "regnet_y_8gf": {"trunk_output.block4.block4-0.f.c.0.weight": (2016, 2016, 1, 1)},
+        "regnet_y_16gf": {"trunk_output.block4.block4-0.f.c.0.weight": (3024, 3024, 1, 1)},
+    }
+    beyond = {"resnet18": "layer1.2.conv1.weight", "resnet50": "layer3.6.conv1.weight"}
+    for arch, shapes in stages.items():
+        if all(name in tensors and tensors[name].shape == shape for name, shape in shapes.items()):
+            return None if beyond.get(arch) in tensors else cast(Arch, arch)
+    return None
+
+
+def _contents(file: Path) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """Return all tensors in a file under dotted names, its metadata, and whether deitfast wrote it."""
+    if file.suffix == ".safetensors":
+        tensors, metadata = _safetensors(file)
+        return tensors, metadata, "deitfast" in metadata
+    tree = _torch_file(file)
+    return flatten(tree), {}, checkpoint.is_ours(tree)
+
+
+def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a .safetensors file's tensors and metadata."""
     try:
         with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{file} is no whole .safetensors file", found=str(error)) from None
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{file} is not a whole .safetensors file",
+            found=str(error),
+            remedy="copy it again from where it is whole",
+        ) from None
 
 
-def _torch_file(file: Path) -> dict[str, Any]:
+def _torch_file(file: Path) -> dict[Any, Any]:
     """Return what torch.save wrote, as far as it is data."""
     try:
         with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options beside the weights
@@ -177,39 +266,3 @@ def _torch_file(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{file} holds no weights", expected="a state_dict", found=type(tree).__name__)
     return tree
-
-
-def _unwrapped(tree: dict[str, Any], file: Path, ema: bool) -> dict[str, Tensor]:
-    """Return the state_dict inside a training checkpoint, without wrappers' prefixes."""
-    inner: Any = tree if not ema else None
-    if "optimizer" in tree:  # our own checkpoint
-        inner = tree["model"] if not ema else (tree["ema"] or {}).get("model")
-    else:
-        inner = next((tree[key] for key in (AVERAGED if ema else PLAIN) if isinstance(tree.get(key), Mapping)), inner)
-    if inner is None:
-        raise UserError(f"{file} has no averaged weights", remedy="leave --ema out")
-    for prefix in WRAPPERS:
-        if inner and all(str(name).startswith(prefix) for name in inner):
-            inner = {name.removeprefix(prefix): value for name, value in inner.items()}
-    return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
-
-
-def _recognized(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return whose names these are, and the tensors under the names that our models have."""
-    kind = "DeiT and timm"
-    if is_hugging_face(tensors):
-        kind, tensors = "Hugging Face", to_timm(tensors)
-    if {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"} <= tensors.keys():
-        return kind, tensors
-    if "fc.weight" in tensors and ("conv1.weight" in tensors or "stem.0.weight" in tensors):
-        return "torchvision", tensors
-    raise UserError(
-        f"{file} holds no network that deitfast knows",
-        expected="names as in the official DeiT files, timm, Hugging Face's DeiT and ViT, or torchvision's CNNs",
-        found=listed(sorted(tensors)) or "no tensors",
-    )
-
-
-def listed(names: list[str], most: int = 4) -> str:
-    """Return names in one line, the first few of them where they are many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

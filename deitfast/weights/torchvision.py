@@ -1,5 +1,6 @@
-"""torchvision's published classifiers, as teachers."""
+"""torchvision's published classifiers."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,86 +9,85 @@ import torch
 from torch import Tensor, nn
 
 from deitfast.models.class_names import IMAGENET
-from deitfast.weights.read import read_state
+from deitfast.weights.read import read_state, weights_file
+from deitfast.weights.zoo import OneHead, ZooModel, count_classes
 from pipelines.errors import DeitfastError, UserError
 
-log = logging.getLogger("deitfast")
+log = logging.getLogger(__name__)
+OWN_SCALE = ("googlenet", "inception_v3")
+"""Networks whose published weights expect another scale than torchvision's transforms give, and change it inside."""
 
 
 def is_torchvision_model(name: str) -> bool:
     """Whether torchvision has published a classifier of this name."""
-    return name in _names()
+    import torchvision.models
+
+    return name in torchvision.models.list_models(module=torchvision.models)
 
 
 def torchvision_weights(name: str) -> Any:
-    """Return torchvision's description of the best weights of a network: where they are, how images are fed to it."""
+    """Return torchvision's description of a network's best weights: where they are, how images are fed to it."""
     from torchvision.models import get_model_weights
 
     return get_model_weights(name).DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def torchvision_state(name: str, file: Path | None) -> dict[str, Tensor]:
-    """Return the weights of a network: those in `file`, or torchvision's, from its cache or fetched.
+def load_torchvision(name: str, file: Path | None) -> ZooModel:
+    """Return network `name`; see `load_zoo_model`.
 
     Raises:
-        UserError: the file cannot be read as weights.
-        DeitfastError: the weights cannot be fetched.
+        UserError: the weights are another network's.
+        DeitfastError: they cannot be fetched.
     """
+    weights, sidecar = torchvision_weights(name), None
+    network = _build(name, IMAGENET)
     if file:
-        return read_state(file)
-    weights = torchvision_weights(name)
-    log.info("teacher %s: torchvision's %s, %s", name, weights.name, weights.url)
+        file = weights_file(file)
+        state, sidecar = read_state(file, network.state_dict())
+    else:
+        state = _fetched(name, weights)
+    network = _build(name, count := count_classes(state, network), state, _is_published(file, weights))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file or name} does not hold a {name}", found=str(error).splitlines()[-1].strip()) from None
+    fed, told = weights.transforms(), dict(sidecar.input) if sidecar else {}
+    classes = sidecar.named(count, Path(file or name)).classes if sidecar else ()
+    if not classes and count == IMAGENET:
+        classes = tuple(weights.meta["categories"])
+    model = OneHead(network).eval().requires_grad_(False)
+    size, mean, std = told.get("size", fed.crop_size[0]), told.get("mean", fed.mean), told.get("std", fed.std)
+    return ZooModel(name, model, count, classes, size, tuple(mean), tuple(std))
+
+
+def _build(name: str, classes: int, state: dict[str, Tensor] | None = None, published: bool = False) -> nn.Module:
+    from torchvision.models import get_model
+
+    more: dict[str, Any] = {}
+    if name in OWN_SCALE:
+        auxiliary = state is None or any(key.lower().startswith("aux") for key in state)
+        more = {"aux_logits": auxiliary, "transform_input": published, "init_weights": False}
+    return get_model(name, weights=None, num_classes=classes, **more)
+
+
+def _is_published(file: Path | None, weights: Any) -> bool:
+    """Whether a file is torchvision's own, whose name in the zoo ends in the first digits of its SHA-256."""
+    if file is None:
+        return True
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digest.startswith(Path(weights.url).stem.rpartition("-")[2])
+
+
+def _fetched(name: str, weights: Any) -> dict[str, Tensor]:
+    """Return torchvision's weights of a network, from its cache or fetched."""
+    log.info("%s: torchvision's %s, %s", name, weights.name, weights.url)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise DeitfastError(
-            f"the weights of teacher {name} cannot be fetched",
+            f"the weights of {name} cannot be fetched",
             expected=f"{weights.url}, or in torchvision's cache, {torch.hub.get_dir()}/checkpoints",
             found=str(error),
             remedy="fetch the file where there is a network and give it with --teacher-weights FILE",
         ) from error
-
-
-def load_torchvision(name: str, state: dict[str, Tensor], owner: str) -> tuple[nn.Module, int]:
-    """Return network `name` with the weights of `state`, giving (logits [B, outputs],), and its number of outputs.
-
-    Raises:
-        UserError: the weights are another network's.
-    """
-    from torchvision.models import get_model
-
-    network = get_model(name, weights=None, num_classes=IMAGENET)
-    outputs = _outputs(state, network)
-    if outputs != IMAGENET:
-        network = get_model(name, weights=None, num_classes=outputs)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{owner} holds no {name}", found=str(error).splitlines()[-1].strip()) from None
-    return OneHead(network), outputs
-
-
-class OneHead(nn.Module):
-    """A network of one output, under the contract of ours: a tuple of heads."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map pixels [B, 3, S, S] to (logits [B, classes],)."""
-        return (self.network(pixels),)
-
-
-def _names() -> set[str]:
-    import torchvision.models
-
-    # these two change their input's scale themselves, where torchvision and not a file gives the weights
-    return set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
-
-
-def _outputs(state: dict[str, Tensor], network: nn.Module) -> int:
-    """Return the classes of weights for `network`, which has ImageNet's: what differs in shape is the classifier."""
-    own = network.state_dict()
-    differing = [key for key in state if key in own and state[key].shape != own[key].shape and state[key].ndim > 0]
-    return len(state[differing[0]]) if differing else IMAGENET

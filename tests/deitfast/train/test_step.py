@@ -80,8 +80,8 @@ def test_forward_and_loss_are_one_graph_each(mode: str, monkeypatch: pytest.Monk
             compiled.step(inputs, teacher, 1e-3, seed), plain.step(inputs, teacher, 1e-3, seed), rtol=1e-5, atol=1e-6
         )
     for one, other in ((compiled.model, plain.model), (compiled.ema.model, plain.ema.model)):
-        ours, _ = predict(one, Batches(recipe), recipe, CPU)
-        theirs, _ = predict(other, Batches(recipe), recipe, CPU)
+        ours, *_ = predict(one, Batches(recipe), recipe, CPU)
+        theirs, *_ = predict(other, Batches(recipe), recipe, CPU)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 

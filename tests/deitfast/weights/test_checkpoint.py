@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
 from pipelines.errors import DeitfastError, UserError
 
@@ -25,7 +26,7 @@ def test_what_is_saved_is_loaded(tmp_path) -> None:
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     file = tmp_path / "checkpoint.pt"
-    checkpoint.save(file, {"epoch": 1})
+    checkpoint.save(file, {"epoch": 1, "model": {}})
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -62,7 +63,7 @@ def test_what_ends_writing_in_its_middle_is_told_and_leaves_the_old_checkpoint(
     tmp_path, monkeypatch, met: BaseException, told: type[BaseException], says: str
 ) -> None:
     file = tmp_path / "checkpoint.pt"
-    checkpoint.save(file, {"epoch": 1})
+    checkpoint.save(file, {"epoch": 1, "model": {}})
 
     class Ending(io.FileIO):
         def write(self, content: Any) -> int:
@@ -119,9 +120,42 @@ def test_nobody_is_told_to_run_what_is_in_a_file(tmp_path) -> None:
     assert not any(word in str(raised.value) for word in ("weights_only", "safe_globals"))
 
 
-def test_weights_of_another_model_are_refused(tmp_path) -> None:
+def test_averaged_weights_are_given_where_there_are_any(tmp_path) -> None:
     state = {"model": nn.Linear(3, 2).state_dict(), "ema": None}
-    with pytest.raises(UserError, match="belongs to another model"):
-        checkpoint.restore_model(nn.Linear(4, 2), state, tmp_path)
+    assert checkpoint.model_weights(state, tmp_path) is state["model"]
     with pytest.raises(UserError, match="no averaged weights"):
-        checkpoint.restore_model(nn.Linear(3, 2), state, tmp_path, ema=True)
+        checkpoint.model_weights(state, tmp_path, ema=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": "1"}, {"model": [1]}, {"model": {"weight": "x"}}, {"ema": {"model": 3}}, {"optimizer": []}],
+)
+def test_a_checkpoint_of_other_types_is_damaged(tmp_path, change: dict) -> None:
+    file = tmp_path / "checkpoint.pt"
+    checkpoint.save(file, {"epoch": 1, "model": {"weight": torch.zeros(3)}, "ema": None, **change})
+    with pytest.raises(DeitfastError, match="is damaged or was edited"):
+        checkpoint.load(file, CPU)
+
+
+def test_the_best_weights_are_kept_and_better_ones_replace_them(tmp_path) -> None:
+    file, run = tmp_path / "checkpoint_best.pt", RunFolder(tmp_path)
+
+    def weights(value: float) -> dict[str, torch.Tensor]:
+        return {"weight": torch.full((3,), value)}
+
+    assert checkpoint.save_best(file, 0, {"plain": (0.5, weights(1)), "averaged": (0.4, weights(2))})
+    assert not checkpoint.save_best(file, 1, {"plain": (0.5, weights(3)), "averaged": (0.5, weights(4))})
+    state = checkpoint.load(file, CPU)
+    assert (state["epoch"], state["averaged"], state["top1"]) == (0, False, 0.5)
+    assert checkpoint.save_best(file, 2, {"plain": (0.1, weights(5)), "averaged": (0.6, weights(6))})
+    state = checkpoint.load(file, CPU)
+    assert (state["epoch"], state["averaged"], state["model"]["weight"][0]) == (2, True, 6)
+    assert checkpoint.choose(run) == file
+    assert checkpoint.choose(run, which="last") == checkpoint.choose(run, ema=True) == run.checkpoint
+    with pytest.raises(UserError, match="exclude each other"):
+        checkpoint.choose(run, ema=True, which="best")
+    file.unlink()
+    assert checkpoint.choose(run) == run.checkpoint
+    with pytest.raises(UserError, match="no best checkpoint"):
+        checkpoint.choose(run, which="best")

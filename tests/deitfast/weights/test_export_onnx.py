@@ -11,7 +11,7 @@ import torch
 from deitfast.models.vit import build_model, joint
 from deitfast.weights.export import export_onnx
 from deitfast.weights.load import TrainedModel
-from deitfast.weights.read import METADATA
+from deitfast.weights.sidecar import METADATA
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.small_runs import tiny_recipe
@@ -43,7 +43,7 @@ def test_onnxruntime_computes_what_the_network_does(tmp_path: Path, settings: tu
 
 def test_the_name_tells_the_format(capsys, tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deitfast.cli.commands.load_run", lambda *_, **__: untrained())
+    monkeypatch.setattr("deitfast.cli.evaluate_impl.load_model", lambda *_, **__: untrained())
     code, out, err = call(capsys, "export", "run", "there/net.onnx")
     assert code == 0, err
     assert "wrote there/net.onnx" in out

@@ -17,7 +17,7 @@ from deitfast.run_folder import RunFolder
 from deitfast.weights.adapt import adapt_pretrained, load_weights, resize_positions
 from deitfast.weights.export import export_timm
 from deitfast.weights.huggingface import to_timm
-from deitfast.weights.load import load_file, load_run
+from deitfast.weights.load import load_model
 from deitfast.weights.read import read_weights
 from pipelines.errors import UserError
 from tests.helpers.published_weights import hugging_face, randomized, timm_model
@@ -34,7 +34,9 @@ def deit(size=32, patch=8, classes=7, distilled=False, arch="deit_ti"):
 
 def assert_logits(file: Path, expected: torch.Tensor, arch=None) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(joint(load_file(file, arch, {}, CPU).model(PIXELS)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            joint(load_model(file, CPU, arch=arch).model(PIXELS)), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -61,8 +63,8 @@ def test_official_and_timm_files_give_their_networks_logits(tmp_path: Path, layo
             halves = {name: value.half() for name, value in state.items()}
             save_file(halves, file := tmp_path / "model.safetensors")
             theirs.load_state_dict(halves)
-    trained = load_file(file, "deit_ti", {}, CPU)
-    assert (trained.recipe.augment.size, trained.recipe.model.patch, trained.outputs) == (32, 8, 7)
+    trained = load_model(file, CPU, arch="deit_ti")
+    assert (trained.recipe.augment.size, trained.recipe.model.patch, trained.num_classes) == (32, 8, 7)
     assert trained.recipe.distilled == distilled
     with torch.no_grad():
         torch.testing.assert_close(joint(trained.model(PIXELS)), theirs(PIXELS), rtol=1e-5, atol=1e-5)
@@ -127,8 +129,9 @@ def test_torchvisions_files_give_their_networks_logits(tmp_path: Path) -> None:
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     with torch.no_grad():
         assert_logits(tmp_path / "resnet18.pth", theirs(PIXELS), "resnet18")
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
     with pytest.raises(UserError, match="does not tell which network"):
-        load_file(tmp_path / "resnet18.pth", None, {}, CPU)
+        load_model(tmp_path / "resnet34.pth", CPU)
 
 
 def without(state: dict, *names: str) -> dict:
@@ -139,32 +142,42 @@ def without(state: dict, *names: str) -> dict:
     ("change", "says"),
     [
         (lambda s: without(s, "norm.bias", "blocks.3.attn.qkv.weight"), "missing: blocks.3.attn.qkv.weight, norm.bias"),
-        (lambda s: s | {"blocks.0.ls1.gamma": torch.ones(192)}, "unexpected: blocks.0.ls1.gamma"),
+        (lambda s: s | {"blocks.0.attn.extra": torch.ones(192)}, "unexpected: blocks.0.attn.extra"),
+        (lambda s: s | {"reg_token": torch.ones(1, 4, 192)}, "register tokens"),
+        (lambda s: s | {"fc_norm.weight": torch.ones(192)}, "global average pooling"),
+        (lambda s: without(s, "cls_token"), "no class token"),
+        (lambda s: without(s, *(name for name in s if name.startswith("blocks.11."))), "11 blocks"),
+        (lambda s: s | {"head.weight": s["head.weight"] * float("nan")}, "head.weight (1,344 of 1,344)"),
+        (lambda s: without(s, "head.weight", "head.bias"), "head.weight is missing"),
+        (lambda s: {f"{i}.{name}": value for i in "ab" for name, value in s.items()}, "several networks"),
         (lambda s: s | {"norm.bias": torch.ones(3)}, "norm.bias 3 instead of 192"),
-        (lambda s: {f"backbone.{name}": value for name, value in s.items()}, "backbone.blocks.0.attn.proj.bias"),
-        (lambda s: s | {"pos_embed": torch.ones(1, 16, 192)}, "no square"),
+        (
+            lambda s: {name.replace("patch_embed", "stem"): value for name, value in s.items()},
+            "blocks.0.attn.proj.bias",
+        ),
+        (lambda s: s | {"pos_embed": torch.ones(1, 15, 192)}, "not square"),
         (lambda s: {}, "no tensors"),
     ],
 )
 def test_files_of_other_networks_are_refused_by_name(tmp_path: Path, change, says: str) -> None:
     torch.save({"model": change(timm_model().state_dict())}, tmp_path / "weights.pth")
     with pytest.raises(UserError) as caught:
-        load_file(tmp_path / "weights.pth", "deit_ti", {}, CPU)
+        load_model(tmp_path / "weights.pth", CPU, arch="deit_ti")
     assert says in str(caught.value)
     assert "weights.pth" in str(caught.value) or "square" in says
 
 
 def test_other_networks_names_settings_and_sizes_are_refused(tmp_path: Path) -> None:
     torch.save({"model": timm_model(distilled=True).state_dict()}, file := tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="is no deit_s"):
-        load_file(file, "deit_s", {}, CPU)
+    with pytest.raises(UserError, match="is not a deit_s"):
+        load_model(file, CPU, arch="deit_s")
     with pytest.raises(UserError, match="no distillation token"):
-        load_file(file, "vit_ti", {}, CPU)
+        load_model(file, CPU, arch="vit_ti")
     with pytest.raises(UserError, match="--set changes the network"):
-        load_file(file, None, {"augment.size": 64}, CPU)
+        load_model(file, CPU, changes={"augment.size": 64})
     with pytest.raises(UserError, match=r"shapes: pos_embed 1 x 18 x 192 instead of 1 x 66 x 192"):
         load_weights(deit(64, distilled=True), read_weights(file))
-    assert load_file(file, None, {"augment.mean": [0.5, 0.5, 0.5]}, CPU).recipe.augment.mean == (0.5, 0.5, 0.5)
+    assert load_model(file, CPU, changes={"augment.mean": [0.5, 0.5, 0.5]}).recipe.augment.mean == (0.5, 0.5, 0.5)
 
 
 class Trap:
@@ -188,7 +201,7 @@ def test_files_that_would_run_code_or_are_cut_short_are_refused(tmp_path: Path) 
         with pytest.raises(UserError, match="cut"):
             read_weights(tmp_path / name)
     for missing in (tmp_path / "nothing.pth", tmp_path):
-        with pytest.raises(UserError, match=r"there (is no file|are no weights)"):
+        with pytest.raises(UserError, match=r"(weights file not found|there are no weights)"):
             read_weights(missing)
 
 
@@ -225,10 +238,14 @@ def test_fine_tuning_keeps_what_fits_and_draws_the_rest(tmp_path: Path) -> None:
     theirs = timm_model(distilled=True)
     weights = read_weights(file_of(tmp_path, theirs))
     same = deit(64, distilled=True)
-    fitted = adapt_pretrained(same, weights, tuple("abcdefg"))
+    fitted = adapt_pretrained(same, weights, tuple("abcdefg"), assume_order=True)
     assert (fitted.new, fitted.positions) == ((), (4, 8))
     assert torch.equal(same.head_dist.weight, theirs.head_dist.weight)
     torch.testing.assert_close(same.pos_embed[:, :2], theirs.pos_embed[:, :2])
+    unknown = deit(distilled=True)
+    drawn = unknown.head.weight.clone()
+    assert adapt_pretrained(unknown, weights, tuple("abcdefg")).new == ("head", "head_dist")  # of which classes?
+    assert torch.equal(unknown.head.weight, drawn)
     other = deit(classes=11, distilled=True)
     drawn = other.head.weight.clone()
     fitted = adapt_pretrained(other, weights, tuple("abcdefghijk"))
@@ -244,7 +261,7 @@ def test_fine_tuning_keeps_what_fits_and_draws_the_rest(tmp_path: Path) -> None:
 def test_a_token_without_a_head_gets_one_in_fine_tuning(tmp_path: Path) -> None:
     hugging_face("deit").save_pretrained(tmp_path)
     model = deit(distilled=True)
-    assert adapt_pretrained(model, read_weights(tmp_path), tuple("abcdefg")).new == ("head_dist",)
+    assert adapt_pretrained(model, read_weights(tmp_path), tuple("abcdefg"), assume_order=True).new == ("head_dist",)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +273,7 @@ def student(tiny_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_exports_load_into_timm(student: Path, tmp_path: Path, ema: bool) -> None:
-    trained = load_run(student, CPU, ema=ema)
+    trained = load_model(student, CPU, ema=ema)
     with torch.no_grad():
         expected = joint(trained.model(PIXELS))
     (file,) = export_timm(trained, tmp_path / "deit.safetensors")
@@ -276,10 +293,10 @@ def test_exports_load_into_timm(student: Path, tmp_path: Path, ema: bool) -> Non
 
 
 def test_exports_and_runs_read_back_with_classes_and_normalization(student: Path, tmp_path: Path) -> None:
-    trained = load_run(student, CPU)
+    trained = load_model(student, CPU)
     (file,) = export_timm(trained, tmp_path / "deit.safetensors")
     for source in (file, student):
-        back = load_file(source, None, {}, CPU)
+        back = load_model(source, CPU)
         assert back.classes == tuple("abcdefghij")
         assert back.recipe.augment.mean == trained.recipe.augment.mean
         assert read_weights(source).kind == "deitfast"
@@ -288,7 +305,7 @@ def test_exports_and_runs_read_back_with_classes_and_normalization(student: Path
     lone = tmp_path / "lone.pt"
     lone.write_bytes(RunFolder(student).checkpoint.read_bytes())
     assert read_weights(lone).classes == ()
-    averages = load_run(student, CPU, ema=True).model.state_dict()
+    averages = load_model(student, CPU, ema=True).model.state_dict()
     assert torch.equal(read_weights(lone, ema=True).tensors["head.weight"], averages["head.weight"])
 
 
