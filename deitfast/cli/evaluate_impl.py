@@ -1,5 +1,7 @@
 """What the commands eval and export do once their options are read."""
 
+import csv
+import io
 import json
 import logging
 from contextlib import closing
@@ -15,6 +17,7 @@ from deitfast.config.choices import WhichCheckpoint
 from deitfast.config.recipe import Recipe, TrainSpec
 from deitfast.data_loaders import open_split
 from deitfast.eval.evaluate import Predictions, agreement, final_head, measured, predict
+from deitfast.eval.predict import top_predictions
 from deitfast.models.class_names import ClassMatch, match_classes
 from deitfast.progress import Display
 from deitfast.run_folder import RunFolder
@@ -44,6 +47,7 @@ class EvalOptions:
     check: bool = False
     settings: tuple[str, ...] = ()
     json_file: Path | None = None
+    predictions_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is opened."""
@@ -102,6 +106,8 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
         out.print(agreement_table(name, checked))
     if len(classes) <= CONFUSION_CLASSES:
         out.print(confusion_table(results[final_head(results)], classes))
+    if options.predictions_file:
+        write_text(options.predictions_file, predictions_csv(found, options.split, classes))
     if options.json_file:
         tree = {
             "run": options.owner,
@@ -114,6 +120,19 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
             "heads": {head: metrics.everything() for head, metrics in results.items()},
         }
         write_text(options.json_file, json.dumps(tree | ({"check": asdict(checked)} if checked else {})))
+
+
+def predictions_csv(found: Predictions, split: str, classes: tuple[str, ...]) -> str:
+    """Return a line for every image: its name (split/place), truth, published prediction, and its probability."""
+    names = [f"{split}/{sample}" for sample in found.samples.tolist()]
+    truths = [classes[label] for label in found.labels.tolist()]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "truth", "prediction", "probability"])
+    for image in top_predictions(names, found.heads, classes, 1, truths):
+        prediction, probability = image.best
+        writer.writerow([image.name, image.truth, prediction, f"{probability:.6g}"])
+    return text.getvalue()
 
 
 def match_outputs(trained: TrainedModel, owner: str, classes: tuple[str, ...], *, assume_order: bool) -> ClassMatch:
