@@ -52,13 +52,17 @@ def test_eval_matches_classes_and_writes_every_prediction(capsys, folder: Path) 
     code, out, err = call(capsys, *command, "--predictions", folder / "p.csv", "--json", folder / "m.json")
     assert code == 0, err
     assert "preprocessor_config.json" in (out + err).replace("\n", "")
-    rows = list(csv.DictReader((folder / "p.csv").open()))
+    rows = list(csv.DictReader(io.StringIO((folder / "p.csv").read_text())))
     images = sorted((folder / "images" / "val").rglob("*.png"))  # converted in this order, of classes by name
     assert [row["image"] for row in rows] == [f"val/{number}" for number in range(9)]
     assert [row["truth"] for row in rows] == [image.parent.name for image in images]
     code, out, err = call(capsys, "predict", folder / "hf", *images, "--csv", folder / "q.csv", "--device", "cpu")
     assert code == 0, err
-    best = [row for row in csv.DictReader((folder / "q.csv").open()) if (row["head"], row["rank"]) == ("joint", "1")]
+    best = [
+        row
+        for row in csv.DictReader(io.StringIO((folder / "q.csv").read_text()))
+        if (row["head"], row["rank"]) == ("joint", "1")
+    ]
     assert [row["class"] for row in best] == [row["prediction"] for row in rows]
     assert [row["probability"] for row in best] == [row["probability"] for row in rows]
     report = json.loads((folder / "m.json").read_text())
