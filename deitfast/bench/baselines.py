@@ -11,11 +11,11 @@ import torch
 from deitfast.bench.baseline_loaders import SkipError, dali_stock, ffcv_stock, module, timm_dataloader
 from deitfast.bench.stages import LEARNING_RATE
 from deitfast.bench.timing import BenchCase
-from deitfast.bench.workbench import BenchTargets, Workbench
+from deitfast.bench.workbench import Workbench
+from deitfast.distill.targets import OnlineTeacher
 from deitfast.models.cnn import build_convnet
 from deitfast.train.optim import build_optimizer
 from deitfast.weights.export import TIMM_SIZES
-from pipelines.augment.chain import AugmentedBatch
 
 TEACHERS = {"cuda": "regnet_y_16gf", "cpu": "regnet_y_4gf"}
 """The paper's teacher on a GPU; a smaller one on a CPU, where its forward pass would take minutes."""
@@ -78,31 +78,39 @@ def timm_step(bench: Workbench, stack: ExitStack) -> BenchCase:
 def online_teacher(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open our step with a teacher run on every batch: the recipe's own, or one with random weights."""
     inputs, train_step, targets = bench.augmented_to(bench.batch), bench.student.train_step, bench.student.targets
-    own = targets if targets and targets.needs_pixels else None
-    teacher = own or random_teacher(bench)
-    known = targets.find(inputs) if targets else None
+    own = targets if targets and not targets.cache else None
+    teacher, what = (own, bench.recipe.distill.teacher) if own else random_teacher(bench)
+    known = targets.get(inputs) if targets else None
 
     def step() -> None:
-        found = teacher.find(inputs)
+        found = teacher.get(inputs)
         train_step.step(inputs, found if own else known, LEARNING_RATE, 0)
 
-    return BenchCase("", f"{teacher.what}, then our step", None, len(inputs.labels), step, on_device=True)
+    return BenchCase("", f"{what}, then our step", None, len(inputs.labels), step, on_device=True)
 
 
-def random_teacher(bench: Workbench) -> BenchTargets:
-    """Return a teacher of random weights, which takes the time of a trained one; its predictions are of no use."""
-    runtime, size, classes = bench.runtime, bench.recipe.augment.size, len(bench.dataset.spec.classes)
-    arch = TEACHERS[runtime.device.type]
-    teacher: Any = build_convnet(arch, size=size, classes=classes).eval().to(runtime.device)
-    teacher = teacher.to(memory_format=torch.channels_last)
-    if runtime.compile:
-        teacher.compile()
+class RandomTeacher:
+    """A teacher of random weights, which takes the time of a trained one; its predictions are of no use."""
 
-    def find(inputs: AugmentedBatch) -> torch.Tensor:
-        with torch.no_grad(), runtime.autocast():
-            return teacher(inputs.pixels)[0].argmax(-1)
+    def __init__(self, bench: Workbench) -> None:
+        self._runtime, classes = bench.runtime, len(bench.dataset.spec.classes)
+        self.arch = TEACHERS[bench.runtime.device.type]
+        model = build_convnet(self.arch, size=bench.recipe.augment.size, classes=classes).eval()
+        self._model: Any = model.to(bench.runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
+        if bench.runtime.compile:
+            self._model.compile()
 
-    return BenchTargets("teacher", f"{arch} with random weights", find, needs_pixels=True)
+    @torch.no_grad()
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return logits, [B, C], of a batch as the student sees it."""
+        with self._runtime.autocast():
+            return self._model(pixels)[0]
+
+
+def random_teacher(bench: Workbench) -> tuple[OnlineTeacher, str]:
+    """Return such a teacher as a source of targets, and what it is in words."""
+    teacher: Any = RandomTeacher(bench)
+    return OnlineTeacher(teacher, bench.recipe), f"{teacher.arch} with random weights"
 
 
 DATALOADER = "DataLoader, PIL, timm's DeiT transform"

@@ -12,6 +12,15 @@ from deitfast.report.html import render
 FAR = 4
 """Times the predicted rate at which the bars of limits end: what is further away is far from limiting anything."""
 
+RESOURCE_NOTES = {
+    "disk": "reading the data set from the disk",
+    "loader": "drawing, reading, decoding and cropping, on all loader threads",
+    "copy": "batches from the host to the device",
+    "device": "augmentation, targets and step",
+    "cores": "processor time of all of this, shared by the cores",
+}
+"""What each resource is used for."""
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -76,7 +85,7 @@ def _chart(title: str, bars: list[Bar], baselines: Sequence[Baseline] = ()) -> C
 def _limits(record: BenchRecord) -> Chart:
     assert record.verdict is not None
     verdict = record.verdict
-    bars = [Bar(name, rate, limiting=name == verdict.limit) for name, rate in verdict.limits.items()]
+    bars = [Bar(name, rate, RESOURCE_NOTES[name], name == verdict.limit) for name, rate in verdict.limits.items()]
     if record.together:
         bars.append(_measured("loader and step together, measured", record.together))
     most = FAR * verdict.predicted

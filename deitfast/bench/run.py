@@ -9,7 +9,19 @@ import torch
 from deitfast import __version__
 from deitfast.bench.baselines import LOADERS, STEPS, Opener, SkipError, package_version
 from deitfast.bench.machine import arithmetic, measure_disk
-from deitfast.bench.record import OURS, Baseline, BaselineKind, BenchRecord, Change, Disk, FullRun, Measured, new_record
+from deitfast.bench.record import (
+    OURS,
+    Baseline,
+    BaselineKind,
+    BenchRecord,
+    Change,
+    Disk,
+    FullRun,
+    Measured,
+    Scaling,
+    new_record,
+    pluralize,
+)
 from deitfast.bench.scaling import Cluster, gradient_bytes, scale
 from deitfast.bench.stages import all_together, copying, device_stages, loader_stages, step_alone, whole_loader
 from deitfast.bench.suggestions import loader_alone, suggest
@@ -172,7 +184,7 @@ def _costs(stages: tuple[Measured, ...], loader: Measured | None, disk: Disk | N
     return costs
 
 
-def _scaling(bench: Workbench, costs: list[Cost], capacity: Capacity, cluster: Cluster):
+def _scaling(bench: Workbench, costs: list[Cost], capacity: Capacity, cluster: Cluster) -> Scaling:
     model, cpu = bench.student.train_step.model, bench.runtime.device.type == "cpu"
     step_threads = torch.get_num_threads() if cpu else 0
     return scale(costs, capacity, cluster, bench.recipe.train.batch, gradient_bytes(model), step_threads)
@@ -189,7 +201,7 @@ def _try(bench: Workbench, setting: str, costs: list[Cost], timing: TimingOption
             other = stack.enter_context(closing(bench.changed([setting])))
         capacity = Capacity(other.workers, other.cores)
         if key == "loader.workers":
-            changed, basis = costs, f"the stages' times, {capacity.workers} loader threads"
+            changed, basis = costs, f"the stages' times, {pluralize(capacity.workers, 'loader thread')}"
         else:
             changed, basis = with_loader(costs, loader_alone(other, capacity, timing)), "its loader measured alone"
             if key != "data" and not key.startswith("loader."):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deitfast.bench.record import Scaling
+from deitfast.bench.record import Scaling, pluralize
 from deitfast.bench.verdict import CORES, RESOURCES, Capacity, Cost, predict
 from pipelines.errors import UserError
 
@@ -89,6 +89,7 @@ def scale(
     link = f"{cluster.network_gbits:g} Gbit/s"
     if cluster.nodes == 1 and not step_threads:
         link = f"{NODE_GBITS:g} Gbit/s (PCIe 4.0 x16; --network counts between nodes only)"
+    threads = pluralize(workers, "loader thread")
     return Scaling(
         nodes=cluster.nodes,
         gpus=gpus,
@@ -100,7 +101,7 @@ def scale(
         gradient_bytes=gradients,
         exchange_seconds=exchange,
         assumptions=(
-            f"every node has {capacity.cores} cores as here, for {gpus} processes with {workers} loader threads each",
+            f"every node has {capacity.cores} cores as here, for {pluralize(gpus, 'process')} with {threads} each",
             f"each process keeps its batch of {batch:,}: {n * batch:,} images a step over all",
             f"gradients travel around a ring of {n} at {link}, after the step and not beside it",
             "nothing else slows down: no stragglers, no shared storage, evaluation and checkpoints left out",

@@ -1,13 +1,18 @@
 """A recipe's stages as cases to measure: each alone, the loader as a whole, and all of training together."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
 from deitfast.bench.record import pluralize
 from deitfast.bench.timing import BenchCase, Stall
-from deitfast.bench.workbench import Workbench
+from deitfast.bench.workbench import BenchLoader, Workbench, describe_targets
+from deitfast.interrupt import Stop
+from deitfast.train.loop import TrainLoop
+from deitfast.train.monitor import Observation
+from deitfast.train.state import TrainState
 from pipelines.loaders.batch_plan import BatchPlan
 from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.loaders.host import Codec, HostLoader, decode_window, resize_crop
@@ -97,8 +102,9 @@ def device_stages(bench: Workbench) -> list[BenchCase]:
     stages = [stage("augmentation", "flip, operations, normalize, erase, mix", lambda: bench.augmented(batch))]
     found = None
     if targets := bench.student.targets:
-        found = targets.find(inputs)
-        stages.append(stage(targets.name, targets.what, lambda: targets.find(inputs)))
+        found = targets.get(inputs)
+        name = "targets" if targets.cache else "teacher"
+        stages.append(stage(name, describe_targets(recipe, targets), lambda: targets.get(inputs)))
     what = f"{recipe.model.arch}: forward, loss, backward, {recipe.optim.name}"
     return [*stages, stage("step", what, lambda: train_step.step(inputs, found, LEARNING_RATE, 0))]
 
@@ -109,20 +115,17 @@ def step_alone(bench: Workbench) -> BenchCase:
 
 
 def all_together(bench: Workbench) -> BenchCase:
-    """Return loader and step, as training runs them; each call says how long the device had nothing to work on."""
-    batches, clock, student = bench.batches(), bench.clock, bench.student
+    """Return the loop that `train` runs, one step a call; each call says how long the device had nothing to work on."""
+    loop, batches = bench.loop, bench.batches()
+    steps = training_steps(loop)
 
-    def train() -> Stall:
-        start = clock.mark()
-        batch = next(batches)
-        stall = Stall(start, clock.mark())  # on CUDA the second mark stands behind the batch's copy
-        inputs = bench.augmented(batch)
-        student.train_step.step(inputs, student.targets.find(inputs) if student.targets else None, LEARNING_RATE, 0)
-        return stall
+    def train() -> Stall | None:
+        next(steps)
+        return loop.loader.stall if isinstance(loop.loader, BenchLoader) else None
 
     return BenchCase(
         "all together",
-        "loader and step",
+        "the training loop: loader, augmentation and step",
         None,
         bench.recipe.train.batch,
         train,
@@ -130,3 +133,10 @@ def all_together(bench: Workbench) -> BenchCase:
         drop_prefetched=lambda: next(batches),
         on_device=True,
     )
+
+
+def training_steps(loop: TrainLoop) -> Iterator[Observation | None]:
+    """Take the steps of a recipe's epochs, again and again, as `train` does between checkpoints and evaluations."""
+    stop, device = Stop(loop.runtime), loop.runtime.device
+    for epoch in itertools.cycle(range(loop.recipe.train.epochs)):
+        yield from loop.epoch(TrainState.start(device, epoch), stop, lambda: False)

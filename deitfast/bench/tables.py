@@ -88,7 +88,8 @@ def sentences(record: BenchRecord) -> Iterator[str]:
             f"{duration(run.seconds)}; {data}a teacher's hard labels {volume(run.cache_bytes)} of disk."
         )
     if scaling := record.scaling:
-        size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, 'GPU')} each"
+        unit = "process" if record.setting and record.setting.device == "cpu" else "GPU"
+        size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, unit)} each"
         limits = ", ".join(f"{name} {format_rate(rate)}" for name, rate in scaling.limits.items())
         yield (
             f"Predicted for {size}: {format_rate(scaling.predicted)} images/s, {scaling.efficiency:.0%} of "

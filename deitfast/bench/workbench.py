@@ -2,25 +2,25 @@
 
 import gc
 import itertools
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deitfast.bench.record import Setting
-from deitfast.bench.timing import Clock
+from deitfast.bench.timing import Clock, Stall
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
-from deitfast.distill.cache_files import is_present
 from deitfast.distill.cache_key import target_spec, uses_cache
-from deitfast.distill.encoding import decode, encode, from_records
+from deitfast.distill.targets import CachedTargets, OnlineTeacher, Targets
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.environment import environment
-from deitfast.models.vit import reads_patches
 from deitfast.runtime import Runtime
+from deitfast.train.loop import TrainLoop
 from deitfast.train.step import TrainStep
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Batch, Loader
@@ -28,17 +28,8 @@ from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import Reader
 from pipelines.workers import usable_cores
 
-
-@dataclass(frozen=True)
-class BenchTargets:
-    """Where the distillation targets of a measured step come from."""
-
-    name: str
-    what: str
-    find: Callable[[AugmentedBatch], Tensor]
-    """Returns the targets of a batch, as `TrainStep.step` takes them."""
-    needs_pixels: bool = False
-    """Whether a teacher runs on the pixels; otherwise the model may have them in patches."""
+ALL_VIEWS = 1 << 30
+"""More views than any measurement looks at."""
 
 
 class Student:
@@ -47,7 +38,7 @@ class Student:
     def __init__(self, recipe: Recipe, dataset: Dataset, runtime: Runtime) -> None:
         self.recipe, self.dataset, self.runtime = recipe, dataset, runtime
         self._train_step: TrainStep | None = None
-        self._targets: BenchTargets | None = None
+        self._targets: Targets | None = None
 
     @property
     def train_step(self) -> TrainStep:
@@ -57,10 +48,10 @@ class Student:
         return self._train_step
 
     @property
-    def targets(self) -> BenchTargets | None:
+    def targets(self) -> Targets | None:
         """Where the step's distillation targets come from; None without distillation."""
         if self._targets is None:
-            self._targets = distillation_targets(self.recipe, self.dataset, self.runtime)
+            self._targets = bench_targets(self.recipe, self.dataset, self.runtime)
         return self._targets
 
     def close(self) -> None:
@@ -105,6 +96,7 @@ class Workbench:
         self._owns_student = student is None
         self._loader: Loader | None = None
         self._batches: Generator[Batch] | None = None
+        self._loop: TrainLoop | None = None
         self._batch = batch
 
     @property
@@ -142,11 +134,17 @@ class Workbench:
             self._batches = _endless(self.loader)
         return self._batches
 
+    @property
+    def loop(self) -> TrainLoop:
+        """The loop that `train` runs, over this workbench's batches."""
+        if self._loop is None:
+            student = self.student
+            self._loop = TrainLoop(self.recipe, self.runtime, BenchLoader(self), student.train_step, student.targets)
+        return self._loop
+
     def augmented(self, batch: Batch) -> AugmentedBatch:
         """Return a batch as the step takes it."""
-        targets = self.student.targets
-        needs_pixels = targets is not None and targets.needs_pixels
-        return self.augmented_to(batch, patch=0 if needs_pixels else reads_patches(self.student.train_step.model))
+        return self.augmented_to(batch, self.loop.patch)
 
     def augmented_to(self, batch: Batch, patch: int = 0) -> AugmentedBatch:
         """Return a batch augmented, in patches of that side, or as pixels."""
@@ -172,7 +170,7 @@ class Workbench:
             self._batches.close()
         if self._loader is not None:
             self._loader.close()
-        self._batches = self._loader = self._batch = None
+        self._batches = self._loader = self._batch = self._loop = None
         if self._owns_student:
             self.student.close()
 
@@ -199,30 +197,67 @@ class Workbench:
         )
 
 
-def distillation_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> BenchTargets | None:
+class BenchLoader:
+    """A workbench's batches for `TrainLoop`, which says when the device had none to work on."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.name, self.steps_per_epoch = bench.loader.name, bench.loader.steps_per_epoch
+        self.stall: Stall | None = None
+        """The wait for the batch that came last."""
+        self._bench = bench
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield as many batches as an epoch has."""
+        batches, clock = self._bench.batches(), self._bench.clock
+        for _ in range(start_step, self.steps_per_epoch):
+            start = clock.mark()
+            batch = next(batches)
+            self.stall = Stall(start, clock.mark())  # on CUDA the second mark stands behind the batch's copy
+            yield batch
+
+    def close(self) -> None:
+        """Nothing: the workbench closes its loader."""
+
+
+class FullCache:
+    """A complete teacher cache in memory, of any content, as far as `CachedTargets` and `PerImage` read one."""
+
+    complete = True
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self._rows = np.zeros((1, dataset.split("train").num_samples), target_spec(recipe, dataset).record)
+        self.manifest = SimpleNamespace(targets=target_spec(recipe, dataset), repeats=ALL_VIEWS)
+
+    def rows(self, first: int) -> np.ndarray:
+        """Return the records of all views, [views, samples], every view's in the same memory."""
+        return np.broadcast_to(self._rows, (ALL_VIEWS, self._rows.shape[1]))
+
+
+def bench_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> Targets | None:
     """Return where a recipe's distillation targets come from; None without distillation.
 
     They are looked up as in a full teacher cache, unless the recipe runs the teacher on every batch.
     """
-    distill, classes = recipe.distill, len(dataset.spec.classes)
+    distill, classes = recipe.distill, dataset.spec.classes
     if distill.mode == "none":
         return None
-    spec, repeats = target_spec(recipe, dataset), recipe.augment.repeats
     if not uses_cache(recipe):
-        teacher = Teacher(load_teacher(distill, dataset.spec.classes), recipe, runtime)
+        return OnlineTeacher(Teacher(load_teacher(distill, classes), recipe, runtime), recipe)
 
-        def run_teacher(inputs: AugmentedBatch) -> Tensor:
-            return decode(encode(teacher.logits(inputs.pixels), spec), spec, classes, distill.tau)
+    def no_teacher() -> Teacher:
+        raise AssertionError("a full cache has every target")
 
-        return BenchTargets("teacher", f"{distill.teacher}, run on every batch", run_teacher, needs_pixels=True)
-    rows = np.zeros((repeats, dataset.split("train").num_samples), spec.record)  # as a full cache's, of any content
+    cache: Any = FullCache(recipe, dataset)
+    targets = CachedTargets(cache, recipe, len(classes), no_teacher, runtime)
+    targets.start_epoch(0)
+    return targets
 
-    def look_up(inputs: AugmentedBatch) -> Tensor:
-        records = rows[inputs.params.view % repeats, inputs.params.sample]
-        assert is_present(records).all()  # training checks it as well
-        return decode(from_records(records, runtime.device), spec, classes, distill.tau)
 
-    return BenchTargets("targets", f"{distill.mode}, looked up as in a full teacher cache", look_up)
+def describe_targets(recipe: Recipe, targets: Targets) -> str:
+    """Return in a few words where targets come from."""
+    if targets.cache is None:
+        return f"{recipe.distill.teacher}, run on every batch"
+    return f"{recipe.distill.mode}, looked up as in a full teacher cache"
 
 
 def _endless(loader: Loader) -> Generator[Batch]:

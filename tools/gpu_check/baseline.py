@@ -16,8 +16,9 @@ from tools.gpu_check.context import Context, Note, rates
 
 def teacher(context: Context) -> Iterator[Figure | Note]:
     """The teacher's forward pass on a batch."""
-    inputs, model = context.bench.augmented_to(context.bench.batch), context.teacher
-    case = BenchCase("", model.what, None, len(inputs.labels), lambda: model.find(inputs), on_device=True)
+    inputs = context.bench.augmented_to(context.bench.batch)
+    model, what = context.teacher
+    case = BenchCase("", what, None, len(inputs.labels), lambda: model.get(inputs), on_device=True)
     (found,) = measure([case], context.bench.clock, context.timing)
     yield rates(found, "teacher, forward")
 
@@ -36,7 +37,8 @@ def end_to_end(context: Context, loaded: WorkerBatches) -> BenchCase:
     """Return loading, mixing, the teacher's forward pass and our compiled step as one call for a whole batch."""
     from timm.data.mixup import Mixup
 
-    bench, model, device = context.bench, context.teacher, context.runtime.device
+    bench, device = context.bench, context.runtime.device
+    model, name = context.teacher
     like, size = bench.augmented_to(bench.batch), bench.recipe.train.batch
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(bench.dataset.spec.classes))
 
@@ -46,9 +48,9 @@ def end_to_end(context: Context, loaded: WorkerBatches) -> BenchCase:
         mixed, _ = mixup(images, labels)
         pixels = mixed.to(bench.runtime.input_dtype).contiguous(memory_format=torch.channels_last)
         inputs = replace(like, pixels=pixels, labels=labels, mix_labels=labels)
-        bench.student.train_step.step(inputs, model.find(inputs), LEARNING_RATE, 0)
+        bench.student.train_step.step(inputs, model.get(inputs), LEARNING_RATE, 0)
 
-    what = f"{loaded.what}; Mixup, {model.what}, our step"
+    what = f"{loaded.what}; Mixup, {name}, our step"
     prefetched = -(-loaded.prefetched * loaded.size // size)
     return BenchCase(
         "", what, None, size, train, prefetched=prefetched, on_device=True, worker_pids=lambda: loaded.pids

@@ -9,8 +9,9 @@ from typing import Any
 from deitfast.bench.baselines import random_teacher
 from deitfast.bench.record import Figure, Measured, Unit
 from deitfast.bench.timing import TimingOptions
-from deitfast.bench.workbench import BenchTargets, Workbench, forget_compiled
+from deitfast.bench.workbench import Workbench, forget_compiled
 from deitfast.config import recipe as recipes
+from deitfast.distill.targets import OnlineTeacher
 from deitfast.runtime import Runtime
 from pipelines.loaders.factory import why_not
 from tools.gpu_check.inputs import SIDES, RepeatedDataset, open_photos, open_small
@@ -88,7 +89,7 @@ class Context:
         self._photos: RepeatedDataset | None = None
         self._small: RepeatedDataset | None = None
         self._bench: Workbench | None = None
-        self._teacher: BenchTargets | None = None
+        self._teacher: tuple[OnlineTeacher, str] | None = None
 
     @property
     def cuda(self) -> bool:
@@ -130,8 +131,8 @@ class Context:
         return self._bench
 
     @property
-    def teacher(self) -> BenchTargets:
-        """A teacher of the size of the paper's, run on every batch of the photographs."""
+    def teacher(self) -> tuple[OnlineTeacher, str]:
+        """A teacher of the size of the paper's, for batches of the photographs, and what it is in words."""
         if self._teacher is None:
             self._teacher = random_teacher(self.bench)
         return self._teacher

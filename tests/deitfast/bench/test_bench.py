@@ -17,13 +17,15 @@ from deitfast.bench import baseline_loaders, baselines, machine
 from deitfast.bench.page import page
 from deitfast.bench.record import FORMAT, BenchRecord, Change, load, save
 from deitfast.bench.run import BenchOptions, benchmark
+from deitfast.bench.stages import all_together
 from deitfast.bench.suggestions import shrinking
 from deitfast.bench.tables import show
-from deitfast.bench.timing import TimingOptions
+from deitfast.bench.timing import Stall, TimingOptions
 from deitfast.bench.workbench import Workbench
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
+from deitfast.train.monitor import StepMonitor
 from deitfast.train.step import TrainStep
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders import factory, host
@@ -69,7 +71,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch):
                 return super().decode(*arguments)
 
         monkeypatch.setattr(factory, "_pillow_codec", lambda plan: Slow)
-        monkeypatch.setattr(TrainStep, "step", lambda *arguments: time.sleep(batch))
+        monkeypatch.setattr(TrainStep, "step", lambda *arguments: time.sleep(batch) or torch.zeros(3))
 
     return slow
 
@@ -89,7 +91,7 @@ def undisturbed(experiment: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "batch", "stage"), [(0.02, 0.02, "decoding"), (0.04, 0.02, "decoding"), (0.004, 0.2, "step")]
+    ("image", "batch", "stage"), [(0.05, 0.05, "decoding"), (0.1, 0.05, "decoding"), (0.01, 0.4, "step")]
 )
 def test_the_stage_that_was_slowed_is_named_and_the_rate_predicted(
     tiny_dataset: Path, slowed, monkeypatch, image: float, batch: float, stage: str
@@ -109,6 +111,24 @@ def test_the_stage_that_was_slowed_is_named_and_the_rate_predicted(
         assert found.together.waiting == pytest.approx(starving, abs=0.2)
 
     undisturbed(experiment)
+
+
+def test_what_is_timed_together_is_the_loop_that_train_runs(tiny_small: Path, monkeypatch) -> None:
+    looked, pending = [], []
+    original = StepMonitor.after_step
+
+    def counting(self, state, *arguments):
+        looked.append((state.epoch, state.steps))
+        return original(self, state, *arguments)
+
+    monkeypatch.setattr(StepMonitor, "after_step", counting)
+    recipe = tiny_recipe("distill.mode=hard", "distill.teacher=never loaded", "distill.cache=auto")
+    with closing(Dataset.open(tiny_small)) as dataset, closing(Workbench(dataset, recipe, CPU)) as bench:
+        case = all_together(bench)
+        for _ in range(7):
+            pending.append(case.call())
+    assert looked == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2)]
+    assert all(isinstance(stall, Stall) for stall in pending)
 
 
 def test_a_change_is_predicted_and_then_measured(tiny_dataset: Path, slowed, monkeypatch) -> None:
