@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -37,7 +38,7 @@ class Dataset:
         self._readers: dict[str, Reader] = {}
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Dataset":
+    def open(cls, folder: Path | str) -> Self:
         """Open the dataset in `folder`; its files are opened by `split`.
 
         Raises:
@@ -60,6 +61,12 @@ class Dataset:
         if name not in self._readers:
             self._readers[name] = self._open_split(name)
         return self._readers[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the splits' files. May be called twice."""

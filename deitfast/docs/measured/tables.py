@@ -1,0 +1,80 @@
+"""Write the measured figures into README and docs, and draw the chart: `python -m deitfast.docs.measured.tables`.
+
+Each NAME.json here is one measurement with its command, machine, versions and commit. A document shows it between
+`<!-- measured: NAME -->` and `<!-- end -->`; what stands there is replaced, so that no figure is typed twice. It lives
+beside the records, and not in tools/, because it is shipped with them: whoever measures again has all in one folder.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CHART = HERE / "peers.svg"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return one record."""
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def cell(value: Any) -> str:
+    """Return a figure as text; [median, lowest, highest] with its spread."""
+    if isinstance(value, list):
+        return f"{value[0]:,} ({value[1]:,} to {value[2]:,})"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def table(name: str) -> str:
+    """Return a record as a Markdown table, with where and how it was measured under it."""
+    record = read(name)
+    lines = [record["columns"], ["---"] * len(record["columns"]), *record["rows"]]
+    rows = "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+    where = f"{record['what']}. {record['unit']}. {record['data']}; {record['machine']}; commit {record['commit']}."
+    return f"\n{rows}\n{where}\nAgain: `{record['command']}`\n\n"
+
+
+def filled(text: str) -> str:
+    """Return a document with every block's table as the records have it."""
+    return BLOCK.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+
+
+def chart() -> str:
+    """Return peers.json as bars, an SVG: images/s of one core on JPEGs as they are."""
+    record = read("peers")
+    bars, scale = [], 250 / max(row[1][0] for row in record["rows"])
+    for number, (name, (rate, low, high), *_) in enumerate(record["rows"]):
+        top, label = 34 + 26 * number, name.replace("`", "")
+        color = "#2a6fb0" if number == 0 else "#9db4c8"
+        bars.append(
+            f'<text x="252" y="{top + 12}" text-anchor="end">{label}</text>'
+            f'<rect x="260" y="{top}" width="{rate * scale:.0f}" height="16" fill="{color}"/>'
+            f'<path d="M{260 + low * scale:.0f} {top + 8}H{260 + high * scale:.0f}" stroke="#333"/>'
+            f'<text x="{266 + high * scale:.0f}" y="{top + 12}">{rate:,}</text>'
+        )
+    height = 34 + 26 * len(bars) + 18
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}" viewBox="0 0 600 {height}" '
+        'font-family="sans-serif" font-size="12" fill="#222">\n'
+        '<rect width="100%" height="100%" fill="#fff"/>\n'
+        '<text x="12" y="20" font-weight="bold">Random resized crops from ImageNet JPEGs, images/s on one CPU core</text>\n'
+        + "\n".join(bars)
+        + f'\n<text x="12" y="{height - 8}" font-size="10" fill="#666">Median of 5, line: lowest to highest. AMD EPYC with '
+        f"AVX-512; commit {record['commit']}.</text>\n</svg>\n"
+    )
+
+
+def main() -> None:
+    """Rewrite the documents and the chart."""
+    for path in [ROOT / "README.md", *sorted(HERE.parent.glob("*.md"))]:
+        path.write_text(filled(path.read_text()))
+    CHART.write_text(chart())
+    sys.stderr.write("tables and chart are as the records have them\n")
+
+
+if __name__ == "__main__":
+    main()
