@@ -21,11 +21,11 @@ from deitfast.train import step as step_module
 from deitfast.train import trainer as train_module
 from deitfast.train.trainer import TrainJob, train
 from pipelines.loaders import host
-from tests.helpers.small_runs import CPU, SOON, run, tiny_recipe, weights
+from tests.helpers.small_runs import CPU, EVERY_STEP, SOON, run, tiny_recipe, weights
 from tests.helpers.small_teachers import distilled, judged, taught
 
 __all__ = ["judged"]
-RECIPE = tiny_recipe("loader.name=reference", "train.epochs=1", "train.ema=0")
+RECIPE = tiny_recipe("loader.name=reference", "train.epochs=1", "train.ema=0", EVERY_STEP)
 LONG = 60.0
 """Seconds that what is interrupted would have taken."""
 
@@ -47,7 +47,7 @@ def stopped(data: Path, out: Path, **runtime: bool) -> float:
 
 def goes_on(data: Path, out: Path, whole: Path) -> None:
     """Resume, and hold the result against an undisturbed run's."""
-    run(data, out, RECIPE, resume=True)
+    run(data, out, RECIPE, resume=True, report=True)
     assert [row["epoch"] for row in RunFolder(out).metrics()] == [1]
     ours, theirs = weights(out), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

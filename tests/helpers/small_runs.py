@@ -10,11 +10,14 @@ from rich.console import Console
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
+from deitfast.report.live import LiveReport
 from deitfast.runtime import Runtime
 from deitfast.train import step as step_module
 from deitfast.train.trainer import TrainJob, train
 
 CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
+EVERY_STEP = "train.checkpoint_minutes=0"
+"""Setting of runs that crash and go on: a checkpoint after each step, which takes as long as the step."""
 SOON = 30.0
 """Seconds in which a run must have ended; its own work here takes one or two, on a loaded machine ten."""
 
@@ -27,15 +30,17 @@ def tiny_recipe(*settings: str, base: str = "deit_ti_cifar10") -> Recipe:
         "train.epochs=2",
         "train.batch=16",
         "augment.mix_group=8",
-        "train.checkpoint_minutes=0",
     ]
     return recipes.override(recipes.load(base), recipes.parse_settings([*patch, *small, *settings]))
 
 
-def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """Train on the CPU, in this process."""
+def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, report: bool = False) -> dict[str, Any]:
+    """Train on the CPU, in this process; without the report, which takes twice as long as these steps."""
     job = TrainJob(recipe, data, out, resume, command=("test",))
-    return train(job, CPU, Display(Console(), quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        if not report:
+            patch.setattr(LiveReport, "write", lambda self, **options: None)
+        return train(job, CPU, Display(Console(), quiet=True))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

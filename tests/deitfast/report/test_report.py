@@ -35,7 +35,7 @@ def trained(tiny_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     run(tiny_small, folder / "teacher", tiny_recipe("model.arch=vit_ti", "train.epochs=1", "train.ema=0"))
     distilled = tiny_recipe("distill.mode=hard", f"distill.teacher={folder / 'teacher'}")
-    run(tiny_small, folder / "student", distilled)
+    run(tiny_small, folder / "student", distilled, report=True)
     return folder / "student"
 
 
@@ -184,7 +184,7 @@ def test_a_report_that_fails_costs_a_warning_not_the_run(tiny_small: Path, tmp_p
         raise RuntimeError("no font")
 
     monkeypatch.setattr(live, "write", broken)
-    row = run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "train.ema=0"))
+    row = run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "train.ema=0"), report=True)
     assert row["epoch"] == 1
     assert "the report could not be written: RuntimeError: no font" in (tmp_path / "run" / "log.txt").read_text()
 

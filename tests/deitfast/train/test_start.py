@@ -10,7 +10,7 @@ from deitfast.run_folder import RunFolder
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.published_weights import hugging_face, timm_model
-from tests.helpers.small_runs import CrashError, crash_after, run, tiny_recipe, weights
+from tests.helpers.small_runs import EVERY_STEP, CrashError, crash_after, run, tiny_recipe, weights
 
 STILL = ("optim.lr=1e-12", "schedule.warmup_epochs=0", "schedule.min_lr=0.0", "train.epochs=1", "model.patch=8")
 """A run that learns nothing to speak of: what it ends with is what it began with."""
@@ -62,7 +62,7 @@ def test_fine_tuning_a_run_keeps_its_head_for_the_same_classes_only(
 def test_a_resumed_run_neither_needs_nor_applies_its_weights(
     tiny_small: Path, tmp_path: Path, official: Path, monkeypatch
 ) -> None:
-    recipe = tiny_recipe("model.patch=8", f"model.finetune={official}")
+    recipe = tiny_recipe("model.patch=8", f"model.finetune={official}", EVERY_STEP)
     run(tiny_small, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         crash_after(patch, 3)

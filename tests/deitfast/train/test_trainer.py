@@ -12,7 +12,7 @@ from deitfast.run_folder import RunFolder
 from deitfast.train import step as step_module
 from deitfast.weights.load import load_model
 from pipelines.errors import DeitfastError, UserError
-from tests.helpers.small_runs import CrashError, crash_after, run, tiny_recipe, weights
+from tests.helpers.small_runs import EVERY_STEP, CrashError, crash_after, run, tiny_recipe, weights
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     tiny_small: Path, tmp_path: Path, teacher: Path, monkeypatch, mode: str, steps: int
 ) -> None:
     distill = [f"distill.mode={mode}", f"distill.teacher={teacher}"] if mode != "none" else []
-    recipe = tiny_recipe(*distill)
+    recipe = tiny_recipe(*distill, EVERY_STEP)
     undisturbed = run(tiny_small, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         crash_after(patch, steps)
@@ -140,7 +140,7 @@ def test_a_teacher_of_other_classes_is_refused(tiny_dataset: Path, tmp_path: Pat
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tiny_small: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe("optim.name=sgd", "optim.lr=100", "optim.lr_batch=1", "schedule.warmup_epochs=0")
+    recipe = tiny_recipe("optim.name=sgd", "optim.lr=100", "optim.lr_batch=1", "schedule.warmup_epochs=0", EVERY_STEP)
     with pytest.raises(DeitfastError, match="is not finite"):
         run(tiny_small, tmp_path / "run", recipe)
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
@@ -156,7 +156,7 @@ def test_a_loss_that_was_not_finite_once_costs_no_run(tiny_small: Path, tmp_path
 
     undisturbed = run(tiny_small, tmp_path / "good", tiny_recipe())
     monkeypatch.setattr(step_module.TrainStep, "step", sometimes_bad)
-    recovered = run(tiny_small, tmp_path / "bad", tiny_recipe())
+    recovered = run(tiny_small, tmp_path / "bad", tiny_recipe(EVERY_STEP))
     assert recovered["loss"] == undisturbed["loss"]
     good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
     assert all(torch.equal(good[name], bad[name]) for name in good)
