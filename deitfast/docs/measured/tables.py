@@ -61,10 +61,10 @@ def chart() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}" viewBox="0 0 600 {height}" '
         'font-family="sans-serif" font-size="12" fill="#222">\n'
         '<rect width="100%" height="100%" fill="#fff"/>\n'
-        '<text x="12" y="20" font-weight="bold">Random resized crops from ImageNet JPEGs, images/s on one CPU core</text>\n'
+        '<text x="12" y="20" font-weight="bold">Random crops from ImageNet JPEGs, images/s on one CPU core</text>\n'
         + "\n".join(bars)
-        + f'\n<text x="12" y="{height - 8}" font-size="10" fill="#666">Median of 5, line: lowest to highest. AMD EPYC with '
-        f"AVX-512; commit {record['commit']}.</text>\n</svg>\n"
+        + f'\n<text x="12" y="{height - 8}" font-size="10" fill="#666">Median of 5, line: lowest to highest. '
+        f"AMD EPYC with AVX-512; commit {record['commit']}.</text>\n</svg>\n"
     )
 
 
