@@ -11,7 +11,7 @@ from PIL import Image
 
 from deitfast.cli import app
 from deitfast.docs.measured import tables
-from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.converter import ConvertOptions, convert
 from pipelines.storage.sources.demo import open_demo
 from tests.helpers.command_line import call
 from tests.helpers.small_runs import run, tiny_recipe
@@ -38,7 +38,7 @@ def blocks(language: str) -> list[Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the docs speak of: a demo set in data/demo, small, and a distilled run of it in runs/student."""
     folder = tmp_path_factory.mktemp("reader")
-    convert(open_demo(96, 32), folder / "data" / "demo", workers=1)
+    convert(open_demo(96, 32), folder / "data" / "demo", ConvertOptions(workers=1))
     recipe = tiny_recipe("model.patch=16", "model.token=on", "train.epochs=1", "train.ema=0")
     run(folder / "data" / "demo", folder / "runs" / "student", recipe)
     Image.new("RGB", (70, 50), "red").save(folder / "picture.jpg")

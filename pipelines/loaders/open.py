@@ -10,7 +10,7 @@ from pipelines.batch import Batch, Loader
 from pipelines.loaders.codecs.pillow import PillowCodec
 from pipelines.loaders.factory import open_loader
 from pipelines.loaders.geometry import Geometry, by_image
-from pipelines.loaders.host import cut
+from pipelines.loaders.host import resize_crop
 from pipelines.rng.sampler import EvalSampler, SamplerSpec, TrainSampler, group_size
 from pipelines.rng.view_params import draw_eval
 from pipelines.spec import AugmentSpec, LoaderSpec
@@ -109,6 +109,6 @@ def batch_of_images(images: Sequence[Image.Image], spec: AugmentSpec) -> Batch:
     for wanted in by_image(rows, Geometry.of(params)):
         top, left, height, width = wanted.window
         for crop in wanted.crops:
-            cut(codec, pixels[wanted.sample][top : top + height, left : left + width], crop, crops)
+            resize_crop(codec, pixels[wanted.sample][top : top + height, left : left + width], crop, crops)
     labels = torch.zeros(len(pixels), dtype=torch.int64)
     return Batch(torch.as_tensor(crops), labels, torch.ones(len(pixels), dtype=torch.bool), params)
