@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from deitfast.config.recipe import Recipe
     from deitfast.config.recipe import load as load_recipe
     from deitfast.models.vit import build_model, joint
-    from deitfast.weights.load import TrainedModel, load_file, load_run
+    from deitfast.weights.load import TrainedModel, load_model
 
 __all__ = [
-    "Recipe", "TrainedModel", "__version__", "build_model", "joint", "load_file", "load_recipe", "load_run",
+    "Recipe", "TrainedModel", "__version__", "build_model", "joint", "load_model", "load_recipe",
 ]  # fmt: skip
 __version__ = "0.1.0"
 _HOMES = {
     "Recipe": "config.recipe", "TrainedModel": "weights.load",
-    "build_model": "models.vit", "joint": "models.vit", "load_file": "weights.load",
-    "load_recipe": "config.recipe:load", "load_run": "weights.load",
+    "build_model": "models.vit", "joint": "models.vit", "load_model": "weights.load",
+    "load_recipe": "config.recipe:load",
 }  # fmt: skip
 """Module of each public name, and the name it has there if it is another."""
 

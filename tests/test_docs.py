@@ -9,7 +9,7 @@ import pytest
 import typer
 from PIL import Image
 
-from deitfast.cli import app
+from deitfast.cli.app import app
 from deitfast.docs.measured import tables
 from pipelines.storage.convert.converter import ConvertOptions, convert
 from pipelines.storage.sources.demo import open_demo
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be in that folder; the demo set has the size that it has there."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(open_demo, "__defaults__", (96, 32, 0, 0.0))
+    monkeypatch.setattr(open_demo, "__defaults__", (96, 32, 0))
     monkeypatch.delenv("DEITFAST_DATA", raising=False)
 
 
@@ -66,7 +66,7 @@ def command(line: str) -> list[str] | None:
 
 def read_by_the_command_line(arguments: list[str]) -> None:
     """Fail if the command does not exist or does not take these options."""
-    group: Any = typer.main.get_command(app.app)
+    group: Any = typer.main.get_command(app)
     assert arguments[0] in group.commands, f"there is no command {arguments[0]}"
     group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
 
