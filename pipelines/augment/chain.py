@@ -1,11 +1,15 @@
-"""From a batch of crops and what was drawn for it to the model's input, on the batch's device.
+"""Augmentation of a batch on its device, with the parameters that were drawn for it.
 
 The order is the recipe's: flip, two operations of RandAugment or AutoAugment (or else the three of color jitter),
-normalize, erase, mix. All that is random has been drawn on the host (`rng.view_params`); one copy carries it to the
-device, and the host never waits for an answer.
+normalize, erase, mix. All random numbers have been drawn on the host (`rng.view_params`); one copy carries them to the
+device, and the host does not wait for it.
 
-Here it is done twice, to the same bits: in batched torch, which runs anywhere and is the reference, and in Triton
-kernels (`pipelines.augment.triton_ops.launch`), which a GPU does in a few passes.
+There are two implementations with the same bits: batched torch, which runs anywhere and is the reference, and Triton
+kernels (`pipelines.augment.triton_ops.launch`), a few passes on a GPU.
+
+`augment` is a function of its arguments alone. It works on the current CUDA stream and may be called in any thread, so
+also where batches are produced, on a side stream next to the training step: the consumer's stream must then wait for
+an event recorded after it, and `record_stream` the tensors that it uses.
 """
 
 from dataclasses import dataclass
@@ -34,7 +38,7 @@ class AugmentedBatch:
     """A batch after augmentation: pixels, the labels of the mixture and its weights, ready for a model and a loss."""
 
     pixels: Tensor
-    """[B, 3, S, S] in the model's dtype, normalized, channels-last in memory; or in patches, as `augment` was asked."""
+    """[B, 3, S, S] in the model's dtype, normalized, channels-last in memory; or patches [B, (S/p)^2, 3 p p]."""
     labels: Tensor
     """int64 [B]: each row's own label."""
     mix_labels: Tensor
@@ -42,9 +46,9 @@ class AugmentedBatch:
     lam: Tensor
     """float32 [B]: weight of `labels` in the target; `mix_labels` have the rest."""
     valid: Tensor
-    """bool [B]: False for rows that only fill up evaluation's last batch."""
+    """bool [B]: False for rows that do not count, see `Batch`."""
     params: ViewParams
-    """What was drawn for each row, on the host: names the (sample, view) that a cached target belongs to."""
+    """What was drawn for each row, on the host; its samples and views identify the rows."""
 
 
 def augment(
@@ -56,7 +60,7 @@ def augment(
     patch: int = 0,
     kernels: Kernels = "auto",
 ) -> AugmentedBatch:
-    """Make the model's input of a batch; `batch` itself stays as it is.
+    """Return a batch after augmentation; `batch` itself is not written to.
 
     Everything up to the mixture is computed in uint8 or float32, and cast at the end.
 
@@ -65,8 +69,9 @@ def augment(
         spec: the recipe's augmentation; gives the normalization and the seed of erasing's noise.
         dtype: of the pixels.
         train: False normalizes and does nothing else, whatever was drawn.
-        patch: side of the patches to cut the pixels into, [B, (S/p)^2, 3 p p] in `cut_patches`' order; 0: not.
-        kernels: what does it; the result is the same.
+        patch: side p of square patches to cut the pixels into, [B, (S/p)^2, 3 p p] in the order of `cut_patches`;
+            0: pixels [B, 3, S, S].
+        kernels: which implementation; the result is the same.
 
     Raises:
         UserError: kernels are on where they cannot run.
@@ -149,7 +154,7 @@ def normalize(images: Tensor, spec: AugmentSpec) -> Tensor:
 
 
 def mix(pixels: Tensor, partners: Tensor, lam: Tensor, boxes: Tensor) -> None:
-    """Mix each row with its partner as that is before mixing, in place.
+    """Mix each row with its partner's pixels from before mixing, in place.
 
     MixUp: own x lam + partner x (1 - lam). CutMix, where a row has a box: the partner inside it, own outside.
 
@@ -171,7 +176,7 @@ def mix(pixels: Tensor, partners: Tensor, lam: Tensor, boxes: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A batch's drawn parameters on the device, and what of them the host must know to start the right kernels."""
+    """Drawn parameters on the device, and what the host needs of them to launch operations without waiting."""
 
     columns: dict[str, Tensor]
     """Every column of COLUMNS, int64 [B] or [B, width]."""
@@ -184,9 +189,9 @@ class _Drawn:
 
 
 def _send(params: ViewParams, device: torch.device) -> _Drawn:
-    """Group the rows by operation and compute the arguments on the host; carry all of it over in one copy.
+    """Group the rows by operation, compute the arguments on the host, and copy both to the device at once.
 
-    It travels as float64 [B, 31 + 3 a slot that any row uses]: float64 holds every int32 exactly.
+    They are copied as float64 [B, 31 + 3 per slot that any row uses]: float64 holds every int32 exactly.
     """
     operations, magnitudes = ops.used_slots(params)
     count = operations.shape[1]

@@ -1,4 +1,4 @@
-"""Patches: the model's input in the order that its projection reads."""
+"""Cutting images into square patches (patchify)."""
 
 from torch import Tensor
 

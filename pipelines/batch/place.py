@@ -4,6 +4,7 @@ Decoders cut crops in an order of their own, as interleaved pixels. What follows
 pixels of one color are neighboring bytes, so that a GPU loads and stores many at once.
 """
 
+import logging
 import os
 import sysconfig
 from functools import cache
@@ -13,6 +14,8 @@ from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 INSTALL = {
     "no triton": "install Triton: it comes with PyTorch's CUDA builds for Linux",
@@ -75,7 +78,9 @@ def _launch_error(device: torch.device) -> str:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # what a compiler that is missing or fails raises differs between Triton's versions
-        return explain_launch_error(error)
+        reason = explain_launch_error(error)
+        log.warning("Triton kernels cannot run, batched torch takes their place with the same results: %s", reason)
+        return reason
     return ""
 
 

@@ -1,11 +1,11 @@
 """The geometric operations in batched torch: Pillow's affine transform with bicubic resampling.
 
 Every operation takes `images` uint8 [K, H, W, 3] and `arguments` float64 [K, 2] and returns new uint8 images of the
-same shape on the same device. A matrix maps the center (x + .5, y + .5) of an output pixel to its source point; pixels
-whose source point lies outside the image become FILL. Nothing synchronizes with the host.
+same shape on the same device. The center (x + .5, y + .5) of an output pixel is mapped to its source point; where that
+lies outside the image the output is FILL. Nothing synchronizes with the host.
 
-Source: Pillow's Geometry.c. Coordinates and interpolation are float64 in Pillow's order of operations, as both ends
-are sharp: a source point on the image's border is inside or outside, and Pillow truncates what it interpolated. The
+Source: Pillow's Geometry.c. Coordinates and interpolation are float64 in Pillow's order of operations, because a last
+bit decides twice: whether a source point on the border is inside, and what the interpolated value is truncated to. The
 usual sum of four weighted pixels falls just below the integer in flat areas, and would darken them by 1/255.
 """
 
@@ -95,7 +95,7 @@ def _resample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _taps(source: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
-    """Indices of the four pixels around each source point, held inside the image, and the way past the second."""
+    """Indices of the four pixels around each source point, clamped to the image, and its distance from the second."""
     first = (source - 0.5).floor()
     return [(first + step).clamp(0, size - 1).long() for step in (-1, 0, 1, 2)], source - 0.5 - first
 

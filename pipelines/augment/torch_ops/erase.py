@@ -13,7 +13,8 @@ from pipelines.spec import AugmentSpec
 def erase(images: Tensor, boxes: Tensor, samples: Tensor, views: Tensor, spec: AugmentSpec, count: int) -> None:
     """Fill each row's box with N(0, 1) noise per pixel and channel, in place.
 
-    The noise is in multiples of 2^-16, bit-equal on every device, and no function of the box (`draws.erase_noise`).
+    The noise is a multiple of 2^-16, the same bits on every device, and does not depend on the box
+    (`draws.erase_noise`).
 
     Args:
         images: normalized float32 [B, S, S, 3].
@@ -21,7 +22,7 @@ def erase(images: Tensor, boxes: Tensor, samples: Tensor, views: Tensor, spec: A
         samples: int64 [B].
         views: int64 [B].
         spec: gives the seed.
-        count: pixels in all boxes together; the host knows it, so that nothing waits for the device.
+        count: pixels in all boxes together, known on the host, so that it need not wait for the device.
     """
     top, left, height, width = boxes.unbind(1)
     areas = height * width

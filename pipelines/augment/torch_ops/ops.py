@@ -1,5 +1,5 @@
-"""The operations of RandAugment, AutoAugment and color jitter in one table: what argument a magnitude gives, and what
-is done with it.
+"""The operations of RandAugment, AutoAugment and color jitter: what argument a magnitude means, and the function that
+applies it.
 
 Drawn magnitudes m are in 0..10, and negative where the sign was drawn negative; color jitter's are the factor itself.
 The recipe's `rand-m9-mstd0.5-inc1` has the -Increasing and -Rel kinds of timm's operations, AutoAugment's policy the
@@ -21,7 +21,7 @@ from pipelines.rng.view_params import ViewParams
 SLOTS = {"operation": "magnitude", "jitter": "factor"}
 """Columns of the operations that an image may get, one after the other, and those of their magnitudes."""
 PIXELS_AT_ONCE_CPU, PIXELS_AT_ONCE_GPU = 1 << 16, 1 << 22
-"""Pixels that one call of an operation works on: its float64 temporaries stay in a CPU's caches, and small on a GPU."""
+"""Most pixels in one call of an operation, so that float64 temporaries fit a CPU's caches and little GPU memory."""
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,10 @@ def _move_x(pixels, target, tables, record, at, SIZE: tl.constexpr, CHUNK: tl.co
     low, before = _floor(point - 0.5)
     fraction = point - 0.5 - before
     first = tl.minimum(tl.maximum(low - 1, 0), tl.maximum(SIZE - 4, 0))
-    a = _held(low - 1, SIZE) - first
-    b = _held(low, SIZE) - first
-    c = _held(low + 1, SIZE) - first
-    d = _held(low + 2, SIZE) - first
+    a = _clamp(low - 1, SIZE) - first
+    b = _clamp(low, SIZE) - first
+    c = _clamp(low + 1, SIZE) - first
+    d = _clamp(low + 2, SIZE) - first
     chained = tl.load(record + TABLE) != 0
     for channel in range(3):
         table = table_of(tables, tl.load(record), channel)
@@ -129,10 +129,10 @@ def _rotate(pixels, target, tables, record, at, SIZE: tl.constexpr, CHUNK: tl.co
     fraction_x = point_x - 0.5 - before_x
     fraction_y = point_y - 0.5 - before_y
     first = tl.minimum(tl.maximum(left - 1, 0), tl.maximum(SIZE - 4, 0))
-    a = _held(left - 1, SIZE) - first
-    b = _held(left, SIZE) - first
-    c = _held(left + 1, SIZE) - first
-    d = _held(left + 2, SIZE) - first
+    a = _clamp(left - 1, SIZE) - first
+    b = _clamp(left, SIZE) - first
+    c = _clamp(left + 1, SIZE) - first
+    d = _clamp(left + 2, SIZE) - first
     chained = tl.load(record + TABLE) != 0
     for channel in range(3):
         table = table_of(tables, tl.load(record), channel)
@@ -161,15 +161,15 @@ def _point(along, across, record, sheared, SIZE: tl.constexpr):
 
 @triton.jit
 def _row(plane, row, first, a, b, c, d, fraction, table, chained, SIZE: tl.constexpr):
-    """Interpolate along x in a row that is held inside the image: float64 [BLOCK]."""
-    four = window(plane, _held(row, SIZE), first, SIZE)
+    """Interpolate along x in a row, clamped to the image: float64 [BLOCK]."""
+    four = window(plane, _clamp(row, SIZE), first, SIZE)
     return _cubic(byte_of(four, a), byte_of(four, b), byte_of(four, c), byte_of(four, d), fraction, table, chained)
 
 
 @triton.jit
 def _line(plane, row, x, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return a row's pixels at columns x, the row held inside the image: int32 [BLOCK]."""
-    at = _held(row, SIZE) * SIZE + x
+    """Return a row's pixels at columns x, the row clamped to the image: int32 [BLOCK]."""
+    at = _clamp(row, SIZE) * SIZE + x
     if ALIGNED and SIZE % 4 == 0:
         at = tl.max_contiguous(tl.multiple_of(at, [4]), [4])
     return tl.load(plane + at).to(tl.int32)
@@ -195,8 +195,8 @@ def _polynomial(constant, linear, square, cube, fraction):
 
 
 @triton.jit
-def _held(index, SIZE: tl.constexpr):
-    """Return an index held inside the image."""
+def _clamp(index, SIZE: tl.constexpr):
+    """Return an index clamped to the image."""
     return tl.minimum(tl.maximum(index, 0), SIZE - 1)
 
 
