@@ -4,10 +4,7 @@ import gc
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import torch
 
 from deitfast.bench.record import Setting
@@ -15,7 +12,10 @@ from deitfast.bench.timing import Clock, Stall
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
+from deitfast.distill.build_cache import TeacherViews
+from deitfast.distill.cache import MemoryCache
 from deitfast.distill.cache_key import target_spec, uses_cache
+from deitfast.distill.cached_teacher import CachedTeacher
 from deitfast.distill.targets import CachedTargets, OnlineTeacher, Targets
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.environment import environment
@@ -27,9 +27,6 @@ from pipelines.batch import Batch, Loader
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import Reader
 from pipelines.workers import usable_cores
-
-ALL_VIEWS = 1 << 30
-"""More views than any measurement looks at."""
 
 
 class Student:
@@ -219,43 +216,27 @@ class BenchLoader:
         """Nothing: the workbench closes its loader."""
 
 
-class FullCache:
-    """A complete teacher cache in memory, of any content, as far as `CachedTargets` and `PerImage` read one."""
-
-    complete = True
-
-    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
-        self._rows = np.zeros((1, dataset.split("train").num_samples), target_spec(recipe, dataset).record)
-        self.manifest = SimpleNamespace(targets=target_spec(recipe, dataset), repeats=ALL_VIEWS)
-
-    def rows(self, first: int) -> np.ndarray:
-        """Return the records of all views, [views, samples], every view's in the same memory."""
-        return np.broadcast_to(self._rows, (ALL_VIEWS, self._rows.shape[1]))
-
-
 def bench_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> Targets | None:
     """Return where a recipe's distillation targets come from; None without distillation.
 
     They are looked up as in a full teacher cache, unless the recipe runs the teacher on every batch.
     """
-    distill, classes = recipe.distill, dataset.spec.classes
-    if distill.mode == "none":
+    if recipe.distill.mode == "none":
         return None
     if not uses_cache(recipe):
-        return OnlineTeacher(Teacher(load_teacher(distill, classes), recipe, runtime), recipe)
+        return OnlineTeacher(Teacher(load_teacher(recipe.distill, dataset.spec.classes), recipe, runtime), recipe)
+    cache = MemoryCache(target_spec(recipe, dataset), recipe.augment.repeats, dataset.split("train").num_samples)
+    teacher = CachedTeacher(cache, _no_teacher, runtime.device)
+    return CachedTargets(cache, teacher, TeacherViews(recipe, dataset, runtime))
 
-    def no_teacher() -> Teacher:
-        raise AssertionError("a full cache has every target")
 
-    cache: Any = FullCache(recipe, dataset)
-    targets = CachedTargets(cache, recipe, len(classes), no_teacher, runtime)
-    targets.start_epoch(0)
-    return targets
+def _no_teacher() -> Teacher:
+    raise AssertionError("a full cache has every target")
 
 
 def describe_targets(recipe: Recipe, targets: Targets) -> str:
     """Return in a few words where targets come from."""
-    if targets.cache is None:
+    if targets.needs_teacher:
         return f"{recipe.distill.teacher}, run on every batch"
     return f"{recipe.distill.mode}, looked up as in a full teacher cache"
 

@@ -31,7 +31,7 @@ from deitfast.cli.tables import (
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import typical_side
-from deitfast.distill.build_cache import teach
+from deitfast.distill.precompute import teach
 from deitfast.progress import Display
 from deitfast.report.write import PAGE, write_report
 from deitfast.run_folder import RunFolder

@@ -140,7 +140,7 @@ def verify_cache(folder: Path, display: Display) -> bool:
             damages += bool(problem)
             if problem:
                 log.error("%s", problem)
-    there, total = cache.count() if not damages else 0, cache.manifest.views * cache.manifest.targets_per_view
+    there, total = cache.count() if not damages else 0, cache.manifest.total
     verdict = "damaged" if damages else "whole and complete" if cache.complete else f"whole, {there / total:.1%} filled"
     log.info("%s: %d views read and compared with their CRC32: %s", folder, cache.manifest.views, verdict)
     return not damages

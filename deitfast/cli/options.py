@@ -11,7 +11,7 @@ from deitfast.config.ablations import overrides
 from deitfast.config.choices import Arch, WhichCheckpoint
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import typical_side
-from deitfast.distill.build_cache import TeachJob
+from deitfast.distill.precompute import TeachJob
 from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
 from deitfast.weights.load import normalization_of, recipe_of

@@ -114,7 +114,7 @@ def describe_cache(cache: TeacherCache) -> RenderableType:
     """Return what `deitfast info` shows of a teacher cache: what is in it, and what it depends on."""
     manifest = cache.manifest
     table = Table(title=f"{cache.folder}: teacher cache", title_justify="left", show_header=False)
-    there, total = cache.count(), manifest.views * manifest.targets_per_view
+    there, total = cache.count(), manifest.total
     spec = manifest.targets
     kept = "labels" if spec.kind == "hard" else f"{spec.k} largest logits, {spec.dtype}, and log-sum-exp"
     facts = {

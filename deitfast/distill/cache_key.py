@@ -10,9 +10,18 @@ import numpy as np
 
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler, training_subset
-from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import ABSENT, FORMAT, Manifest, TargetSpec, is_cache, read_manifest, require_same
-from deitfast.distill.teacher import FINGERPRINT_FIELDS, LoadedTeacher, load_teacher
+from deitfast.distill.cache_files import (
+    ABSENT,
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    TargetSpec,
+    damaged,
+    is_cache,
+    read_manifest,
+    require_same,
+)
+from deitfast.distill.teacher import FINGERPRINT, LoadedTeacher, load_teacher
 from deitfast.environment import version
 from deitfast.runtime import Runtime
 from deitfast.weights.zoo import is_zoo_model
@@ -21,35 +30,39 @@ from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import RAW
 
 CACHES = Path("caches")
-"""Where caches go that were not given a name."""
-PER_IMAGE = ("size", "crop", "eval_crop", "eval_resize", "eval_interpolation", "mean", "std")
-"""Fields of `AugmentSpec` that decide what a teacher sees of a whole image; eval_* have no part in a view."""
+"""Parent of caches without a name of their own."""
+WHOLE_IMAGE_FIELDS = ("size", "crop", "eval_crop", "eval_resize", "eval_interpolation", "mean", "std")
+"""Fields of `AugmentSpec` that decide what a teacher sees of a whole image; of a view all do, but eval_*."""
 LIBRARIES = ("torch", "torchvision", "pillow", "numpy", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130", "ffcv")
 LIBRARIES += ("nvidia-nvimgcodec-cu12", "nvidia-dali-cuda120")
 
 
-def teacher_fingerprint(recipe: Recipe, classes: tuple[str, ...]) -> tuple[dict[str, Any], LoadedTeacher | None]:
-    """Return what a run can know of its teacher, for comparison with its cache, and the teacher if it is at hand.
+def teacher_fingerprint(
+    recipe: Recipe, classes: tuple[str, ...], *, required: bool = False
+) -> tuple[dict[str, Any], LoadedTeacher | None]:
+    """Return what a run can know of its teacher, for comparison with its cache, and the teacher if it was loaded.
 
-    With a complete cache nobody needs the teacher: a run or file that is there is read for its digest, and nothing is
-    fetched.
+    With a complete cache the teacher is not needed: a run or file that is there is read for its digest, and nothing is
+    downloaded, unless it is `required`. Fields that are not known then are None.
 
     Raises:
         UserError: the cache is not complete and there is no such teacher, or it does not know the classes.
     """
     distill = recipe.distill
     complete = is_cache(Path(distill.cache)) and bool(read_manifest(Path(distill.cache)).crc32)
-    published = is_zoo_model(distill.teacher) and not distill.teacher_weights
-    if complete and (published or not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()):
-        return dict.fromkeys(FINGERPRINT_FIELDS) | ({"teacher.network": distill.teacher} if published else {}), None
+    downloaded = is_zoo_model(distill.teacher) and not distill.teacher_weights
+    absent = not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists()
+    if complete and not required and (downloaded or absent):
+        unknown: dict[str, Any] = {f"teacher.{name}": None for name in FINGERPRINT}
+        return unknown | ({"teacher.network": distill.teacher} if downloaded else {}), None
     loaded = load_teacher(distill, classes)
-    return loaded.identity(), loaded
+    return loaded.fingerprint(), loaded
 
 
 def uses_cache(recipe: Recipe) -> bool:
     """Whether a run's targets go through a cache.
 
-    `distill.cache = "auto"` keeps hard targets, which are small and exact. Soft ones take 20 times as much and leave
+    `distill.cache = "auto"` stores hard targets, which are small and exact. Soft ones take 20 times as much and leave
     out small logits: only on request.
     """
     distill = recipe.distill
@@ -58,94 +71,83 @@ def uses_cache(recipe: Recipe) -> bool:
     return distill.cache != "auto" or distill.mode == "hard" or distill.targets != "exact"
 
 
-def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path | None:
-    """Return the folder of a run's cache; None where it keeps none.
-
-    `distill.cache = "auto"` names it by all that its targets depend on: the same question finds the same answers.
-    """
-    distill = recipe.distill
-    if not uses_cache(recipe):
-        return None
-    if distill.cache != "auto":
-        return Path(distill.cache)
-    question = json.dumps([manifest.identity, manifest.views], sort_keys=True).encode()
-    digest = hashlib.blake2b(question, digest_size=4).hexdigest()
+def cache_folder(recipe: Recipe, dataset: Dataset, manifest: Manifest) -> Path:
+    """Return the folder of a run's cache. `distill.cache = "auto"` names it by all that its targets depend on."""
+    if recipe.distill.cache != "auto":
+        return Path(recipe.distill.cache)
+    key = json.dumps([manifest.format, manifest.identity, manifest.views], sort_keys=True).encode()
+    digest = hashlib.blake2b(key, digest_size=4).hexdigest()
     network = str(manifest.identity["teacher.network"]).replace("/", "-")  # of timm/NAME
     return CACHES / f"{dataset.spec.name}-{network}-{digest}"
 
 
-def open_cache(
-    recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
-) -> TeacherCache | None:
-    """Open the cache of a run, or start it where there is none yet; None where the run keeps none.
-
-    Args:
-        recipe: of the run.
-        dataset: that it trains on.
-        loader: name of the loader that makes its pixels.
-        teacher: `LoadedTeacher.identity()`; with None for what cannot be known, as the teacher is not at hand.
-        runtime: rank 0 writes.
+def require_fit(folder: Path, stored: Manifest, needed: Manifest) -> None:
+    """Check that a cache has what a run needs, or will have once it is complete.
 
     Raises:
-        UserError: the cache is of another data set, recipe, teacher or loader; the message names the fields.
-        DeitfastError: it is damaged, or the disk is full.
+        UserError: it is of another data set, recipe, teacher or loader (the message names the fields), or has fewer
+            views.
     """
-    manifest = needed_manifest(recipe, dataset, loader, teacher, runtime)
-    folder = cache_folder(recipe, dataset, manifest)
-    if folder is None:
-        return None
-    if runtime.is_main_process and not is_cache(folder):
-        TeacherCache.create(folder, manifest)
-    runtime.barrier()  # nobody opens it before it is there
-    cache = TeacherCache.open(folder)
-    kept = cache.manifest
-    require_same(folder, kept.identity, manifest.identity)
-    if manifest.views > kept.views:
+    require_same(folder, stored.identity, needed.identity)
+    for name in ("classes", "samples", "targets_per_view", "repeats"):  # follow from what is the same
+        if getattr(stored, name) != getattr(needed, name):
+            raise damaged(folder / MANIFEST, f"{name} {getattr(needed, name)}", f"{name} {getattr(stored, name)}")
+    if needed.views > stored.views:
         raise UserError(
-            f"the teacher cache {folder} has fewer views of each image than the run looks at",
-            expected=f"{manifest.views}",
-            found=f"{kept.views}",
-            remedy=f"--views {kept.views} goes round them (DeiT no longer exactly), or `deitfast teach` fills another",
+            f"the teacher cache {folder} has fewer views of each image than the run needs",
+            expected=f"{needed.views}",
+            found=f"{stored.views}",
+            remedy=f"--views {stored.views} uses them again and again (not exactly DeiT), or fill another cache with "
+            "`deitfast teach`",
         )
-    return cache
 
 
-def software_changes(cache: TeacherCache, runtime: Runtime) -> list[str]:
-    """Return in which precision and versions a run differs from what a cache was begun with."""
+def software_changes(manifest: Manifest, runtime: Runtime) -> list[str]:
+    """Return in which precision and versions a run differs from what a cache was started with."""
     now = _software(runtime)
-    return [
-        f"{name} {old} -> {now.get(name)}" for name, old in cache.manifest.made_with.items() if now.get(name) != old
-    ]
+    return [f"{name} {old} -> {now.get(name)}" for name, old in manifest.made_with.items() if now.get(name) != old]
 
 
 def needed_manifest(
     recipe: Recipe, dataset: Dataset, loader: str, teacher: dict[str, Any], runtime: Runtime
 ) -> Manifest:
-    """Return the manifest of the cache that a run needs, before anything is in it; arguments as `open_cache`'s."""
+    """Return the manifest of the cache that a run needs, before anything is in it.
+
+    Args:
+        recipe: of the run.
+        dataset: that it trains on.
+        loader: name of the loader that makes its pixels.
+        teacher: `LoadedTeacher.fingerprint()`; None for what is not known, as the teacher is not loaded.
+        runtime: of the run.
+
+    Raises:
+        UserError: there are more classes than the format has labels.
+    """
     per_image = recipe.distill.targets == "per_image"
     samples = dataset.split("train").num_samples
     fields, spec = asdict(recipe.augment), target_spec(recipe, dataset)
-    chosen = PER_IMAGE if per_image else [name for name in fields if not name.startswith("eval_")]
+    chosen = WHOLE_IMAGE_FIELDS if per_image else [name for name in fields if not name.startswith("eval_")]
     identity = {
         "data": dataset.spec.fingerprint,
         "fraction": recipe.train.fraction,
-        "loader": pixels_of(loader, dataset, recipe),
-        "seen": "each image, whole" if per_image else "each view",
+        "loader": pixels_of(loader, dataset, recipe, runtime),
+        "teacher.sees": "each image, whole" if per_image else "each view",
         **{f"targets.{name}": value for name, value in asdict(spec).items() if name != "tau"},  # any tau may read them
         **{f"augment.{name}": fields[name] for name in chosen},
         **teacher,
     }
     batch = recipe.augment.mix_group * runtime.world  # any that the ranks can share
-    answered = training_sampler(dataset, recipe, runtime, batch, include_partial=True).views_per_epoch
+    per_view = training_sampler(dataset, recipe, runtime, batch, include_partial=True).views_per_epoch
     if per_image:
         subset = training_subset(dataset, recipe)
-        answered = samples if subset is None else len(subset)
+        per_view = samples if subset is None else len(subset)
     return Manifest(
         FORMAT,
         spec,
+        classes=len(dataset.spec.classes),
         views=1 if per_image else recipe.views,
         samples=samples,
-        targets_per_view=answered,
+        targets_per_view=per_view,
         repeats=1 if per_image else recipe.augment.repeats,
         identity=identity,
         made_with=_software(runtime),
@@ -153,7 +155,7 @@ def needed_manifest(
 
 
 def target_spec(recipe: Recipe, dataset: Dataset) -> TargetSpec:
-    """Return what a run's cache keeps of an answer.
+    """Return what a run's cache stores of the teacher's logits.
 
     Raises:
         UserError: more classes than a label of two bytes tells apart.
@@ -166,12 +168,14 @@ def target_spec(recipe: Recipe, dataset: Dataset) -> TargetSpec:
     return TargetSpec("soft", min(distill.top_k, classes), distill.top_dtype, distill.tau)
 
 
-def pixels_of(loader: str, dataset: Dataset, recipe: Recipe) -> str:
-    """Return whose pixels a loader gives: its own, or everybody's where nothing is decoded and nothing resized."""
+def pixels_of(loader: str, dataset: Dataset, recipe: Recipe, runtime: Runtime) -> str:
+    """Return whose pixels a loader gives: "any" where nothing is decoded and nothing resized, else its own."""
     reader, augment = dataset.split("train"), recipe.augment
     sides = np.minimum(reader.heights, reader.widths)
     if augment.crop == "padded" and (reader.modes == RAW).all() and (sides == augment.size).all():
         return "any"
+    if loader == "dali":
+        return f"dali on {runtime.device.type}"  # decodes and resizes on the device: other pixels on another one
     return "reference" if loader == "resident" else loader  # equal to the bit
 
 

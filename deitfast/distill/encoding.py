@@ -1,4 +1,4 @@
-"""A teacher's logits as targets, and as what a cache keeps of them."""
+"""Teacher targets: a teacher's logits as a cache stores them (`encode`), and as a loss takes them (`decode`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from pipelines.device import to_device
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What is kept of a teacher's logits for a batch, on any device."""
+    """What a cache stores of a teacher's logits for a batch; on any device."""
 
     label: Tensor
     """int64 [B] (hard), or [B, k]: the classes of the k largest logits, the largest first (soft)."""
     logit: Tensor | None = None
-    """float32 [B, k], rounded as the cache keeps them (soft)."""
+    """float32 [B, k], rounded as the cache stores them (soft)."""
     lse: Tensor | None = None
     """float32 [B]: log(sum(exp(z))) over all logits z (soft)."""
     lse_tau: Tensor | None = None
@@ -26,7 +26,7 @@ class TeacherTargets:
 
 
 def encode(logits: Tensor, spec: TargetSpec) -> TeacherTargets:
-    """Return what a cache keeps of logits, float32 [B, C]."""
+    """Return what a cache stores of logits, float32 [B, C]."""
     if spec.kind == "hard":
         return TeacherTargets(logits.argmax(-1))
     largest = logits.topk(spec.k, dim=-1)
@@ -34,40 +34,40 @@ def encode(logits: Tensor, spec: TargetSpec) -> TeacherTargets:
     return TeacherTargets(largest.indices, rounded, logits.logsumexp(-1), (logits / spec.tau).logsumexp(-1))
 
 
-def decode(answers: TeacherTargets, spec: TargetSpec, classes: int, tau: float) -> Tensor:
+def decode(targets: TeacherTargets, spec: TargetSpec, classes: int, tau: float) -> Tensor:
     """Return the target that a loss takes: labels, int64 [B], or logits, float32 [B, classes].
 
-    The k kept logits are in their places. The other classes share what is left of the probability at temperature tau,
-    in equal parts: at the cache's own tau that is known exactly. At another one it is what an even rest has there: m
-    classes of together r = exp(lse) - sum(exp(z)) have the logit log(r / m) each.
+    The k stored logits are in their places. The other classes share the remaining probability at temperature tau in
+    equal parts. At the cache's own tau the remaining probability is known exactly. At another tau it is taken from an
+    even distribution over the rest: m classes of together r = exp(lse) - sum(exp(z)) have the logit log(r / m) each.
     """
-    if answers.logit is None or answers.lse is None or answers.lse_tau is None:
-        return answers.label
+    if targets.logit is None or targets.lse is None or targets.lse_tau is None:
+        return targets.label
     rest = classes - spec.k
-    logits = answers.logit.new_zeros(len(answers.label), classes)
+    logits = targets.logit.new_zeros(len(targets.label), classes)
     if rest:
-        at, total = (tau, answers.lse_tau) if tau == spec.tau else (1.0, answers.lse)
-        kept = (answers.logit / at).logsumexp(-1)
-        # log(exp(total) - exp(kept)); rounding may leave kept above total: then the rest has next to nothing
-        left = total + torch.log1p(-torch.exp((kept - total).clamp(max=-1e-6)))
-        logits += (at * (left - np.log(rest)))[:, None]
-    return logits.scatter(1, answers.label, answers.logit)
+        at, total = (tau, targets.lse_tau) if tau == spec.tau else (1.0, targets.lse)
+        stored = (targets.logit / at).logsumexp(-1)
+        # log(exp(total) - exp(stored)); rounding may leave stored above total: then the rest has next to nothing
+        remaining = total + torch.log1p(-torch.exp((stored - total).clamp(max=-1e-6)))
+        logits += (at * (remaining - np.log(rest)))[:, None]
+    return logits.scatter(1, targets.label, targets.logit)
 
 
-def to_records(answers: Sequence[TeacherTargets], spec: TargetSpec) -> np.ndarray:
-    """Return batches of answers as a cache's records, [n]. Waits for the device."""
-    labels = torch.cat([each.label for each in answers]).cpu().numpy()
+def to_records(batches: Sequence[TeacherTargets], spec: TargetSpec) -> np.ndarray:
+    """Return the targets of several batches as a cache's records, `TargetSpec.record` [n]. Waits for the device."""
+    labels = torch.cat([targets.label for targets in batches]).cpu().numpy()
     if spec.kind == "hard":
         return labels.astype(spec.record)
     records = np.zeros(len(labels), spec.record)
     records["label"] = labels
     for name in ("logit", "lse", "lse_tau"):
-        records[name] = torch.cat([getattr(each, name) for each in answers]).cpu().numpy()
+        records[name] = torch.cat([getattr(targets, name) for targets in batches]).cpu().numpy()
     return records
 
 
 def from_records(records: np.ndarray, device: torch.device) -> TeacherTargets:
-    """Return a cache's records, [B], on a device; the copy does not wait."""
+    """Return a cache's records, `TargetSpec.record` [B], on a device; the host does not wait for the copy."""
 
     def column(values: np.ndarray, dtype: type) -> Tensor:
         return to_device(torch.from_numpy(values.astype(dtype)), device)

@@ -138,7 +138,7 @@ def _teachers_answers(
 def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray) -> list[str]:
     """Return what a teacher cache has for the shown rows, "" where it has nothing."""
     cache = TeacherCache.open(folder)
-    targets = cache.rows(0)[inputs.params.view[shown], inputs.params.sample[shown]]
+    targets = cache.read_pass(0)[inputs.params.view[shown], inputs.params.sample[shown]]
     labels = targets if targets.dtype.names is None else targets["label"][:, 0]
     known = zip(labels.tolist(), is_present(targets).tolist(), strict=True)
     return [classes[label] if there else "" for label, there in known]

@@ -30,8 +30,7 @@ class TrainLoop:
         self.recipe, self.runtime, self.loader = recipe, runtime, loader
         self.train_step, self.targets = train_step, targets
         # the kernels write what a transformer's projection reads; a teacher in the loop looks at pixels
-        needs_teacher = targets is not None and not (targets.cache and targets.cache.complete)
-        self.patch = 0 if needs_teacher else reads_patches(train_step.model)
+        self.patch = 0 if targets and targets.needs_teacher else reads_patches(train_step.model)
         self.monitor = StepMonitor(runtime)
         self.first_step_pending = True
         """Whether this process has done no step yet: the first one compiles, which can take minutes."""
@@ -50,8 +49,6 @@ class TrainLoop:
         """
         recipe, train, steps = self.recipe, self.recipe.train, self.loader.steps_per_epoch
         peak = peak_lr(recipe.optim, train.batch)
-        if self.targets:
-            self.targets.start_epoch(state.epoch)
         began = time.monotonic()
         with closing(self.loader.epoch(state.epoch, state.steps)) as batches:  # pyright: ignore
             while True:

@@ -12,9 +12,7 @@ from typing import Any
 
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_split, open_training
-from deitfast.distill.build_cache import CacheBuilder, open_targets
-from deitfast.distill.targets import CachedTargets
-from deitfast.distill.targets import describe as describe_targets
+from deitfast.distill.targets import plan_targets
 from deitfast.eval.evaluate import evaluate, final_head
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.progress import Bar, Display, duration, logging_to
@@ -115,10 +113,12 @@ class Trainer:
         loader = self._resources.enter_context(closing(open_training(self.dataset, recipe, runtime)))
         if "val" in self.spec.splits:
             self.validation = self._resources.enter_context(closing(open_split(self.dataset, "val", recipe, runtime)))
-        self.targets = open_targets(recipe, self.dataset, loader.name, runtime, self.display)
+        plan = plan_targets(recipe, self.dataset, loader.name, runtime)
         resumed = self.folder.checkpoint.exists()  # the weights come out of the checkpoint then
         init_weights = None if resumed else partial(init_from_pretrained, spec=recipe.model, classes=classes)
         self.step = TrainStep(recipe, len(classes), runtime, init_weights)
+        with catching_signals(runtime) as stop:
+            self.targets = plan.open(stop, self.display) if plan else None
         self.loop = TrainLoop(recipe, runtime, loader, self.step, self.targets)
         if runtime.is_main_process:
             data, start = str(self.job.data.resolve()), self.step.initial_weights
@@ -155,7 +155,8 @@ class Trainer:
             except Interrupted as request:
                 self._stop(request)
                 raise
-            self._complete_cache(stop)
+            if self.targets:
+                self.targets.finish(stop, self.display)
         return row
 
     def close(self) -> None:
@@ -183,7 +184,7 @@ class Trainer:
         epochs, steps = recipe.train.epochs, loader.steps_per_epoch
         log.info("%s: %d epochs of %d steps, loader %s", self.folder.path, epochs, steps, loader.name)
         if self.targets:
-            log.info("%s", describe_targets(recipe, self.targets.cache))
+            log.info("%s", self.targets.describe())
         if self.validation is None:
             log.info("the data set has no validation split: nothing will be evaluated")
 
@@ -237,6 +238,8 @@ class Trainer:
         last, self.last_divergence = self.last_divergence, event
         again = last is not None and (event.epoch, event.steps) <= (last.epoch, last.steps)
         self.loop.monitor.reset()
+        if self.targets:
+            self.targets.save()  # raises if it is the teacher's logits that are not finite
         self.checkpoints.wait()
         if any(self.runtime.max_over_ranks([again or self.checkpoints.best() is None])):
             raise DeitfastError(
@@ -275,13 +278,6 @@ class Trainer:
             self.callbacks.log_epoch(self._steps_done(), row, last=last)
         self.state = TrainState.start(self.runtime.device, epoch)
         return row
-
-    def _complete_cache(self, stop: Stop) -> None:
-        """Have the teacher also answer for the views that no batch had room for: any batch size can then use them."""
-        if not isinstance(self.targets, CachedTargets) or self.targets.cache.complete:
-            return
-        with closing(CacheBuilder(self.recipe, self.dataset, self.runtime, self.display)) as builder:
-            builder.build(self.targets, stop)
 
     def _evaluate(self, loader: Loader, stop: Stop) -> dict[str, Any]:
         """Return the metrics of every head, of the weights as they are and averaged: {"val": {head: ...}, ...}."""

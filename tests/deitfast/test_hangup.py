@@ -26,7 +26,7 @@ from rich.console import Console
 from tests.helpers.small_runs import CPU
 from tests.helpers.small_teachers import distilled, judge, with_cache
 from tests.deitfast.test_hangup import RECIPE
-from deitfast.distill import build_cache
+from deitfast.distill import build_cache, cache_key, precompute
 from deitfast.train import trainer
 from deitfast.progress import Display, start_logging
 
@@ -38,13 +38,13 @@ def slow(*arguments, **options):
     time.sleep(0.2)
     return augment(*arguments, **options)
 trainer.augment = build_cache.augment = slow
-build_cache.load_teacher = lambda spec, classes: judge(len(classes))
+cache_key.load_teacher = lambda spec, classes: judge(len(classes))
 console = Console(stderr=True)
 start_logging(console)
 if what == "train":
     trainer.train(trainer.TrainJob(RECIPE, data, out, resume=False, command=("test",)), CPU, Display(console))
 else:
-    build_cache.teach(build_cache.TeachJob(with_cache(distilled(), out), data), CPU, Display(console))
+    precompute.teach(precompute.TeachJob(with_cache(distilled(), out), data), CPU, Display(console))
 """
 
 

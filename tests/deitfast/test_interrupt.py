@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from deitfast.distill import build_cache as teach_module
+from deitfast.distill import targets as targets_module
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.progress import Display
 from deitfast.report import live
@@ -99,7 +99,7 @@ def test_while_images_come_slowly(tiny_small: Path, tmp_path: Path, whole: Path,
 
 def test_while_a_complete_cache_is_checked(tiny_small: Path, tmp_path: Path, judged, monkeypatch) -> None:
     taught(tiny_small, tmp_path / "cache", distilled())
-    monkeypatch.setattr(teach_module, "spot_check", interrupted_then_slow)
+    monkeypatch.setattr(targets_module, "spot_check", interrupted_then_slow)
     began = time.monotonic()
     with pytest.raises(Interrupted):
         taught(tiny_small, tmp_path / "cache", distilled())

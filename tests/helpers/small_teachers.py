@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_training
-from deitfast.distill.build_cache import TeachJob, teach
+from deitfast.distill.build_cache import TeacherViews
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_key import open_cache
+from deitfast.distill.cache_key import needed_manifest, require_fit
+from deitfast.distill.cached_teacher import CachedTeacher
+from deitfast.distill.precompute import TeachJob, teach
 from deitfast.distill.targets import CachedTargets, OnlineTeacher
 from deitfast.distill.teacher import LoadedTeacher, Teacher
 from deitfast.progress import Display
@@ -50,8 +52,7 @@ def judge(classes: int, **options) -> LoadedTeacher:
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run's teacher is the judge, whatever its recipe names."""
-    for module in ("deitfast.distill.build_cache", "deitfast.distill.cache_key"):
-        monkeypatch.setattr(f"{module}.load_teacher", lambda spec, classes: judge(len(classes)))
+    monkeypatch.setattr("deitfast.distill.cache_key.load_teacher", lambda spec, classes: judge(len(classes)))
 
 
 def distilled(*settings: str, mode: str = "hard") -> Recipe:
@@ -73,23 +74,24 @@ def taught(data: Path, out: Path, recipe: Recipe) -> TeacherCache:
 def opened(data: Path, folder: Path, recipe: Recipe, teacher: LoadedTeacher | None = None) -> TeacherCache:
     """Open or start the cache of a run with the judge as its teacher."""
     with closing(Dataset.open(data)) as dataset:
-        known = (teacher or judge(len(dataset.spec.classes))).identity()
-        cache = open_cache(with_cache(recipe, folder), dataset, "reference", known, CPU)
-    assert cache
+        fingerprint = (teacher or judge(len(dataset.spec.classes))).fingerprint()
+        manifest = needed_manifest(recipe, dataset, "reference", fingerprint, CPU)
+    cache = TeacherCache.create(folder, manifest)
+    require_fit(folder, cache.manifest, manifest)
     return cache
 
 
-def nobody() -> Teacher:
+def no_teacher() -> Teacher:
     """The teacher of a run whose cache is complete."""
-    raise AssertionError("the teacher was asked")
+    raise AssertionError("the teacher was run")
 
 
-Make = Callable[[Recipe, int], OnlineTeacher | CachedTargets]
+Make = Callable[[Recipe, Dataset], OnlineTeacher | CachedTargets]
 
 
-def in_loop(recipe: Recipe, classes: int) -> OnlineTeacher:
+def in_loop(recipe: Recipe, dataset: Dataset) -> OnlineTeacher:
     """Targets straight from the judge."""
-    return OnlineTeacher(Teacher(judge(classes), recipe, CPU), recipe)
+    return OnlineTeacher(Teacher(judge(len(dataset.spec.classes)), recipe, CPU), recipe)
 
 
 def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0) -> dict[tuple[int, int], Tensor]:
@@ -98,10 +100,9 @@ def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0)
     with closing(Dataset.open(data)) as dataset:
         for rank in range(world):
             runtime = replace(CPU, rank=rank, world=world)
-            targets = make(recipe, len(dataset.spec.classes))
+            targets = make(recipe, dataset)
             with closing(open_training(dataset, recipe, runtime)) as loader:
                 for epoch in range(recipe.train.epochs):
-                    targets.start_epoch(epoch)
                     for batch in loader.epoch(epoch, 0 if epoch else start):
                         inputs = augment(batch, recipe.augment, dtype=torch.float32, train=True)
                         views = zip(inputs.params.view.tolist(), inputs.params.sample.tolist(), strict=True)
@@ -114,18 +115,17 @@ def fill_slowly(data: Path, out: Path) -> None:
     """Fill a cache slowly, every answer on the disk at once: the life of a process that is going to be killed."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deitfast.distill.targets.FLUSH_SECONDS", 0.0)
-        patch.setattr(
-            "deitfast.distill.build_cache.load_teacher", lambda spec, classes: judge(len(classes), pause=0.002)
-        )
+        patch.setattr("deitfast.distill.cached_teacher.FLUSH_SECONDS", 0.0)
+        patch.setattr("deitfast.distill.cache_key.load_teacher", lambda spec, classes: judge(len(classes), pause=0.002))
         taught(data, out, distilled("train.epochs=6", "train.batch=8"))
 
 
-def cached(folder: Path, mode: str = "hard"):
+def cached(folder: Path) -> Make:
     """Targets from a complete cache."""
     cache = TeacherCache.open(folder)
     assert cache.complete
-    return lambda recipe, classes: CachedTargets(cache, recipe, classes, nobody, CPU)
+    teacher = CachedTeacher(cache, no_teacher, CPU.device)
+    return lambda recipe, dataset: CachedTargets(cache, teacher, TeacherViews(recipe, dataset, CPU))
 
 
 def assert_same(one: dict, other: dict) -> None:

@@ -129,7 +129,6 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     with pytest.raises(ZeroDivisionError):
         run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"))
     monkeypatch.undo()
-    monkeypatch.setattr("deitfast.distill.build_cache.load_teacher", lambda spec, classes: judge(len(classes)))
     monkeypatch.setattr("deitfast.distill.cache_key.load_teacher", lambda spec, classes: judge(len(classes)))
     assert 0 < TeacherCache.open(tmp_path / "b").count() < 80
     run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"), resume=True)
@@ -183,7 +182,7 @@ def test_a_cache_killed_at_random_moments_is_the_undisturbed_one(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server that forks the children reads it
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["teaching"])
+    spawn.set_forkserver_preload(["tests.helpers.small_teachers"])
     began = time.monotonic()
     fill_slowly(tiny_small, tmp_path / "whole")
     takes = time.monotonic() - began

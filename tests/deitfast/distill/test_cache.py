@@ -1,4 +1,4 @@
-"""The cache's files: what goes in comes out, whoever wrote it, and nothing damaged or foreign is read."""
+"""The cache's files: what goes in comes out, whichever process wrote it, and nothing damaged or foreign is read."""
 
 import dataclasses
 import multiprocessing
@@ -32,8 +32,9 @@ def manifest(spec: TargetSpec = HARD, **changes) -> Manifest:
     made = Manifest(
         FORMAT,
         spec,
-        VIEWS,
-        SAMPLES,
+        classes=1000,
+        views=VIEWS,
+        samples=SAMPLES,
         targets_per_view=18,
         repeats=REPEATS,
         identity={"data": "abc"},
@@ -64,8 +65,7 @@ def fill(cache: TeacherCache, table: np.ndarray, order: np.ndarray, flushes: int
     for some in np.array_split(cells, flushes):
         for number in np.unique(some[:, 0] // REPEATS):  # a batch's views are of one pass
             views, samples = some[some[:, 0] // REPEATS == number].T
-            cache.add(views, samples, table[views, samples])
-        cache.flush()
+            cache.write(views, samples, table[views, samples])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -82,7 +82,7 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
     there = np.zeros((VIEWS, SAMPLES), bool)
     there[tuple(np.argwhere(is_present(table))[:50].T)] = True
     for first in (0, 3):
-        rows = reopened.rows(first)
+        rows = reopened.read_pass(first)
         own = slice(first, first + REPEATS)
         assert (is_present(rows) == there[own]).all()
         assert (rows[there[own]] == table[own][there[own]]).all()
@@ -94,9 +94,11 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
     assert done.count() == 6 * 18
     assert not (tmp_path / "cache" / PARTS).exists()
     for first in (0, 3):
-        rows = done.rows(first)
+        rows = done.read_pass(first)
         assert rows.tobytes() == table[first : first + REPEATS].tobytes()
-    loaded = np.load(tmp_path / "cache" / TARGETS)  # as anybody may read it
+    loaded = np.load(tmp_path / "cache" / TARGETS)  # numpy reads it, and would write the same bytes
+    np.save(tmp_path / "numpy.npy", table)
+    assert (tmp_path / "numpy.npy").read_bytes() == (tmp_path / "cache" / TARGETS).read_bytes()
     assert loaded.tobytes() == table.tobytes()
     assert list(done.check()) == [(3, ""), (6, "")]
 
@@ -121,13 +123,13 @@ def test_who_was_slower_goes_on_with_what_the_other_has_finished(tmp_path: Path)
     """Two trainings that fill one cache: the second one still has answers when the first completes it."""
     folder, table = tmp_path / "cache", answers(HARD)
     fast, slow = TeacherCache.create(folder, manifest()), TeacherCache.create(folder, manifest())
-    slow.rows(0)
+    slow.read_pass(0)
     fill(fast, table, np.arange(6 * 18))
     assert fast.finish()
     fill(slow, table, np.arange(40))
-    assert slow.rows(0).tobytes() == table[:REPEATS].tobytes()
+    assert slow.read_pass(0).tobytes() == table[:REPEATS].tobytes()
     late = [TeacherCache(folder, manifest()) for _ in range(3)]  # as opened before the end
-    assert late[0].rows(3).tobytes() == table[3:].tobytes()
+    assert late[0].read_pass(3).tobytes() == table[3:].tobytes()
     assert late[1].count() == 6 * 18
     assert late[2].finish()
     assert all(each.complete for each in late)
@@ -145,7 +147,7 @@ def race(folder: Path, barrier, seed: int) -> None:
         fill(cache, answers(HARD), np.random.default_rng(seed + turn).permutation(6 * 18))
         assert cache.count() == 6 * 18
         assert cache.finish()
-        assert cache.rows(3).tobytes() == answers(HARD)[3:].tobytes()
+        assert cache.read_pass(3).tobytes() == answers(HARD)[3:].tobytes()
 
 
 def test_any_number_of_processes_fill_and_finish_one_cache_at_once(tmp_path: Path) -> None:
@@ -186,9 +188,9 @@ def test_a_flipped_byte_in_the_targets_is_found_and_its_view_named(tmp_path: Pat
     header = 128
     flip(tmp_path / "cache" / TARGETS, header + 2 * SAMPLES * 4 + 7)
     cache = TeacherCache.open(tmp_path / "cache")
-    cache.rows(0)
+    cache.read_pass(0)
     with pytest.raises(DeitfastError, match=r"targets\.npy: damaged") as caught:
-        cache.rows(3)
+        cache.read_pass(3)
     assert "of view 4" in str(caught.value)
     assert [done for done, problem in cache.check() if problem] == [6]
 
@@ -200,7 +202,7 @@ def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, 
     part = next((tmp_path / "cache" / PARTS).iterdir())
     flip(part, place)
     with pytest.raises(DeitfastError, match=part.name):
-        TeacherCache.open(tmp_path / "cache").rows(0)
+        TeacherCache.open(tmp_path / "cache").read_pass(0)
 
 
 @pytest.mark.parametrize("left", [0, 3, 100])
@@ -210,7 +212,7 @@ def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
     part = next((tmp_path / "part" / PARTS).iterdir())
     part.write_bytes(part.read_bytes()[:left])
     with pytest.raises(DeitfastError, match=part.name):
-        cache.rows(0)
+        cache.read_pass(0)
     complete(tmp_path / "table")
     path = tmp_path / "table" / TARGETS
     whole = path.read_bytes()
@@ -227,7 +229,7 @@ def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
     assert cache.finish()
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "other" / TARGETS).read_bytes())
     with pytest.raises(DeitfastError, match="CRC32"):
-        TeacherCache.open(tmp_path / "one").rows(0)
+        TeacherCache.open(tmp_path / "one").read_pass(0)
     complete(tmp_path / "soft", spec=SOFT)
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "soft" / TARGETS).read_bytes())
     with pytest.raises(DeitfastError, match="another cache's"):
@@ -236,13 +238,12 @@ def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
 
 def test_a_part_of_another_shape_is_refused(tmp_path: Path) -> None:
     wide = TeacherCache.create(tmp_path / "wide", manifest(samples=50, targets_per_view=48))
-    wide.add(np.array([0]), np.array([40]), np.array([1]))
-    wide.flush()
+    wide.write(np.array([0]), np.array([40]), np.array([1]))
     TeacherCache.create(tmp_path / "cache", manifest())
     part = next((tmp_path / "wide" / PARTS).iterdir())
     part.rename(tmp_path / "cache" / PARTS / part.name)
-    with pytest.raises(DeitfastError, match="targets of 20 images"):
-        TeacherCache.open(tmp_path / "cache").rows(0)
+    with pytest.raises(DeitfastError, match="of 20 images"):
+        TeacherCache.open(tmp_path / "cache").read_pass(0)
 
 
 @pytest.mark.parametrize("edit", [('"views": 6', '"views": 9'), ('"abc"', '"abd"'), ("{", ""), ('"hard"', '"soft"')])
@@ -256,7 +257,7 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, edit: tuple[str,
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"precious")
-    with pytest.raises(UserError, match="is not empty and no teacher cache"):
+    with pytest.raises(UserError, match="is not empty and not a teacher cache"):
         TeacherCache.create(tmp_path, manifest())
     with pytest.raises(UserError, match="there is no teacher cache"):
         TeacherCache.open(tmp_path)
@@ -273,7 +274,7 @@ def test_a_cache_whose_creation_was_killed_is_created_anew(tmp_path: Path) -> No
 def test_a_kill_between_table_and_manifest_costs_nothing(tmp_path: Path, monkeypatch) -> None:
     cache = TeacherCache.create(tmp_path / "cache", manifest())
     fill(cache, answers(HARD), np.arange(6 * 18))
-    monkeypatch.setattr("deitfast.distill.cache.publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("deitfast.distill.cache.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cache.finish()
     monkeypatch.undo()

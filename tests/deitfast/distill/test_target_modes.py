@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from deitfast.data_loaders import open_training
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.targets import PerImage
+from deitfast.distill.targets import PerImageTargets
 from deitfast.distill.teacher import Teacher
 from pipelines.augment.chain import augment
 from pipelines.errors import UserError
@@ -54,7 +54,7 @@ def test_per_image_targets_are_the_images_own_mixed_like_labels(
         pixels = torch.tensor(np.stack([reader.sample(i).reshape(32, 32, 3) for i in range(80)])).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
         logits = Teacher(judge(classes), recipe, CPU).logits((pixels / 255 - mean) / std)
-        targets = PerImage(cache, recipe, classes, torch.device("cpu"))
+        targets = PerImageTargets(cache, recipe, classes, torch.device("cpu"))
         with closing(open_training(dataset, recipe, CPU)) as loader:
             inputs = augment(next(iter(loader.epoch(0))), recipe.augment, dtype=torch.float32, train=True)
         found = targets.get(inputs)

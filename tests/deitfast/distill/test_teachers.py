@@ -88,22 +88,22 @@ def test_some_of_the_classes_are_found_by_name_whatever_their_order(resnet18: Pa
 
 
 def test_classes_may_be_called_by_torchvisions_words(resnet18: Path) -> None:
-    assert load_teacher(spec("resnet18", resnet18), ("goldfish", "tench")).outputs == (1, 0)
+    assert load_teacher(spec("resnet18", resnet18), ("goldfish", "tench")).class_index == (1, 0)
     with pytest.raises(UserError, match="does not know class unicorn"):
         load_teacher(spec("resnet18", resnet18), ("tench", "unicorn"))
 
 
 def test_the_digest_follows_every_weight_and_the_order_of_classes(resnet18: Path, tmp_path: Path) -> None:
     loaded = load_teacher(spec("resnet18", resnet18), SYNSETS)
-    known = loaded.identity()
-    assert known == load_teacher(spec("resnet18", resnet18), SYNSETS).identity()
+    known = loaded.fingerprint()
+    assert known == load_teacher(spec("resnet18", resnet18), SYNSETS).fingerprint()
     state = torch.load(resnet18, weights_only=True)
     state["bn1.running_var"][5] += 1e-6  # a statistic, not a weight
     torch.save(state, tmp_path / "other.pth")
-    other = load_teacher(spec("resnet18", tmp_path / "other.pth"), SYNSETS).identity()
+    other = load_teacher(spec("resnet18", tmp_path / "other.pth"), SYNSETS).fingerprint()
     assert {key for key in known if known[key] != other[key]} == {"teacher.digest"}
-    turned = load_teacher(spec("resnet18", resnet18), SYNSETS[::-1]).identity()
-    assert {key for key in known if known[key] != turned[key]} == {"teacher.outputs"}
+    turned = load_teacher(spec("resnet18", resnet18), SYNSETS[::-1]).fingerprint()
+    assert {key for key in known if known[key] != turned[key]} == {"teacher.class_index"}
 
 
 def test_weights_of_another_network_are_refused(resnet18: Path, tmp_path: Path) -> None:
@@ -167,5 +167,5 @@ def test_outputs_are_matched_by_name() -> None:
 
 
 def test_a_file_beside_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--teacher-weights goes with"):
+    with pytest.raises(UserError, match="--teacher-weights requires"):
         load_teacher(spec(tmp_path, "weights.pth"), SYNSETS)
