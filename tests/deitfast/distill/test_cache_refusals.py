@@ -31,7 +31,7 @@ OTHER = {"crop": "resized", "policy": "autoaugment", "size": 64, "mix_group": 8,
          "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "padding": 2}  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(AugmentSpec) if field.name != "eval_crop"])
+@pytest.mark.parametrize("field", [field.name for field in fields(AugmentSpec) if not field.name.startswith("eval_")])
 def test_another_value_of_any_field_that_makes_a_view_is_refused(tiny_small: Path, tmp_path: Path, field: str) -> None:
     recipe = distilled()
     opened(tiny_small, tmp_path / "cache", recipe)
@@ -44,7 +44,7 @@ def test_another_value_of_any_field_that_makes_a_view_is_refused(tiny_small: Pat
 
 def test_what_evaluation_alone_reads_is_no_reason_to_refuse(tiny_small: Path, tmp_path: Path) -> None:
     opened(tiny_small, tmp_path / "cache", distilled())
-    opened(tiny_small, tmp_path / "cache", distilled("augment.eval_crop=0.9", "optim.lr=1.0", "distill.tau=1.0"))
+    opened(tiny_small, tmp_path / "cache", distilled("augment.eval_crop=0.9", "augment.eval_resize=squash", "optim.lr=1.0", "distill.tau=1.0"))
 
 
 def test_another_share_of_the_images_or_other_targets_are_refused(tiny_small: Path, tmp_path: Path) -> None:
