@@ -44,7 +44,8 @@ def test_another_value_of_any_field_that_makes_a_view_is_refused(tiny_small: Pat
 
 def test_what_evaluation_alone_reads_is_no_reason_to_refuse(tiny_small: Path, tmp_path: Path) -> None:
     opened(tiny_small, tmp_path / "cache", distilled())
-    opened(tiny_small, tmp_path / "cache", distilled("augment.eval_crop=0.9", "augment.eval_resize=squash", "optim.lr=1.0", "distill.tau=1.0"))
+    other = ["augment.eval_crop=0.9", "augment.eval_resize=squash", "optim.lr=1.0", "distill.tau=1.0"]
+    opened(tiny_small, tmp_path / "cache", distilled(*other))
 
 
 def test_another_share_of_the_images_or_other_targets_are_refused(tiny_small: Path, tmp_path: Path) -> None:
