@@ -78,7 +78,7 @@ def timm_step(bench: Workbench, stack: ExitStack) -> BenchCase:
 def online_teacher(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open our step with a teacher run on every batch: the recipe's own, or one with random weights."""
     inputs, train_step, targets = bench.augmented_to(bench.batch), bench.student.train_step, bench.student.targets
-    own = targets if targets and not targets.cache else None
+    own = targets if targets and targets.needs_teacher else None
     teacher, what = (own, bench.recipe.distill.teacher) if own else random_teacher(bench)
     known = targets.get(inputs) if targets else None
 

@@ -103,7 +103,7 @@ def device_stages(bench: Workbench) -> list[BenchCase]:
     found = None
     if targets := bench.student.targets:
         found = targets.get(inputs)
-        name = "targets" if targets.cache else "teacher"
+        name = "teacher" if targets.needs_teacher else "targets"
         stages.append(stage(name, describe_targets(recipe, targets), lambda: targets.get(inputs)))
     what = f"{recipe.model.arch}: forward, loss, backward, {recipe.optim.name}"
     return [*stages, stage("step", what, lambda: train_step.step(inputs, found, LEARNING_RATE, 0))]
