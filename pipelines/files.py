@@ -63,7 +63,12 @@ def explain_os_error(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically, making its folder where it is missing.
+    """Write a text file atomically; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, making its folder where it is missing.
 
     Raises:
         DeitfastError: the disk is full or not writable.
@@ -71,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
     with explain_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(text.encode())
+            file.write(content)
 
 
 def sync_folder(folder: Path) -> None:

@@ -53,11 +53,14 @@ def export(
     output: Annotated[
         Path, typer.Argument(help="FILE.safetensors, FILE.onnx, or a folder for weights and config.json.")
     ],
-    format_: Annotated[str, typer.Option("--format", help="timm or onnx; default: as OUTPUT ends.")] = "",
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="timm, torchvision (CNNs), hf or onnx. Default: what fits."),
+    ] = "",
     which: Which = None,
     ema: Annotated[bool, typer.Option("--ema", help="Write the averaged weights of the last checkpoint.")] = False,
 ) -> None:
-    """Write a trained network for other programs: safetensors under timm's names, or ONNX."""
+    """Write a trained network for other programs: timm, torchvision, Hugging Face's transformers, or ONNX."""
     from deitfast.cli.evaluate_impl import run_export
 
     display()

@@ -22,7 +22,7 @@ from deitfast.models.class_names import ClassMatch, match_classes
 from deitfast.progress import Display
 from deitfast.run_folder import RunFolder
 from deitfast.runtime import Runtime, start
-from deitfast.weights.export import export, format_of
+from deitfast.weights.export import check_format, export
 from deitfast.weights.load import TrainedModel, describe_input, load_model
 from pipelines.errors import UserError
 from pipelines.files import write_text
@@ -161,7 +161,7 @@ def _predict(
 
 def run_export(run: Path, out_path: Path, form: str, *, which: WhichCheckpoint, ema: bool, out: Console) -> None:
     """Write a run's network for other programs and say where."""
-    form = format_of(out_path, form)  # before anything is read
+    check_format(out_path, form)
     trained = load_model(run, torch.device("cpu"), ema=ema, which=which)
     log.info("exporting the %s of epoch %d", trained.weights, trained.epoch)
     for file in export(trained, out_path, form):

@@ -1,144 +1,130 @@
-"""A trained model as a file for other programs: safetensors under timm's names, or ONNX."""
+"""A trained model as files for other programs: safetensors for timm, torchvision or transformers, or ONNX."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from deitfast.models.vit import VisionTransformer, joint
+from deitfast.models.vit import VisionTransformer
+from deitfast.weights.card import model_card, sidecar_json
+from deitfast.weights.hf_config import hf_config, hf_processor
+from deitfast.weights.huggingface import from_timm
 from deitfast.weights.load import TrainedModel
-from deitfast.weights.sidecar import INPUT_FIELDS, METADATA
+from deitfast.weights.onnx import export_onnx
+from deitfast.weights.sidecar import CONFIG, METADATA, PROCESSOR, TIMM, describe_ours
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, explain_os_error, write_text
+from pipelines.files import write_bytes, write_text
 
-FORMATS = ("timm", "onnx")
+FORMATS = ("timm", "torchvision", "hf", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
-TRACED_BATCH = 2
-"""Of the export to ONNX: torch takes a batch of 1 for a constant."""
+FILE, CARD = "model.safetensors", "README.md"
 
 
 def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
-    """Write a model in one of FORMATS and return the files written; see `export_timm` and `export_onnx`."""
-    return export_onnx(trained, out) if form == "onnx" else export_timm(trained, out)
+    """Write a model and return the files written.
 
+    `out` ending in .safetensors is one file, whose metadata holds the configuration; ending in .onnx it is an ONNX
+    file; any other name is a folder of model.safetensors, config.json and README.md, the model card:
 
-def format_of(out: Path, wish: str = "") -> str:
-    """Return the format that is wished for; "": ONNX for a name ending in .onnx, else timm.
+    - timm (transformers): `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
+    - torchvision (CNNs): torchvision's names. timm reads the ResNets' folder, too, if their input is 64 px or more.
+    - hf: `transformers.AutoModelForImageClassification.from_pretrained(FOLDER)` reads it, and the image processor.
 
-    Raises:
-        UserError: there is no such format, or the name's ending promises another one.
-    """
-    form = wish or ("onnx" if out.suffix == ".onnx" else "timm")
-    if form not in FORMATS:
-        raise UserError(f"there is no format {form}", expected=", ".join(FORMATS))
-    if (out.suffix, form) in ((".onnx", "timm"), (".safetensors", "onnx")):
-        raise UserError(f"{out} would not be what its name says", remedy=f"leave --format {form} out, or rename it")
-    return form
-
-
-def export_timm(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
-    """Write a model under timm's names and return the files written.
-
-    `out` ending in .safetensors is one file, whose metadata holds the configuration; any other name is a folder of
-    model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+    Args:
+        trained: the model.
+        out: file or folder.
+        form: one of FORMATS, or "": ONNX for .onnx, else timm or torchvision, as the network has it.
 
     Raises:
-        UserError: the network is none of timm's DeiTs.
+        UserError: the network cannot be written in that format.
         DeitfastError: the disk is full or not writable.
     """
-    if not isinstance(trained.model, VisionTransformer):
-        raise UserError(f"{trained.recipe.model.arch} has no timm layout here", expected="a deit_* or vit_* network")
-    config = timm_config(trained)
+    transformer = isinstance(trained.model, VisionTransformer)
+    form = form or ("onnx" if out.suffix == ".onnx" else "timm" if transformer else "torchvision")
+    if form == "onnx":
+        return export_onnx(trained, out)
+    if (form == "torchvision") == transformer:
+        fits = "timm, hf or onnx" if transformer else "torchvision or onnx"
+        raise UserError(f"{trained.recipe.model.arch} has no {form} layout here", expected=f"--format {fits}")
+    tensors = trained.model.state_dict()
+    texts: dict[str, str] = {}
+    if form == "hf":
+        tensors = from_timm(tensors)
+        texts = {CONFIG: sidecar_json(hf_config(trained)), PROCESSOR: sidecar_json(hf_processor(trained))}
+        metadata = {"format": "pt"}
+    else:
+        if transformer and trained.recipe.distilled and trained.model.head_dist is None:
+            raise UserError("timm has no DeiT with a distillation token and one head", expected="--format hf or onnx")
+        config = timm_config(trained)
+        texts = {CONFIG: sidecar_json(config)}
+        own = describe_ours(trained.classes, trained.recipe.augment)
+        metadata = {"format": "pt", METADATA: own, TIMM: json.dumps(config)}
     one_file = out.suffix == ".safetensors"
-    file = out if one_file else out / "model.safetensors"
-    metadata = {"format": "pt", METADATA: _own(trained), "timm": json.dumps(config)}
-    tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    _write(file, save(tensors, metadata))
+    file = out if one_file else out / FILE
+    write_bytes(file, safetensors_bytes(tensors, metadata))
     if one_file:
         return (file,)
-    write_text(out / "config.json", json.dumps(config, indent=1))
-    return file, out / "config.json"
+    texts[CARD] = model_card(trained, form)
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return file, *(out / name for name in texts)
+
+
+def check_format(out: Path, form: str) -> None:
+    """Refuse a format that there is not, or that the name's ending contradicts, before anything is read.
+
+    Raises:
+        UserError: so.
+    """
+    if form and form not in FORMATS:
+        raise UserError(f"there is no format {form}", expected=", ".join(FORMATS))
+    if (out.suffix == ".onnx" and form not in ("", "onnx")) or (
+        out.suffix == ".safetensors" and form in ("onnx", "hf")
+    ):
+        raise UserError(f"{out} would not be what its name says", remedy=f"leave --format {form} out, or rename it")
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a .safetensors file, the same bytes for the same content: the library orders metadata by chance.
+
+    Format: the header's length (8 bytes, little-endian), the header (JSON, padded with spaces to a multiple of 8),
+    the tensors, whose offsets count from the header's end.
+    """
+    plain = save({name: value.contiguous() for name, value in tensors.items()})
+    length = int.from_bytes(plain[:8], "little")
+    header = json.loads(plain[8 : 8 + length])
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + plain[8 + length :]
 
 
 def timm_config(trained: TrainedModel) -> dict[str, Any]:
-    """Return timm's config.json of a transformer: architecture, arguments, preprocessing, class names."""
+    """Return timm's config.json: architecture, arguments, preprocessing, class names."""
     model, augment = trained.recipe.model, trained.recipe.augment
-    middle = "_distilled" if trained.recipe.distilled else ""
-    size = TIMM_SIZES[model.arch.partition("_")[2]]
-    side = 384 if size == "base" and augment.size == 384 else 224  # timm names the base model at 384 as well
-    heads = ["head", "head_dist"] if trained.recipe.distilled else "head"
-    config = {
-        "architecture": f"deit_{size}{middle}_patch16_{side}",
+    whole = augment.crop == "padded"
+    config: dict[str, Any] = {"architecture": model.arch, "num_classes": trained.num_classes}
+    cfg: dict[str, Any] = {
+        "input_size": [3, augment.size, augment.size],
         "num_classes": trained.num_classes,
-        "model_args": {"img_size": augment.size, "patch_size": model.patch},
-        "pretrained_cfg": {
-            "input_size": [3, augment.size, augment.size],
-            "fixed_input_size": True,
-            "num_classes": trained.num_classes,
-            "mean": augment.mean,
-            "std": augment.std,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0 if augment.crop == "padded" else augment.eval_crop,
-            "first_conv": "patch_embed.proj",
-            "classifier": heads,
-        },
+        "mean": augment.mean,
+        "std": augment.std,
+        "interpolation": augment.eval_interpolation,
+        "crop_pct": 1.0 if whole else augment.eval_crop,
+        "crop_mode": "squash" if augment.eval_resize == "squash" else "center",
     }
+    if isinstance(trained.model, VisionTransformer):
+        middle = "_distilled" if trained.recipe.distilled else ""
+        size = TIMM_SIZES[model.arch.partition("_")[2]]
+        side = 384 if size == "base" and augment.size == 384 else 224  # timm names the base model at 384 as well
+        heads = ["head", "head_dist"] if trained.recipe.distilled else "head"
+        config["architecture"] = f"deit_{size}{middle}_patch16_{side}"
+        config["model_args"] = {"img_size": augment.size, "patch_size": model.patch}
+        cfg |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": heads}
+    else:
+        cfg |= {"first_conv": "conv1" if model.arch.startswith("resnet") else "stem.0", "classifier": "fc"}
+    config["pretrained_cfg"] = cfg
     if trained.classes:
         config["label_names"] = list(trained.classes)
     return config
-
-
-def export_onnx(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
-    """Write a model as one ONNX file: pixels, float32 [batch, 3, S, S], to logits, float32 [batch, classes].
-
-    The batch may be of any size. Pixels are resized, cropped and normalized as the metadata says, under the same key
-    and in the same words as in an exported .safetensors. Logits are the published prediction: two heads' mean.
-
-    Raises:
-        UserError: a package that torch exports with is not installed.
-        DeitfastError: the disk is full or not writable.
-    """
-    side = trained.recipe.augment.size
-    pixels, batch = torch.zeros(TRACED_BATCH, 3, side, side), torch.export.Dim("batch")
-    try:
-        program = torch.onnx.export(
-            Published(trained.model).eval(), (pixels,), dynamo=True, verbose=False,
-            input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: batch},),
-        )  # fmt: skip
-    except ImportError as error:  # of either package
-        raise UserError(
-            "the export to ONNX needs two packages more", found=str(error), remedy="pip install onnx onnxscript"
-        ) from error
-    assert program is not None  # only the older exporter, which writes a file, returns nothing
-    program.model.metadata_props[METADATA] = _own(trained)
-    _write(out, program.model_proto.SerializeToString())
-    return (out,)
-
-
-class Published(nn.Module):
-    """A network with its published prediction as its one output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels [B, 3, S, S] to logits [B, classes]."""
-        return joint(self.model(pixels))
-
-
-def _own(trained: TrainedModel) -> str:
-    """Return what our own reader wants to know of a file: the classes' names and how images are fed to the network."""
-    augment = trained.recipe.augment
-    fed = {name: getattr(augment, name) for name in INPUT_FIELDS}
-    return json.dumps({"classes": trained.classes, "input": fed})
-
-
-def _write(file: Path, content: bytes) -> None:
-    with explain_os_error(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as opened:
-            opened.write(content)

@@ -1,4 +1,4 @@
-"""Hugging Face's names for DeiT and ViT, turned into timm's.
+"""Hugging Face's names for DeiT and ViT, turned into timm's and back.
 
 `DeiTForImageClassificationWithTeacher` has both heads; `DeiTForImageClassification` a distillation token and the class
 head alone; `ViTForImageClassification`, which the undistilled DeiTs are published as, the class token alone;
@@ -67,6 +67,28 @@ def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [f"{found[1]}{part}.{found[2]}" for part in "qkv"] if found else []
         if found and all(part in renamed for part in parts):
             renamed[f"{found[1]}qkv.{found[2]}"] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DeiT's or ViT's tensors under the names of Hugging Face's files, queries, keys and values apart."""
+    distilled, teacher = "dist_token" in tensors, "head_dist.weight" in tensors
+    body = "deit." if distilled else "vit."
+    outside = {ours: theirs for theirs, ours in OUTSIDE.items() if not theirs.startswith("c")}
+    inside = {ours: theirs for theirs, ours in reversed(INSIDE.items())}
+    renamed = {}
+    for name, value in tensors.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if name.startswith("head."):
+            renamed[("cls_classifier." if teacher else "classifier.") + name.removeprefix("head.")] = value
+        elif not block:
+            renamed[("" if name.startswith("head_dist.") else body) + outside[name]] = value
+        else:
+            layer = f"{body}encoder.layer.{block[1]}."
+            parts = zip("qkv", value.chunk(3), strict=True) if block[2] == "attn.qkv" else [("", value)]
+            for part, rows in parts:
+                ours = f"attn.{part}" if part else block[2]
+                renamed[f"{layer}{inside[ours]}.{block[3]}"] = rows.clone() if part else rows
     return renamed
 
 

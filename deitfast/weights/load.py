@@ -40,6 +40,8 @@ class TrainedModel:
     """Epoch, from 1, in which its weights were saved; 0 for a file of weights."""
     weights: str = "weights"
     """Which weights of a run these are, human-readable."""
+    source: Path = Path()
+    """The run's folder, or the file or folder of weights."""
     sidecar: Sidecar = field(default_factory=Sidecar)
     """Where class names and preprocessing come from."""
 
@@ -92,7 +94,7 @@ def load_model(
     set_norm_eps(model, weights)
     model.to(device).eval().requires_grad_(False)
     return TrainedModel(
-        model, fed, weights.classes, weights.num_classes, weights.epoch, weights.described, weights.sidecar
+        model, fed, weights.classes, weights.num_classes, weights.epoch, weights.described, path, weights.sidecar
     )
 
 

@@ -94,6 +94,11 @@ def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
     return side
 
 
+def describe_ours(classes: tuple[str, ...], augment: AugmentSpec) -> str:
+    """Return our own metadata of weights, which `read_sidecar` reads: class names, and how images are fed to them."""
+    return json.dumps({"classes": classes, "input": {name: getattr(augment, name) for name in INPUT_FIELDS}})
+
+
 def _ours(tree: Mapping[str, Any], file: Path) -> Sidecar:
     where = f"{file}, metadata {METADATA!r}"
     classes = _names(tree.get("classes") or [], where)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from deitfast.models.vit import build_model, joint
-from deitfast.weights.export import export_onnx
 from deitfast.weights.load import TrainedModel
+from deitfast.weights.onnx import export_onnx
 from deitfast.weights.sidecar import METADATA
 from pipelines.errors import UserError
 from tests.helpers.command_line import call

@@ -15,7 +15,7 @@ from deitfast.config.recipe import ModelSpec
 from deitfast.models.vit import build_model, joint
 from deitfast.run_folder import RunFolder
 from deitfast.weights.adapt import adapt_pretrained, load_weights, resize_positions
-from deitfast.weights.export import export_timm
+from deitfast.weights.export import export
 from deitfast.weights.huggingface import to_timm
 from deitfast.weights.load import load_model
 from deitfast.weights.read import read_weights
@@ -276,12 +276,12 @@ def test_exports_load_into_timm(student: Path, tmp_path: Path, ema: bool) -> Non
     trained = load_model(student, CPU, ema=ema)
     with torch.no_grad():
         expected = joint(trained.model(PIXELS))
-    (file,) = export_timm(trained, tmp_path / "deit.safetensors")
+    (file,) = export(trained, tmp_path / "deit.safetensors", "timm")
     theirs = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, num_classes=10).eval()
     with safe_open(file, "pt") as opened:
         theirs.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     folder = tmp_path / "folder"
-    assert [path.name for path in export_timm(trained, folder)] == ["model.safetensors", "config.json"]
+    assert [path.name for path in export(trained, folder, "timm")] == ["model.safetensors", "config.json", "README.md"]
     whole = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(PIXELS), expected, rtol=1e-5, atol=1e-5)
@@ -294,7 +294,7 @@ def test_exports_load_into_timm(student: Path, tmp_path: Path, ema: bool) -> Non
 
 def test_exports_and_runs_read_back_with_classes_and_normalization(student: Path, tmp_path: Path) -> None:
     trained = load_model(student, CPU)
-    (file,) = export_timm(trained, tmp_path / "deit.safetensors")
+    (file,) = export(trained, tmp_path / "deit.safetensors", "timm")
     for source in (file, student):
         back = load_model(source, CPU)
         assert back.classes == tuple("abcdefghij")
