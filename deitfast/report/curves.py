@@ -36,7 +36,7 @@ def panels(runs: list[RunRecord]) -> list[Markup]:
     for title, form, curves in learning:
         drawn.append(figures.panel(title, f"{unit} of training", [by_time(*each) for each in curves], unit=form))
     for title, form, values in (
-        ("images/s", "", lambda run: run.series("images_per_second")),
+        ("images/s", "", RunRecord.rate_by_epoch),
         ("waiting for data (% of the time)", "part", RunRecord.waiting_by_epoch),
     ):
         drawn.append(figures.panel(title, "epoch", [curve for _, curve in _one_each(runs, values)], unit=form))

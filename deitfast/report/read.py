@@ -114,6 +114,12 @@ class RunRecord:
         seconds, waited = sum(self.series("seconds")[1]), self.series("waited_seconds")[1]
         return sum(waited) / seconds if seconds > 0 and waited else None
 
+    def rate_by_epoch(self) -> tuple[list[int], list[float]]:
+        """Return the epochs that took a measurable time, and the images/s of each one."""
+        images, seconds = (dict(zip(*self.series(name), strict=True)) for name in ("images", "seconds"))
+        rates = {epoch: images[epoch] / seconds[epoch] for epoch in images if seconds.get(epoch, 0) > 0}
+        return list(rates), list(rates.values())
+
     def waiting_by_epoch(self) -> tuple[list[int], list[float]]:
         """Return the epochs, and the share of each one's training time that was spent waiting for data."""
         seconds, waited = (dict(zip(*self.series(name), strict=True)) for name in ("seconds", "waited_seconds"))
