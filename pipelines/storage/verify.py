@@ -1,9 +1,11 @@
 """Looks for damage in a converted dataset and lists all of it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,14 @@ from pipelines.storage.dataset import SPEC_FILE, content_fingerprint, open_reade
 from pipelines.storage.formats.wds_reader import ShardReader, shard_damages
 from pipelines.storage.reader import JPEG, Reader
 from pipelines.storage.transcode import BadImageError, stored_size
-from pipelines.workers import usable_cores
+from pipelines.workers import in_order, usable_cores
 
 Progress = Callable[[str, int, int, int], None]
 """Called with (stage, images done, images in all, bytes done); the stage is a split's name, or begins with it."""
 
 CHUNK = 64
+FEW = 4
+"""Chunks that this process decodes alone: starting others takes as long."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
     Args:
         folder: the dataset's folder.
         decode: decode every JPEG and compare its height and width with the index.
-        workers: threads; 0 takes the usable cores.
+        workers: processes that decode, or threads that only compare; 0 takes the usable cores.
         progress: called as work gets done.
 
     Returns:
@@ -101,18 +105,44 @@ def damaged_samples(
     total, size = reader.num_samples, 0
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     damages: list[tuple[int, str]] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
-        for chunk, found in zip(chunks, pool.map(lambda chunk: _check(reader, chunk, decode), chunks), strict=True):
-            damages += found
+    with closing(_checked(reader, chunks, decode, workers or usable_cores())) as found:
+        for chunk, some in zip(chunks, found, strict=True):
+            damages += some
             size += int(reader.sizes[chunk.start : chunk.stop].sum())
             if progress:
                 progress(stage, chunk.stop, total, size)
     return damages
 
 
+def _checked(
+    reader: Reader, chunks: list[range], decode: bool, workers: int
+) -> Generator[list[tuple[int, str]], None, None]:
+    """Yield what is damaged in each chunk: by threads, or by processes where images are decoded."""
+    if not decode:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(lambda chunk: _check(reader, chunk, decode), chunks)
+    elif workers == 1 or len(chunks) <= FEW:
+        yield from (_check(reader, chunk, decode) for chunk in chunks)
+    else:
+        yield from in_order(partial(_check_path, reader.path), chunks, min(workers, len(chunks)))
+
+
+def _check_path(path: Path, numbers: range) -> list[tuple[int, str]]:
+    """Check and decode samples of a split: a worker's task."""
+    return _check(_opened(path), numbers, decode=True)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path) -> Reader:
+    """Return the reader of a split, opened once in a worker process."""
+    return open_reader(path)
+
+
 def _check(reader: Reader, numbers: range, decode: bool) -> list[tuple[int, str]]:
-    checked = ((number, _sample_damage(reader, number, decode)) for number in numbers)
+    with warnings.catch_warnings() if decode else nullcontext():  # in threads, of which each would restore another's
+        if decode:
+            warnings.simplefilter("ignore")  # Pillow's, about odd but readable files
+        checked = [(number, _sample_damage(reader, number, decode)) for number in numbers]
     return [(number, f"{reader.location(number).file.name}: {reason}") for number, reason in checked if reason]
 
 

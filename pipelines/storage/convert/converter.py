@@ -31,7 +31,11 @@ from pipelines.storage.transcode import KIND_NAMES, REMARKS
 from pipelines.storage.verify import Progress
 
 DEFAULTS = ConvertOptions()
-SKIPPED_FILE = "skipped.txt"
+SKIPPED_FILE, REENCODED_FILE = "skipped.txt", "reencoded.txt"
+SAID = {
+    SKIPPED_FILE: "%d images are left out; %s says which and why",
+    REENCODED_FILE: "%d JPEGs were re-encoded as not every decoder reads them alike; %s says which and why",
+}
 GO_ON = "make room, or check the rights, and run the same command again; it goes on where it stopped"
 
 log = logging.getLogger(__name__)
@@ -65,23 +69,29 @@ def convert(
         if (job.output / SPEC_FILE).exists():
             return _already_there(job)
         converted = {split: convert_split(job, split) for split in source.splits}
-        splits = {split: spec for split, (spec, _) in converted.items()}
+        splits = {split: spec for split, (spec, *_) in converted.items()}
         fingerprint = dataset_fingerprint(source.classes, {name: spec.fingerprint for name, spec in splits.items()})
         spec = DatasetSpec(
             format=FORMAT, name=source.kind, classes=source.classes, splits=splits, codec=job.codec_spec,
             source=job.described, fingerprint=fingerprint,
             val_fraction=options.val_fraction, val_seed=options.val_seed,
         )  # fmt: skip
-        if skipped := [line for _, lines in converted.values() for line in lines]:
-            with atomic_write(job.output / SKIPPED_FILE) as file:
-                file.write("".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace"))
-            log.info("%d images are left out; %s says which and why", len(skipped), job.output / SKIPPED_FILE)
+        _write_lines(job.output / SKIPPED_FILE, [line for _, lines, _ in converted.values() for line in lines])
+        _write_lines(job.output / REENCODED_FILE, [line for _, _, lines in converted.values() for line in lines])
         for kind, remark in REMARKS.items():
             if count := sum(split.converted.get(KIND_NAMES[kind], 0) for split in splits.values()):
                 log.warning("%d images have %s", count, remark)
         write_spec(job.output, spec)
         _remove_leftovers(job)
     return spec
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    """Write what is to be said of single images to a file, if there is any, and say so."""
+    if lines:
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        log.info(SAID[path.name], len(lines), path)
 
 
 def _check_source(source: Source) -> None:

@@ -19,6 +19,7 @@ from PIL import features
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import sync_folder
 from pipelines.spec import SplitSpec
+from pipelines.storage import decoders
 from pipelines.storage.convert.journal import Journal
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import content_fingerprint
@@ -67,6 +68,7 @@ class Job:
         """Names everything that the bytes depend on: another key, another conversion."""
         jpeg, zlib = (features.version(name) for name in ("libjpeg_turbo", "zlib"))
         libraries = {"pillow": pillow_version, "libjpeg": jpeg or features.version("jpg"), "zlib": zlib}
+        libraries["nvimgcodec"] = decoders.version()
         form = {"format": self.form.suffix, **self.form.options}
         return json.dumps({"listing": self.listing, "codec": asdict(self.codec), **form, **libraries}, sort_keys=True)
 
@@ -91,8 +93,13 @@ def journal_path(job: Job, split: str) -> Path:
     return job.output / f"{split}.journal"
 
 
-def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
-    """Convert one split, or finish what an interrupted run left; return its spec and what was skipped."""
+def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str], list[str]]:
+    """Convert one split, or finish what an interrupted run left.
+
+    Returns:
+        Its spec, and lines of name and reason: of images that were skipped, and of JPEGs that were re-encoded as not
+        every decoder reads them alike.
+    """
     entries = job.source.splits[split]
     final, unfinished = job.paths(split)
     _resume_or_clean(job, split)
@@ -112,7 +119,9 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str]]:
     spec = _read_back(job, split, unfinished, records)
     unfinished.replace(final)
     sync_folder(job.output)
-    return spec, [f"{entries[number].name}\t{reason}" for number, reason in sorted(journal.reasons.items())]
+    lines = {n: f"{entries[n].name}\t{reason}" for n, reason in sorted(journal.reasons.items())}
+    stored = records["stored"]
+    return spec, [lines[n] for n in lines if not stored[n]], [lines[n] for n in lines if stored[n]]
 
 
 def _resume_or_clean(job: Job, split: str) -> None:
@@ -176,9 +185,9 @@ def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
 def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
     """Transcode and write whatever entries of the split the journal does not have yet."""
     entries, done = job.source.splits[split], len(journal.records)
-    if journal.reasons and not job.options.skip_bad:
-        number, reason = min(journal.reasons.items())
-        raise _bad(entries[number], reason)
+    skipped = [number for number in sorted(journal.reasons) if not journal.records["stored"][number]]
+    if skipped and not job.options.skip_bad:
+        raise _bad(entries[skipped[0]], journal.reasons[skipped[0]])
     if done:
         log.info("%s: going on after %d of %d images of %s", job.output, done, len(entries), split)
     job.progress(split, done, len(entries), 0)
@@ -212,7 +221,7 @@ def _write(
             record = (
                 True, outcome.mode, int(outcome.kind), outcome.width, outcome.height, label, outcome.crc32, size, offset
             )  # fmt: skip
-            journal.add(record, number, "")
+            journal.add(record, number, outcome.objection)
         elif job.options.skip_bad:
             journal.add((False, 0, 0, 0, 0, label, 0, 0, 0), number, outcome)
         else:

@@ -1,6 +1,8 @@
 """Transcoding: what becomes of each kind of image, and what is refused."""
 
 import io
+import os
+import re
 import struct
 import zlib
 
@@ -11,10 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.storage.convert.converter import convert
+from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
-from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, Kind, transcode
-from tests.helpers.sample_images import drawn, encoded, jpeg, pixels
+from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, Kind, stored_size, transcode
+from pipelines.storage.verify import verify
+from tests.helpers.sample_images import MemorySource, drawn, encoded, entries, jpeg, pixels
 
 
 def stored(sample: EncodedImage) -> np.ndarray:
@@ -205,3 +210,52 @@ def test_codecs_out_of_range_are_mistakes():
     for wrong in ({"max_side": 5}, {"max_side": -1}, {"quality": 0}, {"quality": 101}):
         with pytest.raises(UserError, match="out of range"):
             EncodeOptions(**wrong)
+
+
+def with_stray_bytes(data: bytes) -> bytes:
+    return data[:20] + b"\0\0" + data[20:]
+
+
+CHECKERS = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
+
+
+def with_flipped_bits(data: bytes) -> bytes:
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    return data[:middle] + bytes(byte ^ 0x15 for byte in data[middle : middle + 3]) + data[middle + 3 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (with_stray_bytes(jpeg(80, 96)), "nvImageCodec: .*"),
+        (with_flipped_bits(jpeg(80, 96)), "libjpeg: Corrupt JPEG data: .*"),
+        (encoded(CHECKERS, quality=100, subsampling=0), ".*fast DCT.*"),
+    ],
+    ids=["stray bytes", "flipped bits", "overflow"],
+)
+def test_what_not_every_decoder_reads_is_re_encoded_and_named(content, reason, tmp_path, caplog):
+    content = bytes(content)
+    image = transcode(content, "x.jpg", EncodeOptions())
+    assert image.kind & (Kind.DISPUTED | Kind.REENCODED | Kind.PASSED) == Kind.DISPUTED | Kind.REENCODED
+    assert re.fullmatch(reason, image.objection)
+    with pytest.raises(BadImageError, match="not every loader reads it"):
+        stored_size(content)
+    assert stored_size(image.data) == (image.height, image.width)
+    assert transcode(image.data, "x.jpg", EncodeOptions()).data == image.data
+    assert transcode(content, "x.jpg", EncodeOptions(quality=100)).data != content
+    caplog.set_level("INFO")
+    source = MemorySource(splits={"train": entries([jpeg(40, 40), content])})
+    spec = convert(source, tmp_path / "d", ConvertOptions(workers=1))
+    assert spec.splits["train"].converted["not read by every decoder"] == 1
+    assert re.fullmatch(f"1.JPEG\t{reason}\n", (tmp_path / "d" / "reencoded.txt").read_text())
+    assert "1 JPEGs were re-encoded" in caplog.text
+    assert verify(tmp_path / "d").intact
+
+
+def test_other_words_on_standard_error_go_on(capfd):
+    from pipelines.storage import decoders
+
+    with decoders._stderr() as messages:
+        os.write(2, b"progress 50 %\nCorrupt JPEG data: bad Huffman code\nmore")
+    assert messages == ["Corrupt JPEG data: bad Huffman code"]
+    assert capfd.readouterr().err == "progress 50 %\nmore"

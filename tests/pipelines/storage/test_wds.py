@@ -119,8 +119,8 @@ def test_a_dataset_as_a_source_is_shrunk_and_refused_where_it_is_damaged(tiny_da
     flip(place.file, place.offset + 100)
     with pytest.raises(DeitfastError, match="sample 5 is damaged"):
         convert(open_source("dataset", broken), tmp_path / "x", ConvertOptions(workers=1))
-    with pytest.raises(UserError, match="keeps the splits"):
-        open_source("dataset", tiny_dataset, val_fraction=0.5)
+    with pytest.raises(UserError, match="not a converted dataset"):
+        open_source("dataset", tiny_dataset.parent)
 
 
 def flip(path: Path, place: int) -> None:
