@@ -219,19 +219,19 @@ def with_stray_bytes(data: bytes) -> bytes:
 CHECKERS = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
 
 
-def with_flipped_bits(data: bytes) -> bytes:
+def with_a_gap(data: bytes) -> bytes:
     middle = (data.index(b"\xff\xda") + len(data)) // 2
-    return data[:middle] + bytes(byte ^ 0x15 for byte in data[middle : middle + 3]) + data[middle + 3 :]
+    return data[:middle] + data[middle + 300 :]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (with_stray_bytes(jpeg(80, 96)), "nvImageCodec: .*"),
-        (with_flipped_bits(jpeg(80, 96)), "libjpeg: Corrupt JPEG data: .*"),
+        (with_a_gap(jpeg(80, 96)), "libjpeg: Corrupt JPEG data: .*"),
         (encoded(CHECKERS, quality=100, subsampling=0), ".*fast DCT.*"),
     ],
-    ids=["stray bytes", "flipped bits", "overflow"],
+    ids=["stray bytes", "a gap", "overflow"],
 )
 def test_what_not_every_decoder_reads_is_re_encoded_and_named(content, reason, tmp_path, caplog):
     content = bytes(content)
