@@ -1,10 +1,10 @@
-"""What a person sees while something long runs: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of long jobs: a live bar on a terminal, plain lines elsewhere; messages, and their copy in a file."""
 
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -81,7 +81,7 @@ class _Lines(Progress):
 
 
 class Display:
-    """Hands out bars; knows whether somebody is watching."""
+    """Hands out progress bars: live ones on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         """Write to `console`; `quiet` (ranks other than 0) shows nothing."""
@@ -106,8 +106,33 @@ class Display:
             yield bar
 
 
+class Bars(ExitStack):
+    """One bar at a time: a new one whenever the work has a new name."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display, self._name = display, ""
+        self._bar: Bar | None = None
+
+    def reach(self, what: str, done: int, total: int) -> None:
+        """Show how far the work of that name is."""
+        self._named(what, total).reach(done, total=total)
+
+    def reach_images(self, what: str, done: int, total: int, size: int) -> None:
+        """Show the same of images, with their rate and their size in bytes."""
+        bar = self._named(what, total, done)
+        bar.reach(done, f"{bar.rate():,.0f} images/s, {volume(size)}")
+
+    def _named(self, name: str, total: int, done: int = 0) -> Bar:
+        if self._bar is None or name != self._name:
+            self.close()
+            self._name, self._bar = name, self.enter_context(self._display.bar(name, total))
+            self._bar.start(done)
+        return self._bar
+
+
 def start_logging(console: Console, *, quiet: bool = False) -> None:
-    """Send deitfast's messages to the console: around live bars for a person, unwrapped lines for a program."""
+    """Send deitfast's messages to the console: around live bars on a terminal, as unwrapped lines elsewhere."""
     if quiet:
         handler: logging.Handler = logging.NullHandler()
     elif console.is_terminal:
@@ -157,7 +182,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span as a person would say it: 8 s, 3 min 20 s, 2 h 5 min."""
+    """Return a time span in human-readable form: 8 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,6 +1,8 @@
 """A run's folder: the recipe as run, where it ran, what it measured."""
 
 import json
+import os
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,14 @@ class RunFolder:
     def log(self) -> Path:
         """Every message of the run."""
         return self.path / "log.txt"
+
+    def resume_command(self) -> str:
+        """Return the line to type to resume this run: the one that started it, with what it lacks."""
+        try:
+            command = self.info().command
+        except DeitfastError:
+            command = ()
+        return resume_command(self.path, command)
 
     def exists(self) -> bool:
         """Whether a run was started here."""
@@ -145,6 +155,22 @@ class RunFolder:
         """Put an epoch's row in place; rows of this and later epochs, from a run resumed before them, are replaced."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows, row]))
+
+
+def resume_command(folder: Path, command: tuple[str, ...]) -> str:
+    """Return the line to type to resume the run in `folder` that `command`, as in sys.argv, started."""
+    program, *arguments = command or ("deitfast",)
+    if arguments[:1] != ["train"]:  # it was not started by `deitfast train`, but by another command or as a library
+        program, arguments = "deitfast", ["train"]
+    start = "python -m deitfast" if Path(program).name == "__main__.py" else Path(program).name
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes = int(os.environ.get("WORLD_SIZE", "1")) // ranks
+        more = f" --nnodes={nodes} ..." if nodes > 1 else ""
+        start = f"torchrun --nproc-per-node={ranks}{more} -m deitfast"
+    if not any(argument.partition("=")[0] == "--out" for argument in arguments):
+        arguments += ["--out", str(folder)]
+    return " ".join([start, shlex.join(arguments), *["--resume"] * ("--resume" not in arguments)])
 
 
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:

@@ -1,41 +1,69 @@
-"""The commands that use a trained network: eval, predict, export."""
+"""The commands that use a trained model: eval, predict, export."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deitfast.cli.app import AssumeOrder, Device, Settings, Which, app, display, out
+from deitfast.cli.app import DATA, MODEL, OUTPUT, RUN, AssumeOrder, Device, Settings, Which, app, display, out
+from deitfast.config.choices import Arch
+from pipelines.choices import LoaderName
+
+Ema = Annotated[
+    bool, typer.Option("--ema", help="Take the averaged weights (EMA) of the last checkpoint.", rich_help_panel=MODEL)
+]
+FileArch = Annotated[
+    Arch | None,
+    typer.Option(
+        "--arch", metavar="ARCH", help="Architecture of a weights file. Default: told by its shapes.",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+Split = Annotated[str, typer.Option("--split", help="Split of the data set.", rich_help_panel=DATA)]
+Loader = Annotated[LoaderName, typer.Option("--loader", help="Loader of the images.", rich_help_panel=DATA)]
 
 
 @app.command("eval")
 def eval_(
-    run: Annotated[Path | None, typer.Argument(help="The run whose network to evaluate.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Evaluate a file of weights (DeiT, timm, Hugging Face, export) instead.")
+    run: Annotated[Path | None, typer.Argument(help="Run folder whose model to evaluate.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Converted data set. Default: the one of the run.", rich_help_panel=DATA),
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="The file's network. Default: what its shapes say.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Converted data set. Default: the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    split: Split = "val",
+    loader: Loader = "auto",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Evaluate a weights file (DeiT, timm, Hugging Face, export) instead of a run.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    arch: FileArch = None,
     which: Which = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Evaluate the averaged weights of the last checkpoint.")] = False,
+    ema: Ema = False,
     assume_class_order: AssumeOrder = False,
-    loader: Annotated[str, typer.Option(help="auto, resident, dali, cpu, ffcv or reference.")] = "auto",
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare with the reference loader's predictions on the same images.")
-    ] = False,
     settings: Settings = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Also compare with the reference loader's predictions on these images.", rich_help_panel=RUN
+        ),
+    ] = False,
     json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the metrics and confusion matrices here.")
+        Path | None,
+        typer.Option("--json", help="Write metrics and confusion matrices to this file.", rich_help_panel=OUTPUT),
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Also write every image's name, truth, prediction and probability here (CSV).")
+        Path | None,
+        typer.Option(
+            help="Write every image's name, label, prediction and probability to this CSV file.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Evaluate a trained network: every head's top-1, top-5, precision, recall, F1, AUC and confusion matrix.
+    """Evaluate a trained model: for every head top-1, top-5, precision, recall, F1, AUC and the confusion matrix.
 
-    A network with more classes than the data set is evaluated on the data set's, matched by name.
+    A model with more classes than the data set is evaluated on the data set's, matched by name.
     """
     from deitfast.cli.evaluate_impl import EvalOptions, run_evaluation
 
@@ -49,18 +77,20 @@ def eval_(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The run whose network to write, or weights of any kind.")],
+    run: Annotated[Path, typer.Argument(help="Run folder whose model to export, or weights of any kind.")],
     output: Annotated[
         Path, typer.Argument(help="FILE.safetensors, FILE.onnx, or a folder for weights and config.json.")
     ],
     format_: Annotated[
         str,
-        typer.Option("--format", help="timm, torchvision (CNNs), hf or onnx. Default: what fits."),
+        typer.Option(
+            "--format", help="timm, torchvision (CNNs), hf or onnx. Default: what fits OUTPUT.", rich_help_panel=OUTPUT
+        ),
     ] = "",
     which: Which = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Write the averaged weights of the last checkpoint.")] = False,
+    ema: Ema = False,
 ) -> None:
-    """Write a trained network for other programs: timm, torchvision, Hugging Face's transformers, or ONNX."""
+    """Write a trained model for other programs: timm, torchvision, Hugging Face's transformers, or ONNX."""
     from deitfast.cli.evaluate_impl import run_export
 
     display()
@@ -69,27 +99,42 @@ def export(
 
 @app.command()
 def predict(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run, or weights as for eval --weights.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="Run folder, or weights as for eval --weights.")
+    ],
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES...", help="Files, folders, - for a list from stdin; or a data set."),
+        typer.Argument(metavar="IMAGES...", help="Files, folders, - for a list from stdin; or a converted data set."),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write a line for every image, head and rank here.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write every head's best classes here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with thumbnails here.")] = None,
-    attention: Annotated[
-        bool, typer.Option("--attention", help="Draw on the page what the class and distillation tokens look at.")
-    ] = False,
+    split: Split = "val",
+    loader: Loader = "auto",
+    arch: FileArch = None,
     which: Which = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Use the averaged weights of the last checkpoint.")] = False,
-    arch: Annotated[str | None, typer.Option(help="The file's network. Default: what its shapes say.")] = None,
-    loader: Annotated[str, typer.Option(help="auto, resident, dali, cpu, ffcv or reference.")] = "auto",
+    ema: Ema = False,
     settings: Settings = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes per image.", rich_help_panel=OUTPUT)] = 5,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Write a line per image, head and rank to this file.", rich_help_panel=OUTPUT),
+    ] = None,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write every head's best classes to this file.", rich_help_panel=OUTPUT),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with thumbnails to this file.", rich_help_panel=OUTPUT)
+    ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention",
+            help="Show on the page what the class and distillation tokens attend to.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Say what is on images: the most probable classes of every head."""
+    """Classify images: the most probable classes of every head."""
     from deitfast.cli.predict_impl import PredictOptions, run_predict
 
     options = PredictOptions(

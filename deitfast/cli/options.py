@@ -1,66 +1,126 @@
-"""From what the user typed to what runs: data set, recipe, teacher, run folder."""
+"""From what the user typed to what runs: one table of flags, pure steps, one validation of the recipe at the end."""
 
 import logging
+import math
 import os
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
 
+from deitfast.cli.demo import DEMO_DATA, DEMO_TEACHER
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
-from deitfast.config.choices import Arch, WhichCheckpoint
-from deitfast.config.recipe import Recipe
+from deitfast.config.choices import Arch
+from deitfast.config.fit_to_data import ADAPTABLE, fit_to_data
+from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
+from deitfast.config.unused import unchanged, unused
 from deitfast.data_loaders import typical_side
 from deitfast.distill.precompute import TeachJob
 from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
 from deitfast.weights.load import normalization_of, recipe_of
 from deitfast.weights.read import read_weights
-from pipelines.errors import UserError
-from pipelines.storage.dataset import Dataset
+from deitfast.weights.zoo import is_zoo_model
+from pipelines.errors import DeitfastError, UserError
+from pipelines.storage.dataset import SPEC_FILE, Dataset
+from pipelines.storage.sources.demo import SIDES, open_demo
 
 log = logging.getLogger("deitfast")
-DEMO_DATA = Path("data/demo")
-DEMO_TEACHER = Path("runs/demo-teacher")
-DEMO_TEACHER_ARCH: Arch = "resnet18"
+RUNS = Path("runs")
+Job = TypeVar("Job", TrainJob, TeachJob)
+
+FLAGS = {
+    "arch": "model.arch",
+    "weights": "model.weights",
+    "finetune": "model.finetune",
+    "distill": "distill.mode",
+    "teacher": "distill.teacher",
+    "teacher_weights": "distill.teacher_weights",
+    "cache": "distill.cache",
+    "epochs": "train.epochs",
+    "batch": "train.batch",
+    "fraction": "train.fraction",
+    "skip_bad": "loader.skip_bad",
+    "loader": "loader.name",
+}
+"""Recipe field that each option sets."""
+OPTION_OF = {field: f"--{name.replace('_', '-')}" for name, field in FLAGS.items()}
+FILES = ("model.weights", "model.finetune", "distill.teacher_weights")
+"""Fields that name a file or a folder."""
+FILE_OR_NAME = {"distill.teacher": (), "distill.cache": ("none", "auto")}
+"""Fields that may, with the names that are no path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What the user typed, as far as it makes the recipe."""
+
+    recipe: str | None = None
+    """Name or file."""
+    typed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe by full name, from ablations, options and --set; of two for one field the last counts."""
+    views: int | None = None
+    per_image: bool = False
+
+    @classmethod
+    def of(
+        cls, *, recipe: str | None = None, ablate: Sequence[str] | None = None, settings: Sequence[str] | None = None,
+        views: int | None = None, per_image: bool = False, which: str | None = None, assume_class_order: bool = False,
+        **flags: object,
+    ) -> "RecipeOptions":  # fmt: skip
+        """Return the options of a command; `flags` by their names in FLAGS, None or False where they were left out."""
+        given = {FLAGS[name]: value for name, value in flags.items() if value is not None and value is not False}
+        given |= _of_loaded(given, which, assume_class_order)
+        typed = overrides(ablate or ()) | given | recipes.parse_settings(settings or ())
+        typed = {key: _absolute(key, value) for key, value in typed.items()}
+        if "model.weights" in given and "model.finetune" in given:
+            raise UserError("--weights and --finetune are mutually exclusive")
+        if per_image and views:
+            raise UserError("--per-image and --views are mutually exclusive")
+        return cls(recipe=recipe, typed=typed, views=views, per_image=per_image)
+
+
+def _of_loaded(given: Mapping[str, Any], which: str | None, assume_class_order: bool) -> dict[str, Any]:
+    """Return the fields that --which and --assume-class-order set: of the weights that are loaded, or the teacher."""
+    start, teacher = {"model.weights", "model.finetune"} & set(given), "distill.teacher" in given
+    if not (start or teacher) and (which or assume_class_order):
+        option = "--which" if which else "--assume-class-order"
+        raise UserError(f"{option} requires --weights, --finetune or --teacher")
+    fields = {"model.start_checkpoint": which, "model.assume_class_order": assume_class_order} if start else {}
+    fields |= {"distill.teacher_checkpoint": which, "distill.assume_class_order": assume_class_order} if teacher else {}
+    return {key: value for key, value in fields.items() if value}
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Return the value of a field as the recipe keeps it: a path from the root where it is one."""
+    text = str(value) if isinstance(value, Path) else value
+    if key in FILES and text:
+        return str(Path(text).expanduser().resolve())
+    if key in FILE_OR_NAME and text and text not in FILE_OR_NAME[key]:
+        path = Path(text).expanduser()
+        return str(path.resolve()) if path.exists() or key == "distill.cache" else text
+    return value
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """The options of `deitfast train`, as typed; None or empty where they were left out."""
+class DataFacts:
+    """What planning knows of a data set."""
 
-    data: Path | None = None
-    arch: str | None = None
-    recipe: str | None = None
-    distill: str | None = None
-    teacher: str | None = None
-    out: Path | None = None
-    epochs: int | None = None
-    batch: int | None = None
-    settings: tuple[str, ...] = ()
-    resume: bool = False
-    command: tuple[str, ...] = ()
-    weights: Path | None = None
-    finetune: Path | None = None
-    ablate: tuple[str, ...] = ()
-    teacher_weights: Path | None = None
-    cache: str | None = None
-    views: int | None = None
-    per_image: bool = False
-    skip_bad: bool = False
-    fraction: float | None = None
-    tensorboard: bool = False
-    which: WhichCheckpoint | None = None
-    assume_class_order: bool = False
+    name: str
+    """Kind of its source."""
+    side: int
+    """Median of the shorter sides of the training images, in pixels."""
+    counts: tuple[int, ...]
+    """Training images of each class."""
+    fingerprint: str
+    """"": not made yet."""
 
-    def __post_init__(self) -> None:
-        """Refuse what can be refused before anything is opened."""
-        if self.weights and self.finetune:
-            raise UserError("--weights and --finetune are two ways to start", remedy="give one of them")
-        if self.resume and self.out is None:
-            raise UserError("--resume does not know which run to continue", remedy="name its folder with --out")
-        if self.per_image and self.views:
-            raise UserError("--per-image and --views are two kinds of targets", remedy="give one of them")
+    def images(self, fraction: float) -> int:
+        """Return the training images that a share of every class comes to, as `stratified_subset` takes them."""
+        return sum(max(math.floor(count * fraction + 0.5), 1) for count in self.counts if count)
 
 
 def data_folder(data: Path | None) -> Path:
@@ -69,187 +129,258 @@ def data_folder(data: Path | None) -> Path:
         return data
     if named := os.environ.get("DEITFAST_DATA"):
         log.info("no --data: using $DEITFAST_DATA, %s", named)
-        return Path(named)
+        return Path(named).expanduser()
     log.info("no --data and no $DEITFAST_DATA: using the built-in demo set, %s", DEMO_DATA)
     return DEMO_DATA
 
 
-def training_data(options: TrainOptions) -> Path:
-    """Return the data set to train on: --data, else the resumed run's own, else what `data_folder` finds."""
-    if not options.data and (begun := _begun(options)):
-        return Path(begun.info().data)
-    return data_folder(options.data)
+def data_facts(data: Path) -> DataFacts:
+    """Return what planning needs to know of the data set in `data`; of the demo set also before it is made."""
+    if data == DEMO_DATA and not (data / SPEC_FILE).exists():
+        labels = [entry.label for entry in open_demo().splits["train"]]
+        return DataFacts("demo", sum(SIDES) // 2, tuple(labels.count(label) for label in sorted(set(labels))), "")
+    with closing(Dataset.open(data)) as dataset:
+        spec = dataset.spec
+        counts = spec.splits["train"].counts if "train" in spec.splits else ()
+        return DataFacts(spec.name, typical_side(dataset), counts, spec.fingerprint)
 
 
-def plan_training(options: TrainOptions, data: Path) -> TrainJob:
-    """Return the job that `options` ask for on the data set in `data`.
+@dataclass(frozen=True)
+class Plan(Generic[Job]):
+    """A job, and what the user should know of how it came about."""
+
+    job: Job
+    notes: tuple[str, ...]
+
+
+def say_recipe(plan: Plan[Any]) -> None:
+    """Log the notes of a plan."""
+    for note in plan.notes:
+        log.info("%s", note)
+
+
+def plan_training(
+    options: RecipeOptions,
+    *,
+    data: Path | None,
+    out: Path | None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    command: tuple[str, ...] = (),
+) -> Plan[TrainJob]:
+    """Return the training that the options describe. Nothing is made and nothing but small files is read.
 
     Raises:
         UserError: options that do not fit each other, the data set, or the run that is to be resumed.
     """
-    with closing(Dataset.open(data)) as dataset:
-        name, side = dataset.spec.name, typical_side(dataset)
-    begun = _begun(options)
-    if options.resume and not begun:
-        log.info("--resume: there is no run in %s yet, starting one", options.out)
-    recipe = _recipe(options, begun.recipe() if begun else None, name, side)
-    if recipe.distill.mode != "none" and not recipe.distill.teacher and name == "demo":
-        recipe = recipes.override(recipe, {"distill.teacher": str(DEMO_TEACHER.resolve())})
-    _check_teacher(recipe, options, name, side)
-    out = begun.path if begun else options.out or _free_folder(recipe, name)
-    return TrainJob(recipe, data, out, options.resume, options.command, options.tensorboard)
+    if tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: TensorBoard is not installed", remedy="pip install tensorboard")
+    existing = RunFolder(out) if out and RunFolder(out).exists() else None
+    if existing and not resume:
+        raise UserError(
+            f"{out} already holds a run", remedy=f"resume it: {existing.resume_command()}, or give another --out"
+        )
+    folder = Path(existing.info().data) if existing and not data else data_folder(data)
+    facts = data_facts(folder)
+    notes: list[str] = []
+    if resume and not out:
+        existing = unfinished_run(make_recipe(options, facts, None)[0], facts, options)
+        notes.append(f"resuming {existing.path}, the newest unfinished run of this recipe and data")
+    elif resume and not existing:
+        notes.append(f"--resume: there is no run in {out} yet, starting one")
+    recipe, said = make_recipe(options, facts, existing)
+    path = existing.path if existing else out or _free_folder(recipe, facts.name)
+    return Plan(TrainJob(recipe, folder, path, resume, command, tensorboard), (*notes, *said))
 
 
-def plan_teaching(options: TrainOptions, views: int | None, data: Path) -> TeachJob:
-    """Return the job that fills a teacher cache for the runs that `options` describe.
+def plan_teaching(options: RecipeOptions, *, views: int | None, data: Path | None) -> Plan[TeachJob]:
+    """Return the job that fills a teacher cache for the runs that the options describe.
 
     Args:
-        options: as for training; hard targets unless they say otherwise.
-        views: of each image; None: one for every epoch.
-        data: the data set.
+        options: as for training.
+        views: views of each image; None: one for every epoch.
+        data: folder of the data set.
 
     Raises:
         UserError: options that do not fit each other or the data set.
     """
-    if options.distill == "none":
-        raise UserError("--distill none has no targets", expected="hard or soft")
-    recipe = plan_training(options, data).recipe
-    if not recipe.distill.teacher:
-        raise UserError("teach needs a teacher", expected="--teacher RUN, a file of weights, or a torchvision network")
+    if options.typed.get("distill.mode", "none") == "none":
+        raise UserError("teach requires --distill hard or soft")
     if views and options.per_image:
-        raise UserError("--per-image and --views are two kinds of targets", remedy="give one of them")
-    if views:
-        if views % recipe.augment.repeats:
-            found = f"augment.repeats {recipe.augment.repeats}: that many views of an image in an epoch"
-            raise UserError(f"--views {views} does not divide", expected="a multiple of augment.repeats", found=found)
-        recipe = recipes.override(recipe, {"distill.targets": "exact", "distill.views": 0, "train.epochs": views})
-    return TeachJob(recipe, data)
+        raise UserError("--per-image and --views are mutually exclusive")
+    folder = data_folder(data)
+    as_many = {"train.epochs": views} if views else {}
+    options = RecipeOptions(recipe=options.recipe, typed={**options.typed, **as_many}, per_image=options.per_image)
+    recipe, notes = make_recipe(options, data_facts(folder), None)
+    if not recipe.distill.teacher:
+        raise UserError("teach requires --teacher", expected="a run folder, weights file or torchvision model")
+    if views and views % recipe.augment.repeats:
+        raise UserError(f"--views {views} must be a multiple of augment.repeats {recipe.augment.repeats}")
+    return Plan(TeachJob(recipe, folder), tuple(notes))
 
 
-def uses_demo_teacher(recipe: Recipe) -> bool:
-    """Whether the recipe's teacher is the one that deitfast trains itself, on the demo set."""
-    return recipe.distill.mode != "none" and Path(recipe.distill.teacher) == DEMO_TEACHER.resolve()
+def make_recipe(
+    options: RecipeOptions, facts: DataFacts, existing: RunFolder | None, *, largest_batch: int | None = None
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe that the options describe, and a line on each thing that the user should know of it.
 
+    Args:
+        options: as typed.
+        facts: of the data set.
+        existing: the run that is resumed, whose recipe the options are changes of.
+        largest_batch: bound of a batch that was not typed.
 
-def demo_teacher(data: Path) -> TrainJob | None:
-    """Return the job that trains (or finishes) the teacher of the demo set in `data`; None where it is trained."""
-    folder = RunFolder(DEMO_TEACHER)
-    recipe = recipes.choose(DEMO_TEACHER_ARCH, "demo", 0)
-    if not folder.exists():
-        log.info("no --teacher: training the demo set's own, %s, into %s", DEMO_TEACHER_ARCH, DEMO_TEACHER)
-    elif folder.finished():
-        log.info("no --teacher: using the demo set's own, %s", DEMO_TEACHER)
-        return None
+    Raises:
+        UserError: options that do not fit each other or the data set.
+    """
+    typed = options.typed
+    _require_files(typed, existing)
+    source, changes, notes = _source(options, facts, existing)
+    changes |= typed
+    values = recipes.flatten(source) | changes
+    if facts.name == "demo" and values["distill.mode"] != "none" and not values["distill.teacher"]:
+        changes["distill.teacher"] = str(DEMO_TEACHER.resolve())
+    if existing:  # what was fitted when it started stays, whatever the number of ranks now
+        then = recipes.flatten(existing.recipe())
+        changes = {key: then[key] for key in ADAPTABLE} | changes
     else:
-        log.info("no --teacher: finishing the demo set's own, %s", DEMO_TEACHER)
-        recipe = folder.recipe()
-    return TrainJob(recipe, data, DEMO_TEACHER, resume=True, command=())
-
-
-def _begun(options: TrainOptions) -> RunFolder | None:
-    """Return the run that --resume continues; None without one."""
-    if not options.resume or options.out is None:
-        return None
-    folder = RunFolder(options.out)
-    return folder if folder.exists() else None
-
-
-def _recipe(options: TrainOptions, begun: Recipe | None, dataset: str, side: int) -> Recipe:
-    """Return the recipe: the named one, the resumed run's, or what suits network, weights and data; then overrides."""
-    arch = recipes.check_arch(options.arch) if options.arch else None
-    source = options.weights or options.finetune
-    # a run that has begun does not need them again
-    start = read_weights(source, which=options.which or "auto") if source and not begun else None
-    if options.recipe:
-        recipe = recipes.load(options.recipe)
-    elif begun:
-        recipe = begun
-    else:
-        told = start if start and start.transformer else None  # its shapes tell size and patches, whatever the data
-        recipe = recipe_of(told, arch) if told else recipes.choose(arch or "deit_ti", dataset, side)
-        log.info("recipe %s (another: --recipe, see `deitfast recipes`)", recipe.name)
-    if begun and source:
-        fed = {"augment.mean": begun.augment.mean, "augment.std": begun.augment.std}
-        recipe = recipes.override(recipe, {"model.token": begun.model.token} | fed)
-    elif start and start.distilled and recipe.model.arch.startswith("deit_"):
-        recipe = recipes.override(recipe, {"model.token": "on"})
-    if start and (fed := normalization_of(start)):
-        log.info("normalization as %s says: mean %s, std %s", start.sidecar.input_from, *fed.values())
-        recipe = recipes.override(recipe, fed)
-    named = {
-        "model.arch": options.arch,
-        "distill.mode": options.distill,
-        "distill.teacher": _teacher_name(options.teacher) if options.teacher else None,
-        "distill.teacher_weights": str(options.teacher_weights.resolve()) if options.teacher_weights else None,
-        "distill.cache": _cache_name(options.cache) if options.cache else None,
-        "model.weights": str(options.weights.resolve()) if options.weights else None,
-        "model.finetune": str(options.finetune.resolve()) if options.finetune else None,
-        "train.epochs": options.epochs,
-        "train.batch": options.batch,
-        "loader.skip_bad": True if options.skip_bad else None,
-        "train.fraction": options.fraction,
-        "model.start_checkpoint": options.which if source else None,
-        "model.assume_class_order": True if options.assume_class_order and source else None,
-        "distill.teacher_checkpoint": options.which if options.teacher else None,
-        "distill.assume_class_order": True if options.assume_class_order and options.teacher else None,
-    }
-    given = {key: value for key, value in named.items() if value is not None}
-    recipe = recipes.override(recipe, overrides(options.ablate) | given | recipes.parse_settings(options.settings))
-    recipe = _with_targets(recipe, options)
+        kept = {*typed, *recipes.own_fields(options.recipe)} if options.recipe else set(typed)
+        if largest_batch and "train.batch" not in kept and values["train.batch"] > largest_batch:
+            notes.append(f"batch at most {largest_batch}, for this device, instead of {values['train.batch']:,}")
+            changes["train.batch"] = values["train.batch"] = largest_batch
+        fitted, said = _fitted(values, kept, facts)
+        changes, notes = changes | fitted, [*notes, *said]
+    changes |= _targets(options, values | changes)
+    recipe = recipes.override(source, changes)
+    _check_distillation(recipe, options, facts)
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
         raise UserError(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
-    return recipe
+    if not existing:
+        notes += unused(recipe, typed)
+        notes += unchanged(source, {key: value for key, value in typed.items() if key != "model.arch"})
+    return recipe, notes
 
 
-def _teacher_name(teacher: str) -> str:
-    """Return a teacher as the recipe keeps it: a path from the root where it is one, else its name."""
-    return str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
-
-
-def _cache_name(cache: str) -> str:
-    """Return a cache as the recipe keeps it: a path from the root, unless it is none or auto."""
-    return cache if cache in ("none", "auto") else str(Path(cache).resolve())
-
-
-def _with_targets(recipe: Recipe, options: TrainOptions) -> Recipe:
-    """Return the recipe with the targets that --per-image or --views ask for."""
-    if options.per_image:
-        return recipes.override(recipe, {"distill.targets": "per_image", "distill.views": 0})
-    if not options.views:
-        return recipe
-    exact = recipes.override(recipe, {"distill.targets": "exact", "distill.views": 0})
-    if options.views >= exact.views:  # there is a view for every epoch
-        return exact
-    return recipes.override(recipe, {"distill.targets": "reused", "distill.views": options.views})
-
-
-def _check_teacher(recipe: Recipe, options: TrainOptions, dataset: str, side: int) -> None:
-    distill = recipe.distill
-    kept = distill.cache not in ("none", "auto")
-    if distill.mode != "none" and not distill.teacher and not kept:
-        suggestion = recipes.choose("resnet18", dataset, side).name
+def _require_files(typed: Mapping[str, Any], existing: RunFolder | None) -> None:
+    """Refuse files that are not there, before anything large is read; a resumed run needs them no more."""
+    for key in FILES:
+        if key in typed and typed[key] and not existing and not Path(typed[key]).exists():
+            raise UserError(f"{OPTION_OF[key]}: file not found: {typed[key]}", expected="a run folder or weights file")
+    teacher = typed.get("distill.teacher")
+    if teacher and not existing and not Path(teacher).exists() and not is_zoo_model(teacher):
         raise UserError(
-            f"--distill {distill.mode} needs a teacher",
-            expected="--teacher RUN, the folder of a finished run on the same classes",
-            remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
+            f"teacher {teacher!r} not found (not a run folder, weights file, torchvision model or timm/NAME)"
         )
-    idle = {
-        "--teacher": distill.teacher,
-        "--cache": kept,
-        "--teacher-weights": options.teacher_weights,
-        "--views": options.views,
-        "--per-image": options.per_image,
-    }
-    if distill.mode == "none" and (named := [name for name, given in idle.items() if given]):
-        raise UserError(f"{named[0]} without --distill", expected="--distill hard or --distill soft beside it")
+
+
+def _source(
+    options: RecipeOptions, facts: DataFacts, existing: RunFolder | None
+) -> tuple[Recipe, dict[str, Any], list[str]]:
+    """Return the recipe to start from, the changes that the weights ask for, and notes.
+
+    It is the named one, the resumed run's, or the one that suits weights, architecture and data.
+    """
+    typed = options.typed
+    named = recipes.load(options.recipe) if options.recipe else None
+    path = typed.get("model.weights") or typed.get("model.finetune")
+    if existing:
+        own = existing.recipe()
+        fed = {"model.token": own.model.token, "augment.mean": own.augment.mean, "augment.std": own.augment.std}
+        return named or own, fed if path else {}, []
+    arch: Arch | None = typed["model.arch"] if typed.get("model.arch") in get_args(Arch) else None
+    start = read_weights(Path(path), which=typed.get("model.start_checkpoint", "auto")) if path else None
+    told = start if start and start.transformer else None  # its shapes tell size and patches, whatever the data
+    source = named or (recipe_of(told, arch) if told else recipes.choose(arch or "deit_ti", facts.name, facts.side))
+    distilled = start and start.distilled and (arch or source.model.arch).startswith("deit_")
+    notes = [] if named else [f"recipe {source.name} (another: --recipe, see `deitfast recipes`)"]
+    changes: dict[str, Any] = {"model.token": "on"} if distilled else {}
+    if start and (fed := normalization_of(start)):
+        notes.append(
+            f"normalization as {start.sidecar.input_from} says: mean {fed['augment.mean']}, std {fed['augment.std']}"
+        )
+        changes |= fed
+    return source, changes, notes
+
+
+def _fitted(values: Mapping[str, Any], kept: Collection[str], facts: DataFacts) -> tuple[dict[str, Any], list[str]]:
+    """Return what is to be changed so that the recipe fits the data and the ranks, and notes on it."""
+    if not facts.counts:
+        return {}, []
+    good = recipes.with_defaults_for_bad(values)  # the validation at the end tells what is wrong with the others
+    valid = {key for key in kept if good.get(key) == values[key]}
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    changes, notes = fit_to_data(good, valid, facts.images(good["train.fraction"]), ranks)
+    return {key: value for key, value in changes.items() if key not in kept}, notes
+
+
+def _targets(options: RecipeOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that --per-image or --views set."""
+    if options.per_image:
+        return {"distill.targets": "per_image", "distill.views": 0}
+    if not options.views:
+        return {}
+    epochs, repeats = values["train.epochs"], values["augment.repeats"]
+    if isinstance(epochs, int) and isinstance(repeats, int) and options.views >= -(-epochs // repeats) * repeats:
+        return {"distill.targets": "exact", "distill.views": 0}  # there is a view for every epoch
+    return {"distill.targets": "reused", "distill.views": options.views}
+
+
+def _check_distillation(recipe: Recipe, options: RecipeOptions, facts: DataFacts) -> None:
+    distill, typed = recipe.distill, options.typed
+    if distill.mode != "none":
+        if not distill.teacher and distill.cache in ("none", "auto"):
+            suggestion = recipes.choose("resnet18", facts.name, facts.side).name
+            raise UserError(
+                f"--distill {distill.mode} requires a teacher",
+                expected="--teacher with a run folder, weights file or torchvision model, or --cache with a full cache",
+                remedy=f"train one first: deitfast train --recipe {suggestion} --data ... --out runs/teacher",
+            )
+        return
+    idle = [OPTION_OF[key] for key in ("distill.teacher", "distill.cache", "distill.teacher_weights") if typed.get(key)]
+    idle += ["--views"] * bool(options.views) + ["--per-image"] * options.per_image
+    if idle:
+        raise UserError(f"{idle[0]} requires --distill hard or soft")
+
+
+def unfinished_run(recipe: Recipe, facts: DataFacts, options: RecipeOptions) -> RunFolder:
+    """Return the newest unfinished run of this recipe and data in runs/.
+
+    Raises:
+        UserError: there is none; unfinished runs of other recipes or data are named.
+    """
+    free = {key for key in ADAPTABLE if key not in options.typed}
+    others = []
+    for run in sorted(_unfinished(), key=lambda run: -(run.path / "recipe.toml").stat().st_mtime):
+        changed = {key for key in recipes.differences(run.recipe(), recipe) if not key.startswith(RESUME_SAFE_FIELDS)}
+        if changed <= free and run.info().fingerprint == facts.fingerprint:
+            return run
+        others.append(run)
+    raise UserError(
+        f"--resume: no unfinished run of this recipe and data in {RUNS}/",
+        found=", ".join(f"{run.path} ({run.recipe().name})" for run in others),
+        remedy=others[0].resume_command() if others else "name its folder with --out RUN_DIR, or leave --resume out",
+    )
+
+
+def _unfinished() -> list[RunFolder]:
+    found = []
+    for path in RUNS.iterdir() if RUNS.is_dir() else ():
+        run = RunFolder(path)
+        try:
+            if run.exists() and not run.finished():
+                run.info()
+                found.append(run)
+        except DeitfastError as error:  # a damaged folder is no reason to refuse the others
+            log.warning("%s is left out: %s", path, error.problem)
+    return found
 
 
 def _free_folder(recipe: Recipe, dataset: str) -> Path:
     """Return runs/<data set>-<network>[-<distillation>], numbered where there is such a run already."""
     mode = recipe.distill.mode
     stem = f"{dataset}-{recipe.model.arch}" + (f"-{mode}" if mode != "none" else "")
-    number, path = 1, Path("runs") / stem
+    number, path = 1, RUNS / stem
     while path.exists():
         number += 1
-        path = Path("runs") / f"{stem}-{number}"
+        path = RUNS / f"{stem}-{number}"
     return path

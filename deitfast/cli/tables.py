@@ -1,19 +1,28 @@
-"""Tables on the terminal."""
+"""Tables on the terminal: metrics, ablations, and what `info` and `doctor` show."""
 
+import os
+import shutil
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deitfast.config.ablations import ABLATIONS, BASE
 from deitfast.distill.cache import TeacherCache
+from deitfast.environment import environment
 from deitfast.eval.evaluate import Agreement
 from deitfast.eval.metrics import Metrics
 from deitfast.progress import duration, volume
 from deitfast.run_folder import RunFolder, read_rows
+from pipelines.spec import DatasetSpec
+
+if TYPE_CHECKING:
+    import torch
 
 COLUMNS = ("top1", "top5", "precision", "recall", "f1", "auc", "loss")
+MB = 1_000_000
 CONFUSION_CLASSES = 20
 """Most classes for which the confusion matrix is printed."""
 
@@ -135,3 +144,60 @@ def _fields(identity: Mapping[str, Any], part: str) -> str:
     """Return the fields of one part of a cache's identity in a line."""
     own = {name: value for name, value in identity.items() if name.startswith(f"{part}.")}
     return ", ".join(f"{name.removeprefix(f'{part}.')} {value}" for name, value in own.items())
+
+
+def describe_dataset(spec: DatasetSpec, folder: Path) -> RenderableType:
+    """Return what `deitfast info` shows of a data set."""
+    table = Table(title=f"{folder}: {spec.name}, {len(spec.classes):,} classes", title_justify="left")
+    table.add_column("split")
+    table.add_column("stored in")
+    for column in ("images", "of a class", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("how they were stored")
+    for name, split in spec.splits.items():
+        low, high = min(split.counts), max(split.counts)
+        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        stored = ", ".join(f"{count:,} {kind}" for kind, count in split.converted.items() if count)
+        table.add_row(name, split.file, f"{split.samples:,}", each, f"{split.size / MB:,.1f}", stored)
+    shown = ", ".join(spec.classes[:10]) + (", ..." if len(spec.classes) > 10 else "")
+    return Group(table, f"classes: {shown}", f"source: {spec.source}", f"fingerprint: {spec.fingerprint}")
+
+
+def describe_machine() -> Table:
+    """Return what `deitfast doctor` shows: processor, memory, disk, devices, loaders and libraries."""
+    import torch
+
+    from pipelines.loaders.factory import available, free_memory
+
+    table = Table(title="deitfast doctor", title_justify="left", show_header=False)
+    found = environment()
+    table.add_row("deitfast", f"{found['deitfast']}, Python {found['python']}, {found['system']}")
+    table.add_row("processor", f"{found['processor']}, {found['cores']} cores for this process")
+    table.add_row("memory", f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB free")
+    table.add_row("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free here, {os.getcwd()}")
+    for index, name in enumerate(found["devices"]):
+        device = torch.device("cuda", index)
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+        table.add_row(f"cuda:{index}", f"{name}, {memory:.0f} GB, {_precision(device)}")
+    if not found["devices"]:
+        built = (
+            f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is built without CUDA"
+        )
+        table.add_row("cuda", f"no device ({built})")
+    table.add_row("cpu", _precision(torch.device("cpu")))
+    for name, reason in available().items():
+        table.add_row(f"loader {name}", f"no: {reason}" if reason else "works")
+    versions = (f"{name} {version or 'not installed'}" for name, version in found["libraries"].items())
+    table.add_row("libraries", ", ".join(versions))
+    return table
+
+
+def _precision(device: "torch.device") -> str:
+    """Describe what train.amp=auto, train.compile=auto and train.kernels=auto mean on a device."""
+    from deitfast.runtime import choose_amp, choose_compile
+    from pipelines.augment.chain import kernels_run
+
+    amp = choose_amp("auto", device)
+    name = str(amp).removeprefix("torch.") if amp else "float32"
+    compiled = "compiled" if choose_compile("auto", device) else "not compiled"
+    return f"trains in {name}, {compiled}, augments in {'kernels' if kernels_run('auto', device) else 'batched torch'}"

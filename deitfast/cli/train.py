@@ -1,16 +1,25 @@
-"""The commands around training: train, teach, recipes."""
+"""The commands that train: train, teach."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deitfast.cli.app import (
+    DATA,
+    DISTILLATION,
+    MODEL,
+    RUN,
+    Ablate,
     AssumeOrder,
+    Batch,
     Data,
     Device,
+    Epochs,
+    OptionalArch,
     PerImage,
+    RecipeName,
     Settings,
     Teacher,
     TeacherWeights,
@@ -18,124 +27,173 @@ from deitfast.cli.app import (
     app,
     display,
     out,
-)  # fmt: skip
-from deitfast.config import ablations
+)
+from deitfast.config.choices import DistillMode
+
+if TYPE_CHECKING:
+    from deitfast.config.recipe import Recipe
+    from deitfast.progress import Display
+    from deitfast.runtime import Runtime
 
 
 @app.command()
 def train(
     data: Data = None,
-    arch: Annotated[
-        str | None,
+    fraction: Annotated[
+        float | None,
         typer.Option(
-            help="deit_* or vit_* with ti, s, b; resnet18, resnet50; regnet_y_* with 4gf, 8gf, 16gf. Default: deit_ti."
+            "--data-fraction",
+            help="Share of the training images to use, the same of every class.",
+            rich_help_panel=DATA,
         ),
     ] = None,
-    distill: Annotated[str | None, typer.Option(help="none, soft or hard. Default: the recipe's.")] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out and count damaged images, instead of stopping.", rich_help_panel=DATA
+        ),
+    ] = False,
+    arch: OptionalArch = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from these weights, of the same shape: a run folder or a file (DeiT, timm, Hugging Face).",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    finetune: Annotated[
+        Path | None,
+        typer.Option(help="Start from these weights at another size or with other classes.", rich_help_panel=MODEL),
+    ] = None,
+    which: Which = None,
+    assume_class_order: AssumeOrder = False,
+    distill: Annotated[
+        DistillMode | None,
+        typer.Option(help="Kind of distillation. Default: the recipe's.", rich_help_panel=DISTILLATION),
+    ] = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="Folder that keeps the teacher's answers; or none. Default: one in caches/."),
+        typer.Option(help="Teacher cache: a folder, or none. Default: one in caches/.", rich_help_panel=DISTILLATION),
     ] = None,
     views: Annotated[
-        int | None, typer.Option(help="Use this many views of each image, again and again (not exactly DeiT).")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cache this many views of each image and reuse them (approximates DeiT).",
+            rich_help_panel=DISTILLATION,
+        ),
     ] = None,
     per_image: PerImage = False,
-    recipe: Annotated[
-        str | None, typer.Option(help="A built-in recipe or a TOML file. Default: what suits network and data.")
-    ] = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: a new one in runs/.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the run. Default: the recipe's.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
-    ] = None,
-    fraction: Annotated[
-        float | None, typer.Option("--data-fraction", help="Share of the training images to use, of every class alike.")
-    ] = None,
+    recipe: RecipeName = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
     settings: Settings = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Start from these weights: a run or a file (DeiT, timm, Hugging Face).")
+    ablate: Ablate = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. Default: a new one in runs/.", rich_help_panel=RUN)
     ] = None,
-    finetune: Annotated[
-        Path | None, typer.Option(help="Start from these weights at another size or with other classes.")
-    ] = None,
-    ablate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help=f"A row of the paper's ablation table: {', '.join(ablations.names())}."),
-    ] = None,
-    skip_bad: Annotated[
+    resume: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them, instead of stopping."),
+        typer.Option(
+            "--resume",
+            help="Resume from the last checkpoint of --out, else of the newest unfinished run of this recipe and data.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard, to tensorboard/ in the run.")
+        bool,
+        typer.Option(
+            "--tensorboard", help="Also write TensorBoard event files, to RUN/tensorboard.", rich_help_panel=RUN
+        ),
     ] = False,
-    which: Which = None,
-    assume_class_order: AssumeOrder = False,
     device: Device = "auto",
 ) -> None:
-    """Train a network; several GPUs or nodes with `torchrun ... -m deitfast train`."""
-    from deitfast.cli.commands import run_training
-    from deitfast.cli.options import TrainOptions
+    """Train a model; on several GPUs or nodes with `torchrun ... -m deitfast train`."""
+    from deitfast.cli.demo import make_demo_data
+    from deitfast.cli.options import RecipeOptions, plan_training, say_recipe
+    from deitfast.cli.tables import describe_run
+    from deitfast.run_folder import RunFolder
+    from deitfast.runtime import start
+    from deitfast.train import trainer
 
-    options = TrainOptions(
-        data, arch, recipe, distill, teacher, out_, epochs, batch, tuple(settings or ()), resume, tuple(sys.argv),
-        weights=weights, finetune=finetune, ablate=tuple(ablate or ()), teacher_weights=teacher_weights, cache=cache,
-        views=views, per_image=per_image, skip_bad=skip_bad, fraction=fraction, tensorboard=tensorboard,
-        which=which, assume_class_order=assume_class_order,
+    shown = display()
+    options = RecipeOptions.of(
+        recipe=recipe, ablate=ablate, settings=settings, views=views, per_image=per_image, arch=arch, weights=weights,
+        finetune=finetune, distill=distill, teacher=teacher, teacher_weights=teacher_weights, cache=cache,
+        epochs=epochs, batch=batch, fraction=fraction, skip_bad=skip_bad, which=which,
+        assume_class_order=assume_class_order,
     )  # fmt: skip
-    run_training(options, device, display(), out)
+    plan = plan_training(options, data=data, out=out_, resume=resume, tensorboard=tensorboard, command=tuple(sys.argv))
+    say_recipe(plan)
+    make_demo_data(plan.job.data, shown)
+    with start(plan.job.recipe.train, device) as runtime:  # once: a process group that was left cannot be joined again
+        _train_demo_teacher(plan.job.recipe, plan.job.data, runtime, shown)
+        trainer.train(plan.job, runtime, shown)
+        if runtime.is_main_process:
+            out.print(describe_run(RunFolder(plan.job.out)))
 
 
 @app.command()
 def teach(
     data: Data = None,
-    teacher: Teacher = None,
-    out_: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the cache, new or begun. Default: one in caches/.")
-    ] = None,
-    teacher_weights: TeacherWeights = None,
-    views: Annotated[int | None, typer.Option(help="Views of each image. Default: one for every epoch.")] = None,
-    per_image: PerImage = False,
-    distill: Annotated[str, typer.Option(help="hard or soft.")] = "hard",
-    arch: Annotated[str | None, typer.Option(help="The student; its recipe says how images are augmented.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="The student's recipe. Default: what suits network and data.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the student's run. Default: the recipe's.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images in a batch, over all devices. Default: the recipe's.")
-    ] = None,
-    settings: Settings = None,
-    ablate: Annotated[list[str] | None, typer.Option(metavar="NAME", help="As for train.")] = None,
+    arch: OptionalArch = None,
     which: Which = None,
     assume_class_order: AssumeOrder = False,
+    distill: Annotated[
+        DistillMode, typer.Option(help="Kind of targets: hard or soft.", rich_help_panel=DISTILLATION)
+    ] = "hard",
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Cache folder, new or unfinished. Default: one in caches/.", rich_help_panel=DISTILLATION
+        ),
+    ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Views of each image. Default: one for every epoch.", rich_help_panel=DISTILLATION),
+    ] = None,
+    per_image: PerImage = False,
+    recipe: RecipeName = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    settings: Settings = None,
+    ablate: Ablate = None,
     device: Device = "auto",
 ) -> None:
-    """Ask a teacher once for every view that a student will see, and keep the answers for `train --cache`."""
-    from deitfast.cli.commands import run_teaching
-    from deitfast.cli.options import TrainOptions
+    """Compute a teacher's targets for every view that a student will see, and cache them for `train --cache`.
 
-    options = TrainOptions(
-        data, arch, recipe, distill, teacher, None, epochs, batch, tuple(settings or ()), ablate=tuple(ablate or ()),
-        teacher_weights=teacher_weights, cache=str(out_) if out_ else None, per_image=per_image,
+    The options describe the student's training, as for `train`: its recipe says how images are augmented.
+    """
+    from deitfast.cli.demo import make_demo_data
+    from deitfast.cli.options import RecipeOptions, plan_teaching, say_recipe
+    from deitfast.cli.tables import describe_cache
+    from deitfast.distill import precompute
+    from deitfast.runtime import start
+
+    shown = display()
+    options = RecipeOptions.of(
+        recipe=recipe, ablate=ablate, settings=settings, per_image=per_image, arch=arch, distill=distill,
+        teacher=teacher, teacher_weights=teacher_weights, cache=str(out_) if out_ else None, epochs=epochs, batch=batch,
         which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
-    run_teaching(options, views, device, display(), out)
+    plan = plan_teaching(options, views=views, data=data)
+    say_recipe(plan)
+    make_demo_data(plan.job.data, shown)
+    with start(plan.job.recipe.train, device) as runtime:
+        _train_demo_teacher(plan.job.recipe, plan.job.data, runtime, shown)
+        cache = precompute.teach(plan.job, runtime, shown)
+        if runtime.is_main_process:
+            out.print(describe_cache(cache))
 
 
-@app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe, every field of it.")] = None) -> None:
-    """List the built-in recipes and ablations, or show one recipe as TOML."""
-    from deitfast.cli.tables import ablation_table
-    from deitfast.config import recipe
+def _train_demo_teacher(recipe: "Recipe", data: Path, runtime: "Runtime", shown: "Display") -> None:
+    """Train the demo set's own teacher first, where the recipe names it and it is not trained yet."""
+    from deitfast.cli.demo import demo_teacher_job, uses_demo_teacher
+    from deitfast.train import trainer
 
-    if name:
-        out.print(recipe.dump(recipe.load(name)), highlight=False)
-        return
-    for each in recipe.names():
-        out.print(each, style="bold")
-        out.print(recipe.head(each), highlight=False, style="dim")
-    out.print(ablation_table())
+    if uses_demo_teacher(recipe) and (job := runtime.broadcast_from_rank0(demo_teacher_job(data))):
+        trainer.train(job, runtime.with_precision(job.recipe.train), shown)

@@ -7,7 +7,6 @@ from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,6 +14,7 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from deitfast.config.builtin import RECIPES, names
 from deitfast.config.choices import Arch
 from deitfast.config.sections import DistillSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
 from pipelines.errors import UserError
@@ -120,17 +120,12 @@ RULES: tuple[tuple[Callable[[Recipe], object], str], ...] = (
 name of every field that its rule reads."""
 
 _ADAPTER = TypeAdapter(Recipe)
-_BUILT_IN = resources.files("deitfast") / "config" / "recipes"
-
-
-def names() -> list[str]:
-    """Return the names of the recipes that come with deitfast."""
-    return sorted(path.name.removesuffix(".toml") for path in _BUILT_IN.iterdir() if path.name.endswith(".toml"))
+_PLAIN = Recipe()
 
 
 def head(name: str) -> str:
     """Return the comment at the head of a built-in recipe: its command, duration and expected accuracy."""
-    lines = (_BUILT_IN / f"{name}.toml").read_text().splitlines()
+    lines = (RECIPES / f"{name}.toml").read_text().splitlines()
     return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
 
@@ -156,10 +151,15 @@ def load(name: str) -> Recipe:
     return build(tree, origin)
 
 
+def own_fields(name: str) -> set[str]:
+    """Return the full names of the fields that a recipe's file sets itself; none for a built-in recipe."""
+    return set() if name in names() else set(_flat(_tree(name)[0])) - {"extends", "name"}
+
+
 def _tree(name: str) -> tuple[dict[str, Any], str]:
     """Return what a recipe's file says, and how errors call it."""
     if name in names():
-        file, origin = _BUILT_IN / f"{name}.toml", f"recipe {name}"
+        file, origin = RECIPES / f"{name}.toml", f"recipe {name}"
     elif (path := Path(name)).is_file():
         file, origin = path, f"recipe {path}"
     else:
@@ -252,6 +252,19 @@ def _example(section: str) -> str:
     return f"; set one of its fields, such as {field}" if field else ""
 
 
+def with_defaults_for_bad(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields by full name with the default in place of each value that its field does not take."""
+    good = {**_defaults(), **{key: value for key, value in values.items() if key in _defaults()}}
+    for section in fields(Recipe):
+        own = {key.rpartition(".")[2]: value for key, value in good.items() if key.startswith(f"{section.name}.")}
+        try:
+            if own:
+                type(getattr(_PLAIN, section.name))(**own)
+        except ValidationError as error:
+            good |= {key: _defaults()[key] for each in error.errors() if (key := f"{section.name}.{each['loc'][0]}")}
+    return good
+
+
 def override(recipe: Recipe, changes: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """Return the recipe with other values of some fields.
 
@@ -320,7 +333,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
-    return flatten(Recipe())
+    return flatten(_PLAIN)
 
 
 def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -44,19 +44,19 @@ def test_help_comes_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["convert", "imagenet"], "there is no ImageNet to convert"),
-        (["convert", "cifar10"], "convert cifar10 needs a source"),
-        (["convert", "mnist", "x"], "no kind of data set called mnist"),
+        (["convert", "imagenet"], "ImageNet not found: imagenet does not exist"),
+        (["convert", "cifar10"], "convert cifar10 requires SOURCE"),
+        (["convert", "mnist", "x"], "'mnist' is not one of"),
         (["convert", "folder", "missing"], "missing"),
-        (["convert", "folder", "missing", "--format", "tar"], "there is no format tar"),
+        (["convert", "folder", "missing", "--format", "tar"], "'tar' is not one of"),
         (["convert", "folder", "missing", "--shard-size", "5"], "--shard-size without shards"),
-        (["convert", "dataset", "missing"], "convert dataset needs an output"),
+        (["convert", "dataset", "missing"], "convert dataset requires OUTPUT"),
         (["convert", "dataset", "missing", "output", "--format", "wds"], "missing"),
         (["info", "missing"], "missing"),
         (["verify", "missing"], "missing"),
         (["eval", "missing"], "there is no run in missing"),
         (["train", "--data", "missing"], "missing"),
-        (["train", "--resume"], "name its folder with --out"),
+        (["train", "--resume"], "no unfinished run of this recipe and data in runs/"),
         (["train", "--nonsense"], "No such option"),
         (["nonsense"], "No such command"),
         (["recipes", "nonsense"], "recipe not found: nonsense"),
@@ -78,19 +78,19 @@ def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], sa
     ("options", "says"),
     [
         (["--set", "augment.sise=32"], "did you mean augment.size?"),
-        (["--arch", "alexnet"], "unknown architecture alexnet"),
-        (["--distill", "hard"], "--distill hard needs a teacher"),
-        (["--distill", "loud"], "distill.mode"),
-        (["--teacher", "somewhere"], "--teacher without --distill"),
-        (["--teacher-weights", "somewhere"], "--teacher-weights without --distill"),
-        (["--views", "2"], "--views without --distill"),
-        (["--per-image"], "--per-image without --distill"),
-        (["--distill", "hard", "--teacher", "nowhere"], "there is no run in"),
+        (["--arch", "alexnet"], "'alexnet' is not one of"),
+        (["--distill", "hard"], "--distill hard requires a teacher"),
+        (["--distill", "loud"], "'loud' is not one of"),
+        (["--teacher", "resnet18"], "--teacher requires --distill"),
+        (["--teacher-weights", "somewhere"], "--teacher-weights: file not found"),
+        (["--views", "2"], "--views requires --distill"),
+        (["--per-image"], "--per-image requires --distill"),
+        (["--distill", "hard", "--teacher", "nowhere"], "teacher 'nowhere' not found"),
         (["--recipe", "nowhere.toml"], "recipe not found: nowhere.toml"),
         (["--device", "abacus"], "--device abacus is no device"),
         (["--batch", "4096"], "batch"),
         (["--data-fraction", "1.5"], "train.fraction"),
-        (["--data-fraction", "0.1"], "do not fill one batch"),
+        (["--data-fraction", "0.1"], "train.batch 64 does not fit 10 images"),
     ],
 )
 def test_options_that_do_not_fit_leave_no_run_behind(capsys, tiny_small: Path, options: list[str], says: str) -> None:
@@ -172,7 +172,7 @@ def test_a_user_teaches_once_and_trains_without_the_teacher(capsys, tiny_small: 
     (cache,) = Path("caches").iterdir()
     assert cache.name.startswith("cifar10-vit_ti-")
     assert "complete" in call(capsys, "info", cache)[1]
-    assert "whole and complete" in call(capsys, "verify", cache)[2]
+    assert "intact and complete" in call(capsys, "verify", cache)[2]
     student = ["train", *small, "--distill", "hard", "--epochs", 2, "--set", "train.ema=0"]
     code, _, err = call(capsys, *student, "--teacher", "teacher", "--out", "student")
     assert code == 0
@@ -197,11 +197,11 @@ def test_a_user_teaches_once_and_trains_without_the_teacher(capsys, tiny_small: 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--teacher", "nowhere"], "no teacher of that name"),
-        ([], "needs a teacher"),
-        (["--teacher", "teacher", "--views", 4, "--set", "augment.repeats=3"], "--views 4 does not divide"),
-        (["--teacher", "teacher", "--views", 4, "--per-image"], "two kinds of targets"),
-        (["--teacher", "teacher", "--distill", "none"], "hard or soft"),
+        (["--teacher", "nowhere"], "teacher 'nowhere' not found"),
+        ([], "teach requires --teacher"),
+        (["--teacher", "resnet18", "--views", 4, "--set", "augment.repeats=3"], "--views 4 must be a multiple"),
+        (["--teacher", "resnet18", "--views", 4, "--per-image"], "mutually exclusive"),
+        (["--teacher", "resnet18", "--distill", "none"], "teach requires --distill hard or soft"),
     ],
 )
 def test_teaching_that_cannot_be_leaves_no_cache_behind(capsys, tiny_small: Path, options: list, says: str) -> None:
@@ -250,7 +250,7 @@ def test_unforeseen_errors_are_short_and_exit_with_1(capsys, monkeypatch) -> Non
     def broken() -> None:
         raise RuntimeError("wires crossed")
 
-    monkeypatch.setattr("deitfast.cli.doctor.examine", broken)
+    monkeypatch.setattr("deitfast.cli.tables.describe_machine", broken)
     code, _, err = call(capsys, "doctor")
     assert code == 1
     assert "wires crossed" in err

@@ -1,0 +1,39 @@
+"""What is done to arguments and environment before a command sees them."""
+
+import os
+import re
+from pathlib import Path
+
+from pipelines.errors import UserError
+
+
+def expand_home(argument: str) -> str:
+    """Return an argument with the home folder for a leading ~, also behind a =, where a shell leaves it as it is."""
+    return re.sub(r"(?<==)~(?=/|$)|^~(?=/|$)", lambda _: str(Path.home()), argument, count=1)
+
+
+def check_launcher() -> None:
+    """Refuse the variables of a launcher that do not describe a process group: left over from another shell or job.
+
+    Raises:
+        UserError: they are no numbers, do not fit each other, or name no address to meet at.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    remedy = f"unset {' '.join(found)} for a single process, or start with torchrun"
+    try:
+        world, rank = int(found.get("WORLD_SIZE", "1")), int(found.get("RANK", "0"))
+        local = int(found.get("LOCAL_RANK", "0"))
+    except ValueError:
+        raise UserError("the launcher's variables are no numbers", found=told, remedy=remedy) from None
+    if not 0 <= rank < world or local < 0:
+        raise UserError(f"there is no rank {rank} among {world} processes", found=told, remedy=remedy)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {world}, but {' and '.join(missing)} not set: no launcher started these processes",
+            found=told,
+            remedy=remedy,
+        )

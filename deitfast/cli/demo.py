@@ -1,0 +1,53 @@
+"""The built-in demo set and its teacher, made where they are wanted and missing."""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from deitfast.config import recipe as recipes
+from deitfast.config.choices import Arch
+from deitfast.config.recipe import Recipe
+from deitfast.progress import Display
+from deitfast.run_folder import RunFolder
+from deitfast.train.trainer import TrainJob
+from pipelines.storage.convert.options import ConvertOptions
+from pipelines.storage.dataset import SPEC_FILE
+
+log = logging.getLogger("deitfast")
+DEMO_DATA = Path("data/demo")
+DEMO_TEACHER = Path("runs/demo-teacher")
+DEMO_TEACHER_ARCH: Arch = "resnet18"
+
+
+def make_demo_data(data: Path, display: Display) -> None:
+    """Draw the demo set, on rank 0, if `data` is its folder and it is not there yet."""
+    from deitfast.cli.data import convert_dataset
+
+    if data != DEMO_DATA:
+        return
+    written = data / SPEC_FILE
+    if os.environ.get("RANK", "0") == "0" and not written.exists():
+        convert_dataset("demo", None, data, ConvertOptions(), display)
+    while not written.exists():
+        time.sleep(0.1)
+
+
+def uses_demo_teacher(recipe: Recipe) -> bool:
+    """Whether the recipe's teacher is the one that deitfast trains itself, on the demo set."""
+    return recipe.distill.mode != "none" and Path(recipe.distill.teacher) == DEMO_TEACHER.resolve()
+
+
+def demo_teacher_job(data: Path) -> TrainJob | None:
+    """Return the job that trains (or finishes) the teacher of the demo set in `data`; None where it is trained."""
+    folder = RunFolder(DEMO_TEACHER)
+    recipe = recipes.choose(DEMO_TEACHER_ARCH, "demo", 0)
+    if not folder.exists():
+        log.info("no --teacher: training the demo set's own, %s, into %s", DEMO_TEACHER_ARCH, DEMO_TEACHER)
+    elif folder.finished():
+        log.info("no --teacher: using the demo set's own, %s", DEMO_TEACHER)
+        return None
+    else:
+        log.info("no --teacher: finishing the demo set's own, %s", DEMO_TEACHER)
+        recipe = folder.recipe()
+    return TrainJob(recipe, data, DEMO_TEACHER, resume=True, command=())
