@@ -16,7 +16,7 @@ from deitfast.distill.targets import plan_targets
 from deitfast.eval.evaluate import evaluate, final_head
 from deitfast.interrupt import Interrupted, Stop, catching_signals
 from deitfast.progress import Bar, Display, duration, logging_to
-from deitfast.run_folder import RunFolder, RunInfo
+from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from deitfast.runtime import Runtime
 from deitfast.train.callbacks import Callbacks
 from deitfast.train.checkpointer import Checkpointer, all_finite
@@ -174,7 +174,8 @@ class Trainer:
                 log.warning("%s: the checkpoint stays as it was", event)
         self.checkpoints.wait()
         epoch, steps = self.state.epoch + 1, self.state.steps
-        log.info("%s: stopped in epoch %d after %d steps; --resume goes on", request, epoch, steps)
+        line = resume_command(self.folder.path, self.job.command)
+        log.info("%s: stopped at epoch %d, step %d. Resume: %s", request, epoch, steps, line)
 
     def _log_start(self) -> None:
         recipe, runtime, loader = self.recipe, self.runtime, self.loop.loader

@@ -72,7 +72,7 @@ def test_a_training_saves_and_says_why_it_ends(tiny_small: Path, tmp_path: Path)
     steps = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["steps"]
     assert 2 <= steps < STEPS
     log = RunFolder(tmp_path / "run").log.read_text()
-    assert f"SIGHUP: stopped in epoch 1 after {steps} steps; --resume goes on" in log
+    assert f"SIGHUP: stopped at epoch 1, step {steps}. Resume: " in log
     run(tiny_small, tmp_path / "run", RECIPE, resume=True)
     run(tiny_small, tmp_path / "whole", RECIPE)
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")

@@ -133,7 +133,7 @@ def test_between_steps_a_request_waits_for_the_step(tiny_small: Path, tmp_path: 
         patch.setattr(step_module.TrainStep, "step", asked_in_the_middle)
         stopped(tiny_small, tmp_path / "run")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["steps"] == 3
-    assert "stopped in epoch 1 after 3 steps; --resume goes on" in (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped at epoch 1, step 3. Resume: deitfast train --out" in (tmp_path / "run" / "log.txt").read_text()
     goes_on(tiny_small, tmp_path / "run", whole)
 
 

@@ -274,7 +274,9 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on(tiny_small: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on" in err
+    assert "Resume: python -m deitfast train --data" in err
+    assert "--out run --batch 16" in err
+    assert err.splitlines()[-2].endswith(" --resume")
     assert err.endswith("interrupted\n")
     assert "Traceback" not in err
     epochs = len(Path("run/metrics.jsonl").read_text().splitlines())
