@@ -87,7 +87,7 @@ def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], sa
         (["--per-image"], "--per-image requires --distill"),
         (["--distill", "hard", "--teacher", "nowhere"], "teacher 'nowhere' not found"),
         (["--recipe", "nowhere.toml"], "recipe not found: nowhere.toml"),
-        (["--device", "abacus"], "--device abacus is no device"),
+        (["--device", "abacus"], "unknown device abacus"),
         (["--batch", "4096"], "batch"),
         (["--data-fraction", "1.5"], "train.fraction"),
         (["--data-fraction", "0.1"], "train.batch 64 does not fit 10 images"),
