@@ -10,6 +10,7 @@ import typer
 from PIL import Image
 
 from deitfast.cli.app import app
+from deitfast.config.recipe import Recipe, flatten
 from deitfast.docs.measured import tables
 from pipelines.storage.convert.converter import ConvertOptions, convert
 from pipelines.storage.sources.demo import open_demo
@@ -23,6 +24,10 @@ NEEDS = {"gpu", "data", "minutes", "nodes", "install", "onnx"}
 """What a block may need that these tests have not: its commands are only read."""
 ELSEWHERE = ("tools/", "source ", "export ", "docker ")
 """Lines that are not this program's."""
+
+
+OTHERS = {"--network", "--nproc-per-node", "--signal", "--requeue"}
+"""Options of torchrun, Docker and SLURM that the text speaks of."""
 
 
 def blocks(language: str) -> list[Any]:
@@ -58,8 +63,8 @@ def command(line: str) -> list[str] | None:
     words = shlex.split(line, comments=True)
     if "-m" in words and words[words.index("-m") + 1] == "deitfast":
         return words[words.index("-m") + 2 :]
-    if words and words[0] == "deitfast":
-        return words[1:]
+    if "deitfast" in words[:4]:
+        return words[words.index("deitfast") + 1 :]
     assert not words or line.startswith(ELSEWHERE) or "-m tools." in line, f"what is this? {line}"
     return None
 
@@ -91,6 +96,30 @@ def test_commands_do_what_a_page_says(capsys: pytest.CaptureFixture[str], needs:
 def test_python_blocks_run(capsys: pytest.CaptureFixture[str], needs: str, text: str) -> None:
     assert not needs
     exec(compile(text, "a page", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_and_settings_in_the_text_exist(page: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    options = {name for each in group.commands.values() for option in each.params for name in option.opts}
+    options |= {"--debug", "--version", "--all", "--cov", "--dry-run"} | OTHERS
+    settings, sections = flatten(Recipe()).keys(), {name.partition(".")[0] for name in flatten(Recipe())}
+    for code in re.findall(r"`([^`\n]+)`", BLOCK.sub("", page.read_text())):
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
+            assert option in options, f"`{code}`"
+        for name in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?=$|[ =])", code):
+            assert name in settings or name.partition(".")[0] not in sections, f"`{code}`"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for page in PAGES for _, name, _ in tables.BLOCK.findall(page.read_text())})
+)
+def test_a_record_says_how_to_measure_again(name: str) -> None:
+    found = tables.read(name)
+    assert found["machine"]
+    assert found["versions"]["deitfast"]
+    if arguments := command(found["command"]):
+        read_by_the_command_line(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
