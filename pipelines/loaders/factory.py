@@ -24,6 +24,9 @@ NEEDS = {
     "ffcv": ("ffcv", "pipelines.loaders.ffcv"),
 }
 """The package that a loader needs, and the module of ours that imports it."""
+_NVIDIA = "pip install 'deitfast[cuda13]' (driver 580 or later, or no GPU) or 'deitfast[cuda12]'"
+INSTALL = {"dali": _NVIDIA, "cpu": _NVIDIA, "ffcv": "pip install 'deitfast[ffcv]'"}
+"""What brings a loader's package."""
 RESIDENT_SIDE = 64
 """Largest side that `auto` keeps resident, in pixels."""
 RESIDENT_SHARE = 4
@@ -132,7 +135,7 @@ def _require(name: str) -> None:
         raise UserError(
             f"the {name} loader does not work here",
             found=reason,
-            remedy="--set loader.name=auto; deitfast doctor says which loaders work",
+            remedy=f"{INSTALL[name]}; or --set loader.name=auto: deitfast doctor says which loaders work",
         )
 
 
