@@ -102,7 +102,7 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str], needs: str, text:
 def test_options_and_settings_in_the_text_exist(page: Path) -> None:
     group: Any = typer.main.get_command(app)
     options = {name for each in group.commands.values() for option in each.params for name in option.opts}
-    options |= {"--debug", "--version", "--all", "--cov", "--dry-run"} | OTHERS
+    options |= {"--debug", "--version", "--all", "--cov", "--cov-report", "--dry-run"} | OTHERS
     settings, sections = flatten(Recipe()).keys(), {name.partition(".")[0] for name in flatten(Recipe())}
     for code in re.findall(r"`([^`\n]+)`", BLOCK.sub("", page.read_text())):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
@@ -123,7 +123,9 @@ def test_a_record_says_how_to_measure_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    for path in re.findall(r"`((?:deitfast|pipelines|tools|tests)/(?:\w[\w/]*(?:\.\w+)?)?)`", page.read_text()):
+        assert (ROOT / path).exists(), path
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
