@@ -84,6 +84,8 @@ class Trainer:
         self.validation: Loader | None = None
         self.state = TrainState.start(runtime.device)
         self.last_divergence: DivergedError | None = None
+        self.best_top1: float | None = None
+        """Of the best checkpoint; None: not looked up yet."""
         self.seconds_to_evaluate = 0.0
         self._resources = ExitStack()
 
@@ -272,9 +274,11 @@ class Trainer:
             row["teacher_views"] = state.teacher_views
         if self.validation and (last or epoch % train.evaluate_every == 0):
             row |= self._evaluate(self.validation, stop)
+        best = ""
         if self.runtime.is_main_process:
+            best = self._save_best(row)
             self.folder.append(row)
-        log.info("%s", describe(row, train.epochs))
+        log.info("%s%s", describe(row, train.epochs), best)
         with stop.interruptible():
             self.callbacks.log_epoch(self._steps_done(), row, last=last)
         self.state = TrainState.start(self.runtime.device, epoch)
@@ -302,6 +306,21 @@ class Trainer:
             tree = {"epoch": self.state.epoch + 1, "classes": self.spec.classes, **everything}
             write_text(self.folder.evaluation, json.dumps(tree))
         return found
+
+    def _save_best(self, row: dict[str, Any]) -> str:
+        """Save the better of plain and averaged weights if it is the run's best so far; return what to say of it."""
+        top1 = {name: row[name][final_head(row[name])]["top1"] for name in ("val", "val_ema") if name in row}
+        path, epoch = self.folder.best, row["epoch"] - 1
+        if self.best_top1 is None:
+            self.best_top1 = checkpoint.best_before(path, epoch)
+        if not top1 or max(top1.values()) <= self.best_top1:
+            return ""
+        name = max(top1, key=top1.__getitem__)
+        averaged = name == "val_ema" and self.step.ema is not None
+        model = self.step.ema.model if averaged and self.step.ema else self.step.model
+        checkpoint.save_best(path, epoch, top1[name], model.state_dict(), averaged=averaged)
+        self.best_top1 = top1[name]
+        return f"; best so far: the {'averaged' if averaged else 'plain'} weights"
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:

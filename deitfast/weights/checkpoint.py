@@ -179,25 +179,29 @@ def model_weights(state: dict[str, Any], path: Path, *, ema: bool = False) -> di
     return state["ema"]["model"]
 
 
-def save_best(path: Path, epoch: int, results: dict[str, tuple[float, dict[str, Tensor]]]) -> bool:
-    """Write the better of some weights of an epoch to `path`, if none that is there already is as good.
-
-    Args:
-        path: the best checkpoint of a run, there already or not.
-        epoch: from 0.
-        results: validation top-1 and weights under "plain" and, where there are any, "averaged".
-
-    Returns:
-        Whether it was written.
+def best_before(path: Path, epoch: int) -> float:
+    """Return the validation top-1 of a run's best checkpoint, if it was saved before `epoch` (from 0); else -1.
 
     Raises:
-        DeitfastError: as `save`; or the one that is there is damaged.
+        DeitfastError: it is damaged.
     """
-    name = max(results, key=lambda each: results[each][0])
-    top1, weights = results[name]
-    if path.exists():
-        before = load(path, torch.device("cpu"))
-        if before["epoch"] < epoch and before["top1"] >= top1:
-            return False
-    save(path, {"epoch": epoch, "top1": top1, "averaged": name == "averaged", "model": weights})
-    return True
+    if not path.exists():
+        return -1.0
+    best = load(path, torch.device("cpu"))
+    return float(best["top1"]) if best["epoch"] < epoch else -1.0
+
+
+def save_best(path: Path, epoch: int, top1: float, weights: dict[str, Tensor], *, averaged: bool) -> None:
+    """Write the weights of the best validation top-1 so far.
+
+    Args:
+        path: `RunFolder.best`.
+        epoch: from 0.
+        top1: of the published prediction, a share.
+        weights: the model's state.
+        averaged: whether they are the averaged ones.
+
+    Raises:
+        DeitfastError: as `save`.
+    """
+    save(path, {"epoch": epoch, "top1": top1, "averaged": averaged, "model": weights})

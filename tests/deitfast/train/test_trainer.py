@@ -42,7 +42,7 @@ def test_a_run_leaves_what_is_needed_to_read_and_repeat_it(tiny_small: Path, tmp
     evaluation = json.loads(folder.evaluation.read_text())
     assert evaluation["epoch"] == 2
     assert sum(map(sum, evaluation["val"]["class"]["confusion"])) == 20
-    assert load_model(folder.path, torch.device("cpu")).epoch == 2
+    assert load_model(folder.path, torch.device("cpu"), which="last").epoch == 2
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("none", 2), ("soft", 5), ("hard", 7)])

@@ -138,24 +138,18 @@ def test_a_checkpoint_of_other_types_is_damaged(tmp_path, change: dict) -> None:
         checkpoint.load(file, CPU)
 
 
-def test_the_best_weights_are_kept_and_better_ones_replace_them(tmp_path) -> None:
+def test_the_best_or_the_last_checkpoint_is_chosen(tmp_path) -> None:
     file, run = tmp_path / "checkpoint_best.pt", RunFolder(tmp_path)
-
-    def weights(value: float) -> dict[str, torch.Tensor]:
-        return {"weight": torch.full((3,), value)}
-
-    assert checkpoint.save_best(file, 0, {"plain": (0.5, weights(1)), "averaged": (0.4, weights(2))})
-    assert not checkpoint.save_best(file, 1, {"plain": (0.5, weights(3)), "averaged": (0.5, weights(4))})
-    state = checkpoint.load(file, CPU)
-    assert (state["epoch"], state["averaged"], state["top1"]) == (0, False, 0.5)
-    assert checkpoint.save_best(file, 2, {"plain": (0.1, weights(5)), "averaged": (0.6, weights(6))})
-    state = checkpoint.load(file, CPU)
-    assert (state["epoch"], state["averaged"], state["model"]["weight"][0]) == (2, True, 6)
-    assert checkpoint.choose(run) == file
-    assert checkpoint.choose(run, which="last") == checkpoint.choose(run, ema=True) == run.checkpoint
-    with pytest.raises(UserError, match="exclude each other"):
-        checkpoint.choose(run, ema=True, which="best")
-    file.unlink()
+    assert checkpoint.best_before(file, 3) == -1
     assert checkpoint.choose(run) == run.checkpoint
     with pytest.raises(UserError, match="no best checkpoint"):
         checkpoint.choose(run, which="best")
+    checkpoint.save_best(file, 2, 0.6, {"weight": torch.ones(3)}, averaged=True)
+    state = checkpoint.load(file, CPU)
+    assert (state["epoch"], state["averaged"], state["top1"]) == (2, True, 0.6)
+    assert checkpoint.best_before(file, 3) == 0.6
+    assert checkpoint.best_before(file, 2) == -1  # a run that was resumed before it
+    assert checkpoint.choose(run) == checkpoint.choose(run, which="best") == file
+    assert checkpoint.choose(run, which="last") == checkpoint.choose(run, ema=True) == run.checkpoint
+    with pytest.raises(UserError, match="exclude each other"):
+        checkpoint.choose(run, ema=True, which="best")
