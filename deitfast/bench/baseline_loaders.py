@@ -188,7 +188,6 @@ def ffcv_stock(bench: Workbench, stack: ExitStack) -> BenchCase:
             pipelines={
                 "image": [fields.rgb_image.RandomResizedCropRGBImageDecoder((size, size)), to_tensor()],
                 "label": [fields.basics.IntDecoder(), to_tensor()],
-                "crc32": None,
             },
             batches_ahead=2,
         )

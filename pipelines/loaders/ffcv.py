@@ -97,7 +97,7 @@ class FfcvLoader:
     def __init__(self, plan: BatchPlan) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         self.reader = _beton(plan.reader)
-        wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None, "crc32": None}
+        wanted: Any = {"image": [TableDecoder(plan.augment.size)], "label": None}
         with quiet(), _interpreted():
             self._loader: Any = Loader(
                 str(plan.reader.path),

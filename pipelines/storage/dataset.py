@@ -12,14 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import atomic_write
-from pipelines.spec import DatasetSpec
+from pipelines.spec import DatasetSpec, SplitSpec
 from pipelines.storage.formats.beton import BetonReader
 from pipelines.storage.formats.wds_reader import ShardReader
 from pipelines.storage.reader import Reader
 
-FORMAT = 1
+FORMAT = 2
 """Version of dataset.json that this program writes and reads."""
 SPEC_FILE = "dataset.json"
+MOST_CLASSES = 2**20
 
 CONTENT = np.dtype([("label", "<i8"), ("height", "<i4"), ("width", "<i4"), ("mode", "u1"), ("crc32", "<u4")])
 
@@ -41,12 +42,15 @@ class Dataset:
     def open(cls, folder: Path | str) -> Self:
         """Open the dataset in `folder`; its files are opened by `split`.
 
+        What FFCV itself wrote can be opened as well: a folder with train.beton and no dataset.json, or such a file
+        alone, as the split train. Its classes are numbers, and nothing of it can be compared with a CRC32.
+
         Raises:
             UserError: there is no dataset here, or one of another version.
             DeitfastError: dataset.json is damaged.
         """
         folder = Path(folder)
-        return cls(folder, read_spec(folder))
+        return cls(folder.parent if folder.is_file() else folder, read_spec(folder))
 
     def split(self, name: str) -> Reader:
         """Return the reader of one split, opened once and checked against dataset.json.
@@ -112,6 +116,46 @@ def open_reader(path: Path) -> Reader:
             raise _damaged(path, "a split that ends in .beton or .wds", suffix)
 
 
+def ffcv_files(path: Path) -> dict[str, Path]:
+    """Return the .beton files by split that no dataset.json describes: one, or those of a folder with train.beton."""
+    if path.is_file() and path.suffix == ".beton":
+        return {"train": path}
+    if (path / SPEC_FILE).exists():
+        return {}
+    found = {split: path / f"{split}.beton" for split in ("train", "val", "test")}
+    found = {split: file for split, file in found.items() if file.is_file()}
+    return found if "train" in found else {}
+
+
+def describe_ffcv(files: Mapping[str, Path]) -> DatasetSpec:
+    """Return what dataset.json would say of files that FFCV wrote.
+
+    Raises:
+        DeitfastError: one is not whole, or has other fields than an image and an integer label.
+    """
+    readers = {split: BetonReader(file) for split, file in files.items()}
+    number = max(int(reader.labels.max()) for reader in readers.values()) + 1
+    if number > MOST_CLASSES:
+        raise _damaged(files["train"], f"labels below {MOST_CLASSES:,}", f"label {number - 1:,}")
+    classes = tuple(map(str, range(number)))
+    splits = {
+        split: SplitSpec(
+            file=files[split].name,
+            samples=reader.num_samples,
+            counts=tuple(np.bincount(reader.labels, minlength=number).tolist()),
+            size=reader.file_size,
+            index_crc32=reader.index_crc32,
+            fingerprint=content_fingerprint(reader),
+        )
+        for split, reader in readers.items()
+    }
+    for reader in readers.values():
+        reader.close()
+    fingerprint = dataset_fingerprint(classes, {name: split.fingerprint for name, split in splits.items()})
+    source = " and ".join(str(file) for file in files.values())
+    return DatasetSpec(FORMAT, "ffcv", classes, splits, {"max_side": 0, "quality": 0}, source, fingerprint)
+
+
 def content_fingerprint(reader: Reader) -> str:
     """Return a split's fingerprint: blake2b over (label, height, width, mode, crc32) of every sample in order."""
     rows = np.zeros(reader.num_samples, dtype=CONTENT)
@@ -133,7 +177,9 @@ def write_spec(folder: Path, spec: DatasetSpec) -> None:
 
 
 def read_spec(folder: Path) -> DatasetSpec:
-    """Read and check dataset.json. Raises as `Dataset.open` does."""
+    """Read and check dataset.json, or describe what FFCV wrote. Raises as `Dataset.open` does."""
+    if files := ffcv_files(folder):
+        return describe_ffcv(files)
     path = folder / SPEC_FILE
     remedy = "make one with `deitfast convert`, or give the folder of one"
     if not folder.is_dir():

@@ -38,7 +38,7 @@ class Reader(Protocol):
     sizes: np.ndarray
     """int64 [N]: bytes that `sample` returns."""
     crcs: np.ndarray
-    """uint32 [N]: CRC32 of these bytes."""
+    """uint32 [N]: CRC32 of these bytes; their number in a file that FFCV wrote, which has none."""
     file_size: int
     """Bytes of the files that hold the images."""
     index_crc32: int
@@ -53,7 +53,7 @@ class Reader(Protocol):
         ...
 
     def read_verified(self, index: int) -> np.ndarray:
-        """Return `sample(index)` once its CRC32 is right.
+        """Return `sample(index)` once its CRC32, if there is one, is right.
 
         Raises:
             DeitfastError: the bytes are not those that were written; the message names the file and the sample.

@@ -77,6 +77,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
     folder = Path(folder)
     try:
         spec = read_spec(folder)
+        folder = folder.parent if folder.is_file() else folder
     except UserError:
         raise
     except DeitfastError as failure:

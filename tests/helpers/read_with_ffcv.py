@@ -12,13 +12,13 @@ from ffcv.loader import Loader, OrderOption
 
 
 def columns(path: str, decoder, os_cache: bool) -> dict[str, np.ndarray]:
-    """Every sample's image, label and CRC32, in order; copied out of FFCV's recycled memory."""
+    """Every sample's image and label, in order; copied out of FFCV's recycled memory."""
     loader = Loader(
         path, batch_size=6, num_workers=1, os_cache=os_cache, order=OrderOption.SEQUENTIAL, drop_last=False,
-        pipelines={"image": [decoder], "label": [IntDecoder()], "crc32": [IntDecoder()]},
+        pipelines={"image": [decoder], "label": [IntDecoder()]},
     )  # fmt: skip
     batches = [[np.array(column) for column in batch] for batch in loader]
-    names = ("image", "label", "crc32")
+    names = ("image", "label")
     return {name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
 
 

@@ -1,8 +1,11 @@
-"""FFCV's dataset file, version 2: its layout, and a reader of three fields (image, label, crc32) that copies nothing.
+"""FFCV's dataset file, version 2: its layout, and a reader of two fields (image, label) that copies nothing.
 
 Layout, little-endian: header; one descriptor a field; one metadata row a sample; zeros up to a page boundary; pages of
 image data, no sample crossing from one page into the next; the allocation table (sample, offset, size) up to the end
 of the file. Page n of FFCV is the bytes from n x page size on, counted from the start of the file.
+
+Our own files have a CRC32 a sample as well: among the zeros behind the metadata, where FFCV does not look, `CRC_MAGIC`
+and uint32 [samples]. A file without it is one that FFCV wrote.
 """
 
 import contextlib
@@ -24,18 +27,24 @@ HEADER = np.dtype(
 )
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
-SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("crc32", "<i8")], align=True)
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 
 IMAGE_FIELD, INT_FIELD = 2, 1  # FFCV's type identifiers of RGBImageField and IntField
-FIELDS = np.array([(IMAGE_FIELD, b"image", b""), (INT_FIELD, b"label", b""), (INT_FIELD, b"crc32", b"")], dtype=FIELD)
+FIELDS = np.array([(IMAGE_FIELD, b"image", b""), (INT_FIELD, b"label", b"")], dtype=FIELD)
+CRC_MAGIC = b"deitfast-crc32-1"
 PREAMBLE = HEADER.itemsize + FIELDS.nbytes
 """Bytes before the first sample's metadata."""
 
 
-def index_end(samples: int) -> int:
+def metadata_end(samples: int) -> int:
     """Return the first byte after the metadata of so many samples."""
     return PREAMBLE + samples * SAMPLE.itemsize
+
+
+def index_end(samples: int) -> int:
+    """Return the first byte after the metadata and the CRC32s of so many samples."""
+    return metadata_end(samples) + len(CRC_MAGIC) + samples * 4
 
 
 class BetonReader:
@@ -48,7 +57,7 @@ class BetonReader:
         path: the file.
 
     Raises:
-        DeitfastError: the file is missing, cut, longer than its index says, or not a .beton with these three fields.
+        DeitfastError: the file is missing, cut, longer than its index says, or not a .beton with these two fields.
     """
 
     num_samples: int
@@ -66,9 +75,11 @@ class BetonReader:
     sizes: np.ndarray
     """int64 [N]: bytes of the sample."""
     crcs: np.ndarray
-    """uint32 [N]: CRC32 of these bytes."""
+    """uint32 [N]: CRC32 of these bytes; of a file that FFCV wrote, their number instead."""
+    has_crcs: bool
+    """Whether samples can be compared with their CRC32."""
     index_crc32: int
-    """CRC32 of header, field descriptors, metadata and allocation table, in this order."""
+    """CRC32 of header, field descriptors, metadata, CRC32s and allocation table, in this order."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -78,12 +89,17 @@ class BetonReader:
         self.file_size = len(self._bytes)
         header = self._read_header()
         self.num_samples, self.page_size, table = int(header["samples"]), int(header["page_size"]), int(header["table"])
-        metadata = self._bytes[PREAMBLE : index_end(self.num_samples)].view(SAMPLE)
+        start, end = metadata_end(self.num_samples), index_end(self.num_samples)
+        metadata = self._bytes[PREAMBLE:start].view(SAMPLE)
+        self.has_crcs = self._bytes[start : start + len(CRC_MAGIC)].tobytes() == CRC_MAGIC
         table_rows = self._bytes[table:].view(ALLOCATION)
+        table_rows = table_rows if self.has_crcs else np.sort(table_rows, order="sample")  # FFCV's workers take turns
         self._check_allocation(metadata, table_rows, table)
         self._load_columns(metadata, table_rows)
-        self._check_values(metadata["crc32"])
-        crc = zlib.crc32(self._bytes[: index_end(self.num_samples)].data)
+        if self.has_crcs:
+            self.crcs = self._bytes[start + len(CRC_MAGIC) : end].copy().view("<u4")
+        self._check_values()
+        crc = zlib.crc32(self._bytes[: end if self.has_crcs else start].data)
         self.index_crc32 = zlib.crc32(self._bytes[table:].data, crc)
 
     def sample(self, index: int) -> np.ndarray:
@@ -94,8 +110,8 @@ class BetonReader:
         return self._bytes[start : start + self.sizes[index]]
 
     def read_verified(self, index: int) -> np.ndarray:
-        """Return `sample(index)` once its CRC32 is right. Raises DeitfastError."""
-        return compare_crc(self, index, self.sample(index))
+        """Return `sample(index)` once its CRC32, if there is one, is right. Raises DeitfastError."""
+        return compare_crc(self, index, self.sample(index)) if self.has_crcs else self.sample(index)
 
     def location(self, index: int) -> ByteRange:
         """Return where a sample is stored."""
@@ -137,11 +153,11 @@ class BetonReader:
         fields = self._bytes[HEADER.itemsize : PREAMBLE].view(FIELD)
         same = (fields["type"] == FIELDS["type"]).all() and (fields["name"] == FIELDS["name"]).all()
         found = ", ".join(f"{f['name'].decode('ascii', 'replace')} (type {f['type']})" for f in fields)
-        self._require(bool(same), "fields image (type 2), label (type 1), crc32 (type 1)", found)
+        self._require(bool(same), "fields image (type 2), label (type 1)", found)
         self._require(samples >= 1, "at least one sample", samples)
         size = table + samples * ALLOCATION.itemsize
         self._require(self.file_size == size, f"{size:,} bytes for {samples:,} samples", f"{self.file_size:,} bytes")
-        self._require(index_end(samples) <= table, "the allocation table after the metadata", f"at byte {table:,}")
+        self._require(metadata_end(samples) <= table, "the allocation table after the metadata", f"at byte {table:,}")
         return header
 
     def _check_allocation(self, metadata: np.ndarray, table_rows: np.ndarray, table: int) -> None:
@@ -155,7 +171,9 @@ class BetonReader:
         self._require(bool(bounded.all()), "samples inside the file", f"sample {int(np.argmin(bounded))} outside it")
         offsets, sizes = table_rows["offset"].astype(np.int64), table_rows["size"].astype(np.int64)
         ends = offsets + sizes
-        starts = np.concatenate([[index_end(n)], ends[:-1]])
+        order = np.argsort(offsets, kind="stable")
+        starts = np.empty(n, np.int64)
+        starts[order] = np.concatenate([[index_end(n) if self.has_crcs else metadata_end(n)], ends[order][:-1]])
         apart = (offsets >= starts) & (ends <= table)
         self._require(bool(apart.all()), "samples one after the other", f"sample {int(np.argmin(apart))} overlaps")
         whole = offsets // self.page_size == (ends - 1) // self.page_size
@@ -168,9 +186,9 @@ class BetonReader:
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
         self.modes = image["mode"].astype(np.uint8)
         self.offsets, self.sizes = table_rows["offset"].astype(np.int64), table_rows["size"].astype(np.int64)
-        self.crcs = metadata["crc32"].astype(np.uint32)
+        self.crcs = self.sizes.astype(np.uint32)
 
-    def _check_values(self, crcs: np.ndarray) -> None:
+    def _check_values(self) -> None:
         """Check what the metadata says about each image."""
         known = (self.modes == JPEG) | (self.modes == RAW)
         self._require(bool(known.all()), "images stored as JPEG (0) or raw (1)", f"mode {int(self.modes.max())}")
@@ -180,4 +198,3 @@ class BetonReader:
         full = (self.modes == JPEG) | (self.sizes == pixels)
         self._require(bool(full.all()), "raw images of height x width x 3 bytes", "another size")
         self._require(bool((self.labels >= 0).all()), "labels from 0 on", f"label {int(self.labels.min())}")
-        self._require(bool((crcs >> 32 == 0).all()), "CRCs of 32 bits", "longer ones")

@@ -7,7 +7,17 @@ import numpy as np
 
 from pipelines.errors import DeitfastError
 from pipelines.files import write_all
-from pipelines.storage.formats.beton import ALLOCATION, FIELDS, HEADER, MAX_PAGE, MIN_PAGE, SAMPLE, VERSION, index_end
+from pipelines.storage.formats.beton import (
+    ALLOCATION,
+    CRC_MAGIC,
+    FIELDS,
+    HEADER,
+    MAX_PAGE,
+    MIN_PAGE,
+    SAMPLE,
+    VERSION,
+    index_end,
+)
 from pipelines.storage.transcode import EncodedImage
 
 USUAL_PAGE = 1 << 23  # FFCV's default; a smaller page wastes more at its end
@@ -70,19 +80,20 @@ class BetonWriter:
         os.fsync(self._fd)
 
     def finish(self, records: np.ndarray) -> None:
-        """Write header, metadata and allocation table for RECORD [n]; afterward the file is whole and on the disk."""
+        """Write header, metadata, CRC32s and allocation table of RECORD [n]; the file is then whole, on the disk."""
         stored = records[records["stored"]]
         table = _up(self.end, self.page_size)  # whole pages: FFCV reads no less
         header = np.array((VERSION, len(FIELDS), self.page_size, len(stored), table), dtype=HEADER)
         metadata, table_rows = np.zeros(len(stored), dtype=SAMPLE), np.zeros(len(stored), dtype=ALLOCATION)
         for name in ("mode", "width", "height", "offset"):
             metadata["image"][name] = stored[name]
-        metadata["label"], metadata["crc32"] = stored["label"], stored["crc32"]
+        metadata["label"] = stored["label"]
+        crcs = CRC_MAGIC + stored["crc32"].astype("<u4").tobytes()
         table_rows["sample"] = np.arange(len(stored))
         table_rows["offset"], table_rows["size"] = stored["offset"], stored["size"]
         os.ftruncate(self._fd, self.end)
         write_all(self._fd, table_rows.tobytes(), table)
-        write_all(self._fd, header.tobytes() + FIELDS.tobytes() + metadata.tobytes(), 0)
+        write_all(self._fd, header.tobytes() + FIELDS.tobytes() + metadata.tobytes() + crcs, 0)
         self.sync()
 
     def close(self) -> None:
