@@ -1,8 +1,11 @@
 """The training loop of one epoch: batch, augmentation, targets, update, and a look about once a second."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+
+from torch import Tensor
 
 from deitfast.config.recipe import Recipe
 from deitfast.distill.targets import Targets
@@ -13,10 +16,11 @@ from deitfast.train.monitor import Observation, StepMonitor
 from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.train.state import DivergedError, TrainState
 from deitfast.train.step import TrainStep
-from pipelines.augment.chain import augment
+from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Loader
 from pipelines.device import explain_oom
 
+log = logging.getLogger("deitfast")
 STEP_MEMORY = ("the training step", "lower train.batch, raise train.accumulate, or take a smaller model")
 """What runs out of memory in a step, and what to do then."""
 
@@ -67,6 +71,8 @@ class TrainLoop:
                         before = self.targets.teacher_views
                         targets = self.targets.get(inputs, batch.skipped)
                         state.teacher_views += self.targets.teacher_views - before
+                    if self.first_step_pending:
+                        self.fit_memory(inputs, targets)
                     lr = learning_rate(recipe.schedule, peak, train.epochs, steps, state.epoch, state.steps)
                     state.losses += self.train_step.step(
                         inputs, targets, lr, state.step_seed(train.seed, self.runtime.rank)
@@ -84,3 +90,22 @@ class TrainLoop:
                 now = time.monotonic()
                 state.seconds += now - began
                 began = now
+
+    def fit_memory(self, inputs: AugmentedBatch, targets: Tensor | None) -> None:
+        """Cut the batch into micro-batches until a step fits the GPU's memory, on all ranks alike.
+
+        What is learned stays the same up to rounding; a CNN normalizes over smaller batches then. Where
+        `train.accumulate` says how often to cut, it is left alone: then the step itself says that memory is full.
+        """
+        step, rows = self.train_step, len(inputs.labels)
+        if self.runtime.device.type != "cuda" or self.recipe.train.accumulate > 1 or step.graphs:
+            return
+        while self.runtime.max_over_ranks([not step.fits(inputs, targets)])[0]:
+            larger = next((n for n in range(step.accumulate + 1, rows + 1) if rows % n == 0), None)
+            if larger is None:
+                return
+            step.accumulate = larger
+        if step.accumulate > 1:
+            whole = rows * self.runtime.world
+            log.info("the batch does not fit the GPU's memory at once: %d = %d x %d, one after the other",
+                     whole, step.accumulate, whole // step.accumulate)  # fmt: skip

@@ -108,6 +108,34 @@ class TrainStep:
             self.ema.update(self.model)
         return losses
 
+    def fits(self, inputs: AugmentedBatch, teacher: Tensor | None) -> bool:
+        """Return whether a step on such a batch fits the device's memory, by trying one that changes nothing.
+
+        Forward and backward of one micro-batch, with room for what the first update will allocate: two moments of
+        every parameter. No rank waits for another here.
+        """
+        micro, target = split_batch(inputs, teacher, self.accumulate)[0]
+        buffers = [buffer.clone() for buffer in self.model.buffers()]  # a CNN's running statistics
+        try:
+            reserve = [torch.empty_like(parameter) for parameter in self.model.parameters() for _ in range(2)]
+            self.model.train()
+            if self.graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            with self.runtime.autocast():
+                heads = self.model(micro.pixels)
+            total, _ = self.loss(heads, micro.labels, micro.mix_labels, micro.lam, target, micro.valid)
+            self.scaler.scale(total).backward()
+            del reserve
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+
     def state(self) -> dict[str, Any]:
         """Return all that learning has changed, for a checkpoint."""
         return {

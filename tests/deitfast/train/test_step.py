@@ -12,6 +12,7 @@ from deitfast.config.recipe import Recipe, override
 from deitfast.eval.evaluate import predict
 from deitfast.models.vit import reads_patches
 from deitfast.runtime import Runtime
+from deitfast.train.loop import TrainLoop
 from deitfast.train.step import TrainStep, takes_graphs
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import UserError
@@ -146,3 +147,31 @@ def test_graphs_are_for_small_inputs_on_one_gpu(settings: list[str], world: int,
 def test_graphs_keep_one_gradient_at_a_time() -> None:
     with pytest.raises(UserError, match=r"requires train\.accumulate = 1"):
         override(tiny_recipe(), {"train.compile": "graphs", "train.accumulate": 2})
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """At the first step; weights and running statistics are as they were, and what was asked for is left alone."""
+    recipe = recipe_of("none")
+    learner = TrainStep(recipe, CLASSES, CPU)
+    loss, inputs = learner.loss, inputs_for(recipe, reads_patches(learner.model))
+
+    def short_of_memory(heads, labels, *arguments):
+        if len(labels) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(heads, labels, *arguments)
+
+    learner.loss = short_of_memory
+    loop = TrainLoop(recipe, CPU, Batches(recipe), learner, None)  # pyright: ignore
+    loop.runtime = replace(CPU, device=torch.device("cuda"))
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    with caplog.at_level("INFO", "deitfast"):
+        loop.fit_memory(inputs, None)
+    assert learner.accumulate == 4
+    assert f"{ROWS} = 4 x 4" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+    asked = recipe_of("none", "train.accumulate=2")
+    loop = TrainLoop(asked, CPU, Batches(recipe), TrainStep(asked, CLASSES, CPU), None)  # pyright: ignore
+    loop.runtime = replace(CPU, device=torch.device("cuda"))
+    loop.fit_memory(inputs, None)
+    assert loop.train_step.accumulate == 2
