@@ -221,12 +221,12 @@ def require_shared(folder: Path, runtime: Runtime) -> None:
         if runtime.is_main_process and not crc32:
             seen.touch()
         runtime.barrier()
-        if not (read_manifest(folder).crc32 == crc32 if crc32 else seen.exists()):
-            found = "a folder of its own" if is_cache(folder) else "no cache"
+        there = is_cache(folder)
+        if not (there and (read_manifest(folder).crc32 == crc32 if crc32 else seen.exists())):
             raise UserError(
                 f"rank {runtime.rank} on {socket.gethostname()} does not see the teacher cache of rank 0 on {host}",
                 expected=f"{folder} on a file system that all machines share, or a copy of a complete cache on each",
-                found=found,
+                found="a folder of its own" if there else "no cache",
                 remedy="fill it on one machine (deitfast teach) and copy it to the same path on all, "
                 "or run the teacher in the loop: --cache none",
             )

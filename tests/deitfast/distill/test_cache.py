@@ -195,6 +195,60 @@ def test_a_flipped_byte_in_the_targets_is_found_and_its_view_named(tmp_path: Pat
     assert [done for done, problem in cache.check() if problem] == [6]
 
 
+def test_no_flipped_bit_of_the_header_is_anything_but_damage(tmp_path: Path) -> None:
+    complete(tmp_path / "cache")
+    path = tmp_path / "cache" / TARGETS
+    whole = path.read_bytes()
+    for place in range(128):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises(DeitfastError, match=r"targets\.npy: damaged"):
+                TeacherCache.open(tmp_path / "cache")
+
+
+def test_a_table_that_is_cut_replaced_or_removed_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    """It is read and not mapped: no signal ends the process."""
+    cache = complete(tmp_path / "cache")
+    path = tmp_path / "cache" / TARGETS
+    cache.read_pass(0)
+    with path.open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(DeitfastError, match=r"targets\.npy: damaged"):
+        cache.read_pass(3)
+    path.unlink()
+    with pytest.raises(DeitfastError, match=r"targets\.npy: damaged"):
+        cache.read_pass(3)
+
+
+def test_too_little_memory_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 12.0 GiB")
+
+    for name, patched in {"table": "fromfile", "parts": "zeros"}.items():
+        cache = complete(tmp_path / name) if name == "table" else TeacherCache.create(tmp_path / name, manifest())
+        monkeypatch.setattr(f"deitfast.distill.cache_files.np.{patched}", exhausted)
+        with pytest.raises(DeitfastError, match=f"not enough memory to read {tmp_path / name}"):
+            cache.read_pass(0)
+        monkeypatch.undo()
+
+
+def test_parts_left_by_a_kill_after_the_manifest_go(tmp_path: Path) -> None:
+    cache = complete(tmp_path / "cache")
+    (tmp_path / "cache" / PARTS).mkdir()
+    (tmp_path / "cache" / PARTS / "00000-left.part").write_bytes(b"left")
+    cache.remove_leftovers()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [MANIFEST, TARGETS]
+
+
+def test_a_cache_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    complete(tmp_path / "cache")
+    path = tmp_path / "cache" / MANIFEST
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    with pytest.raises(UserError, match="another version of deitfast") as caught:
+        TeacherCache.open(tmp_path / "cache")
+    assert str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize("place", [3, 60, 130, -2])
 def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, place: int) -> None:
     cache = TeacherCache.create(tmp_path / "cache", manifest())

@@ -73,6 +73,16 @@ def test_another_loaders_pixels_are_refused_where_they_differ(tiny_dataset: Path
     assert len(set(taught_with[tiny_dataset].values())) == 3  # resident's are reference's
 
 
+def test_dalis_pixels_are_those_of_its_device(tiny_dataset: Path) -> None:
+    with closing(Dataset.open(tiny_dataset)) as dataset:
+        runtimes = [replace(CPU, device=torch.device(name)) for name in ("cpu", "cuda")]
+        loaders = [
+            [needed_manifest(distilled(), dataset, name, {}, runtime).identity["loader"] for runtime in runtimes]
+            for name in ("dali", "cpu", "reference")
+        ]
+    assert loaders == [["dali on cpu", "dali on cuda"], ["cpu", "cpu"], ["reference", "reference"]]
+
+
 def images(count: int = 40) -> list[np.ndarray]:
     return [drawn(32, 32, number) for number in range(count)]
 
