@@ -27,17 +27,17 @@ from tests.helpers.small_runs import CPU
 from tests.helpers.small_teachers import distilled, judge, with_cache
 from tests.deitfast.test_hangup import RECIPE
 from deitfast.distill import build_cache, cache_key, precompute
-from deitfast.train import trainer
+from deitfast.train import loop, trainer
 from deitfast.progress import Display, start_logging
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal tells its session when it goes
 what, data, out, deaf = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
 signal.signal(signal.SIGHUP, signal.SIG_IGN if deaf else signal.SIG_DFL)
-augment = trainer.augment
+augment = loop.augment
 def slow(*arguments, **options):
     time.sleep(0.2)
     return augment(*arguments, **options)
-trainer.augment = build_cache.augment = slow
+loop.augment = build_cache.augment = slow
 cache_key.load_teacher = lambda spec, classes: judge(len(classes))
 console = Console(stderr=True)
 start_logging(console)
