@@ -30,6 +30,7 @@ from pipelines.augment.triton_ops.records import (
     look_up,
     packed,
     read,
+    read_rgb,
     source_of,
     table_of,
     target_of,
@@ -102,21 +103,20 @@ def apply_filter(images, work, tables, records, SIZE: tl.constexpr, CHUNK: tl.co
     for start in range(0, CHUNK, BLOCK):
         at = begin + start + tl.arange(0, BLOCK)
         inside = at < SIZE * SIZE
-        red = read(pixels, at, inside, WHOLE)
-        green = read(pixels + SIZE * SIZE, at, inside, WHOLE)
-        blue = read(pixels + 2 * SIZE * SIZE, at, inside, WHOLE)
-        red, green, blue = filtered(red, green, blue, pixels, tables, record, at, inside, SIZE)
+        rgb = read_rgb(pixels, at, inside, SIZE, WHOLE)
+        red, green, blue = filtered(rgb, pixels, tables, record, at, SIZE)
         write(target, at, red, inside, WHOLE)
         write(target + SIZE * SIZE, at, green, inside, WHOLE)
         write(target + 2 * SIZE * SIZE, at, blue, inside, WHOLE)
 
 
 @triton.jit
-def filtered(red, green, blue, pixels, tables, record, at, inside, SIZE: tl.constexpr):
-    """Return red, green and blue, int32 [BLOCK], after a record's table if there is one, and its Color or Sharpness.
+def filtered(rgb, pixels, tables, record, at, SIZE: tl.constexpr):
+    """Return pixels, 3 x int32 [BLOCK], after a record's table, if any, and its Color or Sharpness, if it is one.
 
-    Args: the three as they were read from `pixels`, at the offsets `at` into a plane.
+    Args: `rgb` as it was read from `pixels`, at the offsets `at` into a plane.
     """
+    red, green, blue = rgb
     row = tl.load(record)
     operation = tl.load(record + OPERATION)
     argument = argument_of(record, 0)
@@ -131,9 +131,9 @@ def filtered(red, green, blue, pixels, tables, record, at, inside, SIZE: tl.cons
         green = _blended(gray, green, argument)
         blue = _blended(gray, blue, argument)
     elif operation > 0:  # Sharpness
-        red = _sharpened(red, pixels, tables, row, 0, chained, at, inside, argument, SIZE)
-        green = _sharpened(green, pixels, tables, row, 1, chained, at, inside, argument, SIZE)
-        blue = _sharpened(blue, pixels, tables, row, 2, chained, at, inside, argument, SIZE)
+        red = _sharpened(red, pixels, tables, row, 0, chained, at, argument, SIZE)
+        green = _sharpened(green, pixels, tables, row, 1, chained, at, argument, SIZE)
+        blue = _sharpened(blue, pixels, tables, row, 2, chained, at, argument, SIZE)
     return red, green, blue
 
 
@@ -213,11 +213,11 @@ def _mean_gray(pixels, tables, row, chained, SIZE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _sharpened(own, pixels, tables, row, channel: tl.constexpr, chained, at, inside, factor, SIZE: tl.constexpr):
+def _sharpened(own, pixels, tables, row, channel: tl.constexpr, chained, at, factor, SIZE: tl.constexpr):
     """Return a channel of `torch_ops.color.sharpness`, int32 [BLOCK]; `own` are its values at `at`."""
     y = at // SIZE
     x = at % SIZE
-    inner = inside & (y > 0) & (y < SIZE - 1) & (x > 0) & (x < SIZE - 1)
+    inner = (y > 0) & (y < SIZE - 1) & (x > 0) & (x < SIZE - 1)
     table = table_of(tables, row, channel)
     left = tl.maximum(x - 1, 0)
     weighted = own * 4

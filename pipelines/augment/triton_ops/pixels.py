@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pipelines.augment.triton_ops.color import filtered
-from pipelines.augment.triton_ops.records import DRAWN, ROW, WORDS, read, source_of
+from pipelines.augment.triton_ops.records import DRAWN, ROW, WORDS, read_rgb, source_of
 from pipelines.rng import philox
 from pipelines.rng.distributions import CELLS, REST_BITS
 from pipelines.rng.packed_spec import UNIT
@@ -54,23 +54,20 @@ def write_pixels(
     row = tl.load(unit)
     partner = tl.load(unit + 1)
     # both images are asked for before either is worked on
-    own = source_of(images, work, rows + row * ROW + DRAWN, SIZE)
-    red, green, blue = _planes(own, at, inside, SIZE, WHOLE)
-    other = source_of(images, work, rows + partner * ROW + DRAWN, SIZE)
-    red2, green2, blue2 = _planes(other, at, inside, SIZE, WHOLE)
-    r1, g1, b1 = _ready(red, green, blue, own, tables, rows + row * ROW, scales, normal, seed, at, inside, SIZE)
+    drawn1 = rows + row * ROW
+    drawn2 = rows + partner * ROW
+    pixels1 = source_of(images, work, drawn1 + DRAWN, SIZE)
+    pixels2 = source_of(images, work, drawn2 + DRAWN, SIZE)
+    read1 = read_rgb(pixels1, at, inside, SIZE, WHOLE)
+    read2 = read_rgb(pixels2, at, inside, SIZE, WHOLE)
+    rgb1 = _ready(read1, pixels1, tables, drawn1, scales, normal, seed, at, SIZE)
     if tl.load(unit + 3) == 0:  # not mixed
-        store_pixels(out, row, at, r1, g1, b1, inside, SIZE, PATCH, WHOLE)
+        _store_rgb(out, row, at, rgb1, inside, SIZE, PATCH, WHOLE)
     else:
-        drawn = rows + partner * ROW
-        r2, g2, b2 = _ready(red2, green2, blue2, other, tables, drawn, scales, normal, seed, at, inside, SIZE)
-        w1, w2 = _weights(rows + row * ROW, at, SIZE)
-        store_pixels(out, row, at, r1 * w1 + r2 * w2, g1 * w1 + g2 * w2, b1 * w1 + b2 * w2, inside, SIZE, PATCH, WHOLE)
+        rgb2 = _ready(read2, pixels2, tables, drawn2, scales, normal, seed, at, SIZE)
+        _store_rgb(out, row, at, _mixed(rgb1, rgb2, drawn1, at, SIZE), inside, SIZE, PATCH, WHOLE)
         if tl.load(unit + 2) != 0:  # the partner's row is mixed with this one
-            w2, w1 = _weights(drawn, at, SIZE)
-            store_pixels(
-                out, partner, at, r2 * w2 + r1 * w1, g2 * w2 + g1 * w1, b2 * w2 + b1 * w1, inside, SIZE, PATCH, WHOLE
-            )
+            _store_rgb(out, partner, at, _mixed(rgb2, rgb1, drawn2, at, SIZE), inside, SIZE, PATCH, WHOLE)
 
 
 @triton.jit
@@ -81,14 +78,14 @@ def write_normalized(images, out, scales, SIZE: tl.constexpr, PATCH: tl.constexp
     row = tl.program_id(0) // BLOCKS
     at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE * SIZE
-    red, green, blue = _planes(images + row.to(tl.int64) * (SIZE * SIZE * 3), at, inside, SIZE, WHOLE)
-    red, green, blue = _normalized(red, green, blue, scales)
-    store_pixels(out, row, at, red, green, blue, inside, SIZE, PATCH, WHOLE)
+    rgb = read_rgb(images + row.to(tl.int64) * (SIZE * SIZE * 3), at, inside, SIZE, WHOLE)
+    _store_rgb(out, row, at, _normalized(rgb, scales), inside, SIZE, PATCH, WHOLE)
 
 
 @triton.jit
-def store_pixels(out, row, at, red, green, blue, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr):
-    """Write a row's pixels, float32 [BLOCK] at offsets `at` into a plane, as they are laid out in `out`."""
+def _store_rgb(out, row, at, rgb, inside, SIZE: tl.constexpr, PATCH: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a row's pixels, 3 x float32 [BLOCK] at offsets `at` into a plane, as they are laid out in `out`."""
+    red, green, blue = rgb
     target = out + row.to(tl.int64) * (SIZE * SIZE * 3)
     if PATCH:
         y = at // SIZE
@@ -142,19 +139,12 @@ def _store(pointers, values, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _planes(pixels, at, inside, SIZE: tl.constexpr, WHOLE: tl.constexpr):
-    """Return an image's red, green and blue, int32 [BLOCK]."""
-    red = read(pixels, at, inside, WHOLE)
-    green = read(pixels + SIZE * SIZE, at, inside, WHOLE)
-    blue = read(pixels + 2 * SIZE * SIZE, at, inside, WHOLE)
-    return red, green, blue
+def _ready(rgb, pixels, tables, drawn, scales, normal, seed, at, SIZE: tl.constexpr):
+    """Return a row's pixels, 3 x float32 [BLOCK], after all its operations, normalized and erased.
 
-
-@triton.jit
-def _ready(red, green, blue, pixels, tables, drawn, scales, normal, seed, at, inside, SIZE: tl.constexpr):
-    """Return red, green and blue, float32 [BLOCK], of a row after all its operations, normalized and erased."""
-    red, green, blue = filtered(red, green, blue, pixels, tables, drawn + DRAWN, at, inside, SIZE)
-    red, green, blue = _normalized(red, green, blue, scales)
+    Args: `rgb` as it was read from `pixels`, where the row's image lies before the last operations.
+    """
+    red, green, blue = _normalized(filtered(rgb, pixels, tables, drawn + DRAWN, at, SIZE), scales)
     if tl.load(drawn + ERASE + 2) > 0:
         boxed = _in_box(drawn + ERASE, at, SIZE)
         if tl.max(boxed.to(tl.int32), 0) > 0:
@@ -168,11 +158,12 @@ def _ready(red, green, blue, pixels, tables, drawn, scales, normal, seed, at, in
 
 
 @triton.jit
-def _weights(drawn, at, SIZE: tl.constexpr):
-    """Return a row's own weight and its partner's at each pixel, float32, as `chain.mix` has them."""
+def _mixed(own, other, drawn, at, SIZE: tl.constexpr):
+    """Return a row's pixels mixed with its partner's as `chain.mix` does, 3 x float32 [BLOCK]."""
     lam = tl.load(drawn + LAM).to(tl.float32) * UNITS
     theirs = tl.where(tl.load(drawn + BOX + 2) > 0, _in_box(drawn + BOX, at, SIZE).to(tl.float32), 1.0 - lam)
-    return 1.0 - theirs, theirs
+    ours = 1.0 - theirs
+    return own[0] * ours + other[0] * theirs, own[1] * ours + other[1] * theirs, own[2] * ours + other[2] * theirs
 
 
 @triton.jit
@@ -184,11 +175,11 @@ def _in_box(box, at, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _normalized(red, green, blue, scales):
-    """Return (pixel - mean) scale of three channels, float32 [BLOCK], as `chain.normalize` does."""
-    red = (red.to(tl.float32) - tl.load(scales)) * tl.load(scales + 3)
-    green = (green.to(tl.float32) - tl.load(scales + 1)) * tl.load(scales + 4)
-    blue = (blue.to(tl.float32) - tl.load(scales + 2)) * tl.load(scales + 5)
+def _normalized(rgb, scales):
+    """Return (pixel - mean) scale of three channels, 3 x float32 [BLOCK], as `chain.normalize` does."""
+    red = (rgb[0].to(tl.float32) - tl.load(scales)) * tl.load(scales + 3)
+    green = (rgb[1].to(tl.float32) - tl.load(scales + 1)) * tl.load(scales + 4)
+    blue = (rgb[2].to(tl.float32) - tl.load(scales + 2)) * tl.load(scales + 5)
     return red, green, blue
 
 

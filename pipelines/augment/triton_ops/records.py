@@ -62,6 +62,15 @@ def read(plane, at, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def read_rgb(pixels, at, inside, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """Return the pixels of an image's three planes, 3 x int32 [BLOCK]."""
+    red = read(pixels, at, inside, WHOLE)
+    green = read(pixels + SIZE * SIZE, at, inside, WHOLE)
+    blue = read(pixels + 2 * SIZE * SIZE, at, inside, WHOLE)
+    return red, green, blue
+
+
+@triton.jit
 def write(plane, at, values, inside, WHOLE: tl.constexpr):
     """Write a plane's pixels, of 0 to 255."""
     if WHOLE:
