@@ -104,7 +104,7 @@ def bench(
 
     shown, folder = display(), data_folder(data)
     cluster = Cluster(nodes, gpus, network) if nodes > 1 or gpus > 1 else None
-    tries, command = tuple(try_ or ()), tuple(sys.argv)
+    tries, command = tuple(try_ or ()), ("deitfast", *sys.argv[1:])
     wanted = BenchOptions(part, seconds, tries=tries, baselines=baselines, cluster=cluster, command=command)
     options = RecipeOptions.of(arch=arch, batch=batch, settings=settings)
     slow = choose_device(device, 0).type == "cpu" and part != "loader"

@@ -33,6 +33,7 @@ from pipelines.loaders.codecs.pillow import PillowCodec
 from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import CPU, tiny_recipe
 
+MEASURED = Path(__file__).parents[3] / "deitfast" / "docs" / "measured"
 BATCH = 8
 WORKERS = 2
 TOLERANCE = 0.3
@@ -291,3 +292,11 @@ def test_every_baseline_runs(tiny_dataset: Path) -> None:
     assert baselines.DATALOADER in reached
     assert "timm's step" in reached
     assert all(rate > 0 for rate in reached.values())
+
+
+@pytest.mark.parametrize("path", sorted(MEASURED.glob("bench-*.json")), ids=lambda path: path.stem)
+def test_records_in_the_docs_are_of_the_schema(path: Path) -> None:
+    found = load(path)
+    assert found.notes, "where it was measured, and how quiet the machine was"
+    assert "bench" in found.command
+    assert "<table" in page(found)
