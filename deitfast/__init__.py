@@ -7,6 +7,8 @@ first used, so that `import deitfast` and `deitfast --help` cost nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from deitfast.environment import __version__
+
 if TYPE_CHECKING:
     from deitfast.config.recipe import Recipe
     from deitfast.config.recipe import load as load_recipe
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Recipe", "TrainedModel", "__version__", "build_model", "joint", "load_model", "load_recipe",
 ]  # fmt: skip
-__version__ = "0.1.0"
 _HOMES = {
     "Recipe": "config.recipe", "TrainedModel": "weights.load",
     "build_model": "models.vit", "joint": "models.vit", "load_model": "weights.load",

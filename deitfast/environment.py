@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from deitfast import __version__
 from pipelines.workers import usable_cores
+
+__version__ = "0.1.0"
 
 
 def environment() -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from deitfast import __version__
 from deitfast.bench.baselines import LOADERS, STEPS, Opener, SkipError, package_version
 from deitfast.bench.machine import arithmetic, measure_disk
 from deitfast.bench.record import (
@@ -38,6 +37,7 @@ from deitfast.bench.verdict import (
 )
 from deitfast.bench.workbench import Workbench
 from deitfast.config.recipe import Recipe
+from deitfast.environment import __version__
 from deitfast.progress import Bar, Display
 from deitfast.runtime import Runtime
 from pipelines.errors import UserError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from deitfast import __version__
 from deitfast.config.choices import Arch
+from deitfast.environment import __version__
 
 if TYPE_CHECKING:
     from deitfast.progress import Display

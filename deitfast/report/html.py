@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deitfast import __version__
+from deitfast.environment import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 """base.html, which every page extends, and style.css, which it embeds."""

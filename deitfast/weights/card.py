@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from deitfast import __version__
+from deitfast.environment import __version__
 from deitfast.run_folder import RunFolder
 from deitfast.weights.load import TrainedModel, describe_augment
 
