@@ -83,7 +83,7 @@ def measure_disk(reader: Reader, repeats: int, threads: int, rounds: int) -> Dis
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             kept = max(map(cached_share, files.values()))
             if kept > STILL_CACHED:
-                note = f"the page cache kept {kept:.0%} of a file when told to drop it: the disk was not measured"
+                note = f"the page cache kept {kept:.0%} of a file that it was asked to drop: the disk was not measured"
                 return Disk(None, note, fits)
             found.append(_read_all(files, reader, wanted, served, threads))
     what = f"{len(wanted):,} images in random order on {pluralize(threads, 'thread')}, the page cache dropped before"

@@ -103,7 +103,7 @@ def scale(
         assumptions=(
             f"every node has {capacity.cores} cores as here, for {pluralize(gpus, 'process')} with {threads} each",
             f"each process keeps its batch of {batch:,}: {n * batch:,} images a step over all",
-            f"gradients travel around a ring of {n} at {link}, after the step and not beside it",
+            f"gradients travel around a ring of {n} at {link}, after the step, without overlap",
             "nothing else slows down: no stragglers, no shared storage, evaluation and checkpoints left out",
         ),
     )

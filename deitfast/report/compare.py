@@ -96,13 +96,13 @@ def warnings(runs: list[RunRecord]) -> list[str]:
 
 def efficiency(runs: list[RunRecord]) -> list[Efficiency]:
     """Return curves of top-1 against `train.fraction`, one for each recipe otherwise the same; [] where it is one."""
-    told = [run for run in runs if run.top1() is not None and "train.fraction" in run.settings]
-    if len({run.settings["train.fraction"] for run in told}) < 2:
+    evaluated = [run for run in runs if run.top1() is not None and "train.fraction" in run.settings]
+    if len({run.settings["train.fraction"] for run in evaluated}) < 2:
         return []
-    apart = [each.field for each in differences(told) if _learned(each.field) and each.field != "train.fraction"]
+    fields = [each.field for each in differences(evaluated) if _learned(each.field) and each.field != "train.fraction"]
     curves: dict[str, list[tuple[float, float]]] = {}
-    for run in told:
-        label = ", ".join(_short(field, run.settings.get(field, MISSING)) for field in apart)
+    for run in evaluated:
+        label = ", ".join(_short(field, run.settings.get(field, MISSING)) for field in fields)
         curves.setdefault(label, []).append((run.settings["train.fraction"], run.top1() or 0.0))
     return [Efficiency(label, tuple(sorted(points))) for label, points in curves.items()]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = 8
-"""Colors for runs and heads (Okabe and Ito's, told apart by color-blind eyes); the ninth run is dash-dotted."""
+"""Colors for runs and heads (Okabe and Ito's, distinct for color-blind readers); the ninth run is dash-dotted."""
 INK, SOFT, LINE, ACCENT = "#010101", "#010102", "#010103", "#010104"
 STAND_IN = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)"} | {
     f"#0201{number:02x}": f"var(--run-{number})" for number in range(COLORS)
@@ -193,7 +193,7 @@ def _inline(svg: str, label: str) -> Markup:
     """Return matplotlib's SVG file as an element of a page: no prologue, no fixed size, the page's font and colors."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="(?![mp][0-9a-f]{10}|image[0-9a-f])[^"]*"', "", svg)  # groups, numbered anew in every figure
+    svg = re.sub(r' id="(?![mp][0-9a-f]{10}|image[0-9a-f])[^"]*"', "", svg)  # groups, which every figure numbers from 1
     svg = re.sub(r"""font-family: [^;"]+|(?<=font: )([\d.]+px) [^;"]+""", r"\1", svg)
     for stand_in, variable in STAND_IN.items():
         svg = svg.replace(stand_in, variable)

@@ -66,8 +66,8 @@ def samples_of(run: RunRecord) -> tuple[list[ShownImage], str]:
             if dataset.spec.fingerprint != run.info.get("fingerprint"):
                 return [], f"No training images are shown: {dataset.folder} holds another data set by now."
             inputs, shown = first_inputs(dataset, recipe)
-            names, note = _teachers_answers(recipe, dataset.spec.classes, inputs, shown)
-            return _described(inputs, shown, recipe.augment, dataset.spec.classes, names), note
+            names, note = _teacher_classes(recipe, dataset.spec.classes, inputs, shown)
+            return _shown_images(inputs, shown, recipe.augment, dataset.spec.classes, names), note
     except (DeitfastError, OSError) as error:
         return [], f"No training images are shown: {_first_line(error)}."
 
@@ -79,7 +79,7 @@ def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[AugmentedBatch, np.n
         UserError: data set or recipe do not fit.
         DeitfastError: a sample is damaged.
     """
-    sampler = Few(training_sampler(dataset, recipe, HOST, recipe.train.batch), recipe)
+    sampler = FewRows(training_sampler(dataset, recipe, HOST, recipe.train.batch), recipe)
     decoder = replace(recipe.loader, name="reference" if why_not("cpu") else "cpu", prefetch=1)
     loader = open_loader(dataset.split("train"), recipe.augment, decoder, sampler, train=True, device=HOST.device)
     with closing(loader):
@@ -87,7 +87,7 @@ def first_inputs(dataset: Dataset, recipe: Recipe) -> tuple[AugmentedBatch, np.n
     return augment(batch, recipe.augment, dtype=torch.float32, train=True), sampler.shown
 
 
-class Few:
+class FewRows:
     """A sampler of one step: SHOWN rows of another sampler's first step, and the rows that they are mixed with."""
 
     steps_per_epoch = 1
@@ -116,7 +116,7 @@ class Few:
         return self._rows
 
 
-def _teachers_answers(
+def _teacher_classes(
     recipe: Recipe, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray
 ) -> tuple[list[str], str]:
     """Return the teacher's class for each shown row, from its cache or itself, and a sentence where it is not known."""
@@ -125,7 +125,7 @@ def _teachers_answers(
         return unknown, ""
     try:
         if distill.targets != "per_image" and is_cache(Path(distill.cache)):
-            return _kept(Path(distill.cache), classes, inputs, shown), ""
+            return _cached_classes(Path(distill.cache), classes, inputs, shown), ""
         if not Path(distill.teacher_weights or distill.teacher or "/nowhere").exists():
             return unknown, "The teacher's labels are not shown: it is not here, and a report fetches nothing."
         teacher = Teacher(load_teacher(distill, classes), recipe, HOST)
@@ -135,7 +135,7 @@ def _teachers_answers(
     return [classes[label] for label in labels.tolist()], ""
 
 
-def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray) -> list[str]:
+def _cached_classes(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown: np.ndarray) -> list[str]:
     """Return what a teacher cache has for the shown rows, "" where it has nothing."""
     cache = TeacherCache.open(folder)
     targets = cache.read_pass(0)[inputs.params.view[shown], inputs.params.sample[shown]]
@@ -144,7 +144,7 @@ def _kept(folder: Path, classes: tuple[str, ...], inputs: AugmentedBatch, shown:
     return [classes[label] if there else "" for label, there in known]
 
 
-def _described(
+def _shown_images(
     inputs: AugmentedBatch, shown: np.ndarray, spec: AugmentSpec, classes: tuple[str, ...], teachers: list[str]
 ) -> list[ShownImage]:
     pictures = pixels_of(inputs.pixels[torch.from_numpy(shown)], spec)
@@ -153,7 +153,7 @@ def _described(
         lam = float(inputs.lam[row])
         own, other = (classes[int(labels[row])] for labels in (inputs.labels, inputs.mix_labels))
         target = ((own, lam), (other, 1 - lam)) if lam < 1 and own != other else ((own, 1.0),)
-        found.append(ShownImage(_embedded(picture), spec.size, target, teacher, operations_of(inputs.params, row)))
+        found.append(ShownImage(_data_uri(picture), spec.size, target, teacher, operations_of(inputs.params, row)))
     return found
 
 
@@ -164,10 +164,10 @@ def pixels_of(normalized: Tensor, spec: AugmentSpec) -> np.ndarray:
 
 
 def operations_of(params: ViewParams, row: int) -> tuple[str, ...]:
-    """Return what happens to a row after cropping, in order, as a person would call it."""
+    """Return what happens to a row after cropping, in order, in words."""
     operations = [*params.operation[row].tolist(), *params.jitter[row].tolist()]
     steps = ["flipped"] if params.flip[row] else []
-    steps += [_called(OPERATIONS[index]) for index in operations if index]
+    steps += [_operation_name(OPERATIONS[index]) for index in operations if index]
     if params.erase[row, 2]:
         steps.append("erased")
     if params.cutmix_bbox[row, 2]:
@@ -177,13 +177,13 @@ def operations_of(params: ViewParams, row: int) -> tuple[str, ...]:
     return tuple(steps)
 
 
-def _called(operation: str) -> str:
+def _operation_name(operation: str) -> str:
     """AutoContrast as auto contrast: an operation's name in words, without the flavor of its magnitude."""
     name = operation.removesuffix("Original").removeprefix("Jitter")
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _embedded(picture: np.ndarray) -> str:
+def _data_uri(picture: np.ndarray) -> str:
     file, form = io.BytesIO(), "png" if max(picture.shape) <= LOSSLESS_SIDE else "jpeg"
     Image.fromarray(picture).save(file, form, **({"quality": 85} if form == "jpeg" else {"optimize": True}))
     return f"data:image/{form};base64,{b64encode(file.getvalue()).decode()}"

@@ -170,7 +170,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     libraries = machine.get("libraries")
     versions = libraries if isinstance(libraries, dict) else {}
     start = run.info.get("start")
-    told = {
+    known = {
         "folder": str(run.path),
         "command": " ".join(map(str, run.info.get("command") or ())),
         "started from": start.get("file", "") if isinstance(start, dict) else "",
@@ -181,7 +181,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         "deitfast": str(machine.get("deitfast", "")),
     }
     extras = {name.replace("_", " "): value for name, value in run.extras().items()}
-    return [(name, value) for name, value in (told | extras).items() if value]
+    return [(name, value) for name, value in (known | extras).items() if value]
 
 
 def settings_table(run: RunRecord) -> TextTable:

@@ -117,7 +117,7 @@ def why_left_out(spec: SectionSpec, missing: tuple[str, ...], *, cuda: bool, lat
 
 
 class PeakMemory:
-    """The most GPU memory in use since it was made, by torch at any time and by all programs as often as asked."""
+    """The most GPU memory in use since it was made: by torch at any time, by all programs at calls of `peaks`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._most = device, 0

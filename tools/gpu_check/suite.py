@@ -38,7 +38,7 @@ def tests(context: Context) -> Iterator[Figure | Note]:
 
 
 def read(report: Path) -> dict[str, tuple[str, str]]:
-    """Return every test of a JUnit file with its outcome (passed, failed, skipped) and what was said about it."""
+    """Return every test of a JUnit file with its outcome (passed, failed, skipped) and its message."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"

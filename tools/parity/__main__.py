@@ -1,4 +1,4 @@
-"""Holds deitfast against timm, Pillow, torchvision and plain readings of the recipe, line by line."""
+"""Compares deitfast with timm, Pillow, torchvision and plain readings of the recipe, line by line."""
 
 import io
 import sys
@@ -47,7 +47,7 @@ def parity(
 
 
 def groups(files: list[bytes], size: int) -> Iterator[tuple[str, Iterable["Check"]]]:
-    """Yield each group's title and its checks, which are made as they are asked for."""
+    """Yield each group's title and its checks, which are computed one by one as they are taken."""
     from pipelines.spec import AugmentSpec
     from tools.parity import learning, loading, pixels
 
@@ -129,13 +129,13 @@ def _require_timm() -> None:
         import timm  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
-            "timm is not installed: without it there is nothing to hold deitfast against",
+            "timm is not installed: it is what deitfast is compared with",
             remedy="tools/setup, or pip install -e '.[dev]'",
         ) from None
 
 
 def main() -> None:
-    """Run the command and exit; a mistake is said in a line or two."""
+    """Run the command and exit; an error is printed in a line or two."""
     try:
         app()
     except DeitfastError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Check:
-    """How far something of ours is from what it is held against."""
+    """How far something of ours is from its reference."""
 
     name: str
     worst: float

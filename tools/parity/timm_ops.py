@@ -1,4 +1,4 @@
-"""timm's own operations on Pillow images, and torchvision's color jitter: what the operations are held against."""
+"""timm's own operations on Pillow images, and torchvision's color jitter: the reference of the operations."""
 
 import platform
 from unittest.mock import patch

@@ -79,7 +79,7 @@ def test_figures_share_no_ids_that_differ(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("augment.repeats=2",), ("augment.mixup=0.0", "augment.cutmix=0.0")])
-def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
+def test_images_and_teacher_classes_are_those_of_the_runs_first_step(
     tiny_small: Path, trained: Path, tmp_path: Path, monkeypatch, settings: tuple[str, ...]
 ) -> None:
     recipe = recipes.override(read_recipe(trained), recipes.parse_settings(["train.batch=64", *settings]))
@@ -93,7 +93,7 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
         assert len(shown) == samples.SHOWN
         assert sorted(read) == sorted(set(few.params.sample.tolist()))
         assert len(read) <= 2 * samples.SHOWN
-        answers, note = samples._teachers_answers(recipe, dataset.spec.classes, few, shown)
+        answers, note = samples._teacher_classes(recipe, dataset.spec.classes, few, shown)
     row = {pair: n for n, pair in enumerate(zip(whole.params.sample, whole.params.view, strict=True))}
     rows = [row[pair] for pair in zip(few.params.sample[shown], few.params.view[shown], strict=True)]
     assert torch.equal(few.pixels[shown], whole.pixels[rows])
@@ -106,7 +106,7 @@ def test_images_and_teachers_answers_are_those_of_the_runs_first_step(
     if recipe.augment.repeats == 1:  # from a cache, of a teacher who is gone
         taught(tiny_small, tmp_path / "cache", recipes.override(recipe, {"train.epochs": 1}))
         alone = recipes.override(recipe, {"distill.teacher": "", "distill.cache": str(tmp_path / "cache")})
-        assert samples._teachers_answers(alone, tuple("abcdefghij"), few, shown) == (answers, "")
+        assert samples._teacher_classes(alone, tuple("abcdefghij"), few, shown) == (answers, "")
 
 
 def read_recipe(folder: Path) -> Recipe:
