@@ -30,11 +30,22 @@ def write_split(path: Path, images: list[tuple[Image.Image, bytes | None]], shar
     form = {".beton": beton(), ".wds": shards(shard_size)}[path.suffix]
     writer = form.writer(path, [], np.zeros(0, RECORD))
     records = np.zeros(len(images), RECORD)
-    for index, (image, encoded) in enumerate(images):
+    for position, index in enumerate(form.order(len(images)).tolist()):
+        image, encoded = images[index]
         data, mode = (encoded, 0) if encoded is not None else (image.tobytes(), 1)
         sample = form.stored(EncodedImage(mode, image.width, image.height, data, zlib.crc32(data), Kind(0)))
         place = writer.append(sample, 100 + index)
-        records[index] = (True, mode, 0, image.width, image.height, 100 + index, sample.crc32, len(sample.data), place)
+        records[position] = (
+            True,
+            mode,
+            0,
+            image.width,
+            image.height,
+            100 + index,
+            sample.crc32,
+            len(sample.data),
+            place,
+        )
     writer.finish(records)
     writer.close()
     return form.reader(path)

@@ -32,6 +32,8 @@ from pipelines.storage.verify import Progress
 
 DEFAULTS = ConvertOptions()
 SKIPPED_FILE, REENCODED_FILE = "skipped.txt", "reencoded.txt"
+CLASSES_FILE = "classes.txt"
+"""Next to shards: a class name a line, in label order, for other programs."""
 SAID = {
     SKIPPED_FILE: "%d images are left out; %s says which and why",
     REENCODED_FILE: "%d JPEGs were re-encoded as not every decoder reads them alike; %s says which and why",
@@ -78,6 +80,9 @@ def convert(
         )  # fmt: skip
         _write_lines(job.output / SKIPPED_FILE, [line for _, lines, _ in converted.values() for line in lines])
         _write_lines(job.output / REENCODED_FILE, [line for _, _, lines in converted.values() for line in lines])
+        if options.form.suffix == ".wds":
+            with atomic_write(job.output / CLASSES_FILE) as file:
+                file.write("".join(f"{name}\n" for name in source.classes).encode(errors="backslashreplace"))
         for kind, remark in REMARKS.items():
             if count := sum(split.converted.get(KIND_NAMES[kind], 0) for split in splits.values()):
                 log.warning("%d images have %s", count, remark)

@@ -31,6 +31,8 @@ from pipelines.workers import in_order, usable_cores
 
 BATCH_IMAGES, BATCH_BYTES = 64, 2 << 20
 """A worker's task: so many images, or so many bytes of them."""
+LAYOUT = 2
+"""Changes with how formats lay samples out, so that no conversion goes on with what another version began."""
 FLUSH_BYTES, FLUSH_SECONDS = 64 << 20, 2.0
 """How much data, and how much time, a kill can undo."""
 
@@ -69,7 +71,7 @@ class Job:
         jpeg, zlib = (features.version(name) for name in ("libjpeg_turbo", "zlib"))
         libraries = {"pillow": pillow_version, "libjpeg": jpeg or features.version("jpg"), "zlib": zlib}
         libraries["nvimgcodec"] = decoders.version()
-        form = {"format": self.form.suffix, **self.form.options}
+        form = {"format": self.form.suffix, "layout": LAYOUT, **self.form.options}
         return json.dumps({"listing": self.listing, "codec": asdict(self.codec), **form, **libraries}, sort_keys=True)
 
     @property
@@ -81,6 +83,11 @@ class Job:
     def codec_spec(self) -> dict[str, int]:
         """The codec as dataset.json has it; quality 0: not asked for."""
         return {"max_side": self.codec.max_side, "quality": self.codec.quality or 0, **self.form.options}
+
+    def entries(self, split: str) -> list[Entry]:
+        """Return a split's entries in the order in which they are written; the journal's records follow it."""
+        entries = self.source.splits[split]
+        return [entries[number] for number in self.form.order(len(entries)).tolist()]
 
     def paths(self, split: str, form: Format | None = None) -> tuple[Path, Path]:
         """Return where a split is in a format (None: the job's) when it is finished, and where until then."""
@@ -100,7 +107,7 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str], list[str]
         Its spec, and lines of name and reason: of images that were skipped, and of JPEGs that were re-encoded as not
         every decoder reads them alike.
     """
-    entries = job.source.splits[split]
+    entries = job.entries(split)
     final, unfinished = job.paths(split)
     _resume_or_clean(job, split)
     with contextlib.ExitStack() as stack:
@@ -109,7 +116,7 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str], list[str]
         stack.callback(journal.close)
         writer = job.form.writer(unfinished, entries, journal.records)
         stack.callback(writer.close)
-        _fill(job, split, writer, journal)
+        _fill(job, split, entries, writer, journal)
         records = journal.all_records()
         labels = records["label"][records["stored"]]
         check_counts(job.source, split, np.bincount(labels, minlength=len(job.source.classes)))
@@ -119,9 +126,10 @@ def convert_split(job: Job, split: str) -> tuple[SplitSpec, list[str], list[str]
     spec = _read_back(job, split, unfinished, records)
     unfinished.replace(final)
     sync_folder(job.output)
-    lines = {n: f"{entries[n].name}\t{reason}" for n, reason in sorted(journal.reasons.items())}
-    stored = records["stored"]
-    return spec, [lines[n] for n in lines if not stored[n]], [lines[n] for n in lines if stored[n]]
+    order, stored = job.form.order(len(records)), records["stored"]
+    said = sorted(journal.reasons, key=lambda number: order[number])
+    lines = {number: f"{entries[number].name}\t{journal.reasons[number]}" for number in said}
+    return spec, [lines[n] for n in said if not stored[n]], [lines[n] for n in said if stored[n]]
 
 
 def _resume_or_clean(job: Job, split: str) -> None:
@@ -182,9 +190,9 @@ def _read(source: Source, entry: Entry) -> bytes | np.ndarray:
         ) from error
 
 
-def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
+def _fill(job: Job, split: str, entries: list[Entry], writer: Writer, journal: Journal) -> None:
     """Transcode and write whatever entries of the split the journal does not have yet."""
-    entries, done = job.source.splits[split], len(journal.records)
+    done = len(journal.records)
     skipped = [number for number in sorted(journal.reasons) if not journal.records["stored"][number]]
     if skipped and not job.options.skip_bad:
         raise _bad(entries[skipped[0]], journal.reasons[skipped[0]])
@@ -200,7 +208,7 @@ def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
         for outcomes in results:
             numbers = range(done, done + len(outcomes))
             done = numbers.stop
-            _write(job, split, numbers, outcomes, writer, journal)
+            _write(job, entries, numbers, outcomes, writer, journal)
             job.progress(split, done, len(entries), writer.end - start)
             if writer.end - flushed_end >= FLUSH_BYTES or time.monotonic() - flushed_at >= FLUSH_SECONDS:
                 _flush(writer, journal)
@@ -209,10 +217,14 @@ def _fill(job: Job, split: str, writer: Writer, journal: Journal) -> None:
 
 
 def _write(
-    job: Job, split: str, numbers: range, outcomes: Sequence[EncodedImage | str], writer: Writer, journal: Journal
+    job: Job,
+    entries: list[Entry],
+    numbers: range,
+    outcomes: Sequence[EncodedImage | str],
+    writer: Writer,
+    journal: Journal,
 ) -> None:
     """Append a batch's samples to the data and to the journal, in order."""
-    entries = job.source.splits[split]
     for number, outcome in zip(numbers, outcomes, strict=True):
         label = entries[number].label
         if isinstance(outcome, EncodedImage):
@@ -257,7 +269,8 @@ def _batches(entries: Sequence[Entry], start: int) -> Iterator[Sequence[Entry]]:
 
 def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSpec:
     """Read the finished file again, all of it, and describe it; its name is still the unfinished one."""
-    stage, stored = f"{split}: reading back", records[records["stored"]]
+    order = job.form.order(len(records))[records["stored"]]
+    stage, stored = f"{split}: reading back", records[records["stored"]][np.argsort(order)]
     try:
         reader = job.form.reader(path)
         damages = damaged_samples(reader, decode=False, workers=job.workers, stage=stage, progress=job.progress)

@@ -11,6 +11,7 @@ from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
 from pipelines.storage.formats.beton import BetonReader
 from pipelines.storage.formats.beton_writer import BetonWriter
+from pipelines.storage.formats.wds import physical_order
 from pipelines.storage.formats.wds_reader import ShardReader
 from pipelines.storage.formats.wds_writer import ShardWriter, remove_folder, shards_end, with_png
 from pipelines.storage.reader import Reader
@@ -58,6 +59,8 @@ class Format:
     """Open an unfinished split, that may get these entries, for writing behind RECORD [n]."""
     reader: Callable[[Path], Reader]
     """Open a split; raises DeitfastError where it is not whole."""
+    order: Callable[[int], np.ndarray]
+    """Give the order that so many entries are written in, int64 [n]."""
     remove: Callable[[Path], None]
     """Delete a split, if there is one."""
     options: dict[str, int] = field(default_factory=dict)
@@ -72,6 +75,7 @@ def beton() -> Format:
         written=lambda path: path.stat().st_size if path.exists() else 0,
         writer=lambda path, entries, done: BetonWriter(path, len(entries), sum(e.size for e in entries), done),
         reader=BetonReader,
+        order=np.arange,
         remove=lambda path: path.unlink(missing_ok=True),
     )
 
@@ -93,6 +97,7 @@ def shards(size: int = SHARD_SIZE) -> Format:
         written=shards_end,
         writer=lambda path, entries, done: ShardWriter(path, size, done),
         reader=ShardReader,
+        order=physical_order,
         remove=remove_folder,
         options={"shard_size": size},
     )

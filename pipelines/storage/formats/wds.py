@@ -4,6 +4,10 @@ A split is a folder: `000000.tar`, `000001.tar`, ..., DALI's index of each besid
 which has what a reader must know of every sample before it is read. A sample is two members, `00000017.cls` (the label
 as decimal digits) and `00000017.jpg`, or `.png` where the dataset holds raw pixels. Every byte follows from the samples
 and from the size of a shard: headers carry no times, owners or machines.
+
+Samples lie shuffled, by a permutation that depends on their number alone: other programs read shards from front to back
+and shuffle in a buffer of some thousand, so each shard should hold all classes. Keys count as samples lie; `index.bin`
+has them in the data set's own order, in which they are the same as in a .beton.
 """
 
 from pathlib import Path
@@ -28,7 +32,10 @@ ROW = np.dtype(
         ("height", "<u2"), ("width", "<u2"), ("mode", "u1"), ("crc32", "<u4"),
     ]
 )  # fmt: skip
-"""A sample in `index.bin`: where its image lies, as stored; its CRC32 is that of the JPEG or of the raw pixels."""
+"""A sample in `index.bin`, in the data set's order: where its image lies, as stored.
+
+Its CRC32 is that of the JPEG or of the raw pixels.
+"""
 
 
 def padded(size: Any) -> Any:
@@ -67,13 +74,25 @@ def dali_index(rows: np.ndarray, first: int) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+def physical_order(samples: int) -> np.ndarray:
+    """Return the order that samples are written in, int64 [samples]: a permutation keyed by nothing but their number.
+
+    Sorts splitmix64's output (Steele, Lea, Flood 2014) of 1, 2, ...: the same with every version of numpy.
+    """
+    with np.errstate(over="ignore"):
+        x = np.arange(1, samples + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+
+
 def ends(rows: np.ndarray) -> np.ndarray:
     """Return where each sample of ROW [n] ends in its shard, in bytes, int64 [n]."""
     return padded((rows["offset"] + rows["size"]).astype(np.int64))
 
 
 def first_samples(rows: np.ndarray) -> np.ndarray:
-    """Return the number of each shard's first sample, int64 [shards], from ROW [n]."""
+    """Return the position of each shard's first sample, int64 [shards], from ROW [n] as they lie."""
     return np.flatnonzero(np.diff(rows["shard"].astype(np.int64), prepend=-1))
 
 

@@ -63,12 +63,18 @@ class ShardReader:
         self.index_crc32 = zlib.crc32(index)
         self.rows = self._parse(index)
         """ROW [N]."""
+        order = np.lexsort((self.rows["offset"], self.rows["shard"]))
+        self.physical_rows = self.rows[order]
+        """ROW [N], as the samples lie."""
+        self.positions = np.empty(len(order), np.int64)
+        """int64 [N]: which of `physical_rows` a sample is, and the number in its key."""
+        self.positions[order] = np.arange(len(order))
         self._check_rows()
         self._load_columns()
-        self.firsts = first_samples(self.rows)
-        """int64 [number of shards]: each one's first sample."""
+        self.firsts = first_samples(self.physical_rows)
+        """int64 [number of shards]: the position of each one's first sample."""
         lasts = np.append(self.firsts[1:], self.num_samples) - 1
-        self.shard_sizes = ends(self.rows)[lasts] + len(TRAILER)
+        self.shard_sizes = ends(self.physical_rows)[lasts] + len(TRAILER)
         """int64 [number of shards]: bytes of each."""
         self.file_size = int(self.shard_sizes.sum())
         self._shards = self._open_shards()
@@ -93,17 +99,19 @@ class ShardReader:
         return ByteRange(shard, int(self._offsets[index]), int(self._stored[index]))
 
     def check_frame(self, index: int) -> None:
-        """Check the bytes around a sample's image, which this reader does not need but every other one does.
+        """Check the bytes around a sample's image, and a PNG's own checksums: other programs need them right.
 
         Raises:
-            DeitfastError: its headers or its label are not those that were written.
+            DeitfastError: its headers, its label or its PNG are not those that were written.
         """
         _, start, size = self.location(index)
         shard = self._shard(index)
-        expected = frame(index, int(self.labels[index]), int(self.modes[index]), size)
+        expected = frame(int(self.positions[index]), int(self.labels[index]), int(self.modes[index]), size)
         if shard[start - FRAME : start].tobytes() != expected or shard[start + size : start + padded(size)].any():
             text = f"the headers and the label ({self.labels[index]}) that were written"
             raise damaged(self, index, text, f"others in the {FRAME:,} bytes before or the padding after its image")
+        if self.modes[index] != JPEG and not _is_whole_png(shard[start : start + size].tobytes()):
+            raise damaged(self, index, "a PNG whose chunks have their CRC32", "another one in some chunk")
 
     def close(self) -> None:
         """Let go of the shards. Views already handed out stay valid; may be called twice."""
@@ -136,7 +144,7 @@ class ShardReader:
 
     def _check_rows(self) -> None:
         """Check that the samples lie one after the other as the writer lays them, and are what it stores."""
-        rows = self.rows
+        rows = self.physical_rows
         shards = rows["shard"].astype(np.int64)
         steps = np.diff(shards, prepend=-1)
         before = np.where(steps == 1, 0, np.roll(ends(rows), 1))
@@ -182,7 +190,7 @@ class ShardReader:
 
     def _open_shard(self, number: int) -> np.ndarray:
         path, size, sample = shard_file(self.path, number), int(self.shard_sizes[number]), int(self.firsts[number])
-        row, content = self.rows[sample], _map(path)
+        row, content = self.physical_rows[sample], _map(path)
         begins = frame(sample, int(row["label"]), int(row["mode"]), int(row["size"]))
         found = content[:FRAME].tobytes()
         if len(content) != size or found != begins:
@@ -198,7 +206,7 @@ class ShardReader:
 def shard_damages(reader: ShardReader) -> list[str]:
     """Return what is wrong with the files beside the samples: the ends of shards, DALI's indices, files too many."""
     damages = []
-    parts = np.split(reader.rows, reader.firsts[1:])
+    parts = np.split(reader.physical_rows, reader.firsts[1:])
     for number, (first, rows) in enumerate(zip(reader.firsts.tolist(), parts, strict=True)):
         shard = shard_file(reader.path, number)
         if _map(shard)[-len(TRAILER) :].any():
@@ -222,6 +230,18 @@ def _describe(start: bytes) -> str:
         return f"beginning with {start[:16]!r}"
     label = start[BLOCK : 2 * BLOCK].rstrip(b"\0")[:20]
     return f"beginning with {digits.name} ({label!r}) and {image.name} ({image.size:,} bytes)"
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Say whether every chunk has its CRC32 and the last one ends the file. Pillow skips the checksums of pixels."""
+    at, kind = 8, b""
+    while kind != b"IEND" and at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        at = end
+    return kind == b"IEND" and at == len(data) and data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def _read(path: Path) -> bytes:

@@ -21,6 +21,7 @@ from pipelines.storage.formats.wds import (
     first_samples,
     frame,
     padded,
+    physical_order,
     shard_file,
 )
 from pipelines.storage.reader import RAW
@@ -81,7 +82,7 @@ class ShardWriter:
         os.fsync(self._fd)
 
     def finish(self, records: np.ndarray) -> None:
-        """Close the last shard and write the indices of RECORD [n]; afterward the folder is whole and on the disk."""
+        """Close the last shard and write the indices of RECORD [n], as written; the folder is then whole."""
         stored = records[records["stored"]]
         self._seal()
         starts = _starts(self.path)
@@ -91,12 +92,13 @@ class ShardWriter:
         offsets = stored["offset"].astype(np.int64)
         rows["shard"] = np.searchsorted(starts, offsets, side="right") - 1
         rows["offset"] = offsets - starts[rows["shard"]]
+        logical = np.argsort(physical_order(len(records))[records["stored"]])
         firsts = first_samples(rows)
         for shard, part in enumerate(np.split(rows, firsts[1:])):
             with atomic_write(dali_file(shard_file(self.path, shard))) as file:
                 file.write(dali_index(part, int(firsts[shard])))
         with atomic_write(self.path / INDEX) as file:
-            file.write(MAGIC + rows.tobytes())
+            file.write(MAGIC + rows[logical].tobytes())
 
     def close(self) -> None:
         """Close the shard as it is. May be called twice."""

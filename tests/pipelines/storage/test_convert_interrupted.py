@@ -167,7 +167,7 @@ def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_pa
         convert(source, tmp_path / str(number), ConvertOptions(workers=1, form=form))
         assert contents_of(tmp_path / str(number)) == contents_of(tmp_path / "plain")
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == [
-            "dataset.json", f"train{form.suffix}", f"val{form.suffix}",
+            *["classes.txt"] * (form.suffix == ".wds"), "dataset.json", f"train{form.suffix}", f"val{form.suffix}",
         ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.formats.format import beton, shards
-from pipelines.storage.formats.wds import INDEX, MAGIC, ROW
+from pipelines.storage.formats.wds import INDEX, MAGIC, ROW, physical_order
 from pipelines.storage.formats.wds_reader import ShardReader
 from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.factory import open_source
-from pipelines.storage.verify import verify
+from pipelines.storage.verify import damaged_samples, verify
 from tests.helpers.sample_images import MemorySource, contents_of, drawn, entries, jpeg, mixed_source
 from tests.helpers.small_runs import run, tiny_recipe, weights
 from tests.helpers.stored_images import write_split
@@ -170,7 +171,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:-1]), r"index\.bin: not a whole index"),
     (
         lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[: -ROW.itemsize]),
-        "not the shard|index is",
+        "not the shard|index is|not a whole index",
     ),
     (lambda folder: flip(folder / INDEX, len(MAGIC) + 20), "index is damaged or another dataset's"),
     (lambda folder: flip(folder / INDEX, len(MAGIC) + 2), "not a whole index"),
@@ -205,14 +206,28 @@ def test_a_flipped_byte_names_its_shard_and_sample(copy, mode):
     ("where", "says"), [(-1536, "headers"), (-1024, "label"), (-512, "headers"), (-1, "headers"), (0, "padding")]
 )
 def test_verify_finds_what_would_mislead_other_programs(copy, where, says):
-    place = Dataset.open(copy).split("train").location(6)
-    assert place.size % 512
+    reader = Dataset.open(copy).split("train")
+    inside = [n for n in range(40) if reader.positions[n] not in reader.firsts and reader.location(n).size % 512]
+    number = inside[0]
+    place = reader.location(number)
     flip(place.file, place.offset + (where or place.size))
     reader = Dataset.open(copy).split("train")
-    assert reader.read_verified(6).size
+    assert reader.read_verified(number).size
     damages = verify(copy, workers=1).damages
-    assert [(damage.split, damage.sample) for damage in damages] == [("train", 6)]
+    assert [(damage.split, damage.sample) for damage in damages] == [("train", number)]
     assert says in damages[0].reason
+
+
+def test_verify_finds_every_flipped_bit_of_a_png(copy):
+    reader = Dataset.open(copy).split("train")
+    number = next(n for n in range(40) if reader.modes[n] == RAW and reader.positions[n] not in reader.firsts)
+    place = reader.location(number)
+    content = place.file.read_bytes()
+    for at in [*range(0, place.size, 11), *range(place.size - 16, place.size)]:  # in the pixels, their CRC, the end
+        flip(place.file, place.offset + at)
+        (damage,) = damaged_samples(ShardReader(copy / "train.wds"), decode=False, workers=1)
+        assert damage[0] == number
+        place.file.write_bytes(content)
 
 
 def test_verify_looks_at_the_files_beside_the_samples(copy):
@@ -247,7 +262,8 @@ def test_a_shard_is_filled_to_the_byte(tmp_path, short, each):
     images = [(Image.fromarray(drawn(8, 8)), bytes([number]) * 2000) for number in range(6)]
     whole = 3 * (3 * 512 + 2048) + 1024  # headers and label, image, end of the file
     reader = write_split(tmp_path / "x.wds", images, shard_size=whole - short)
-    assert [int(reader.location(number).file.stem) for number in range(6)] == [number // each for number in range(6)]
+    assert [int(reader.location(number).file.stem) for number in range(6)] == (reader.positions // each).tolist()
+    assert sorted(reader.positions) == list(range(6))
     assert [reader.read_verified(number)[0] for number in range(6)] == list(range(6))
 
 
@@ -256,8 +272,37 @@ def test_a_sample_larger_than_a_shard_has_one_for_itself(tmp_path):
     noise = Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8))
     images = [(Image.fromarray(drawn(8, 8)), None), (noise, jpeg(200, 200) + bytes(40_000)), (noise, jpeg(20, 20))]
     reader = write_split(tmp_path / "x.wds", images)
-    assert [reader.location(number).file.name for number in range(3)] == ["000000.tar", "000001.tar", "000002.tar"]
+    files = [reader.location(number).file.name for number in range(3)]
+    assert files.count(files[1]) == 1
     assert reader.file_size == sum(path.stat().st_size for path in (tmp_path / "x.wds").glob("*.tar"))
+
+
+def test_a_shard_of_a_thousand_images_holds_the_classes_in_proportion(tmp_path):
+    images = [bytes([label]) * 3 for label in range(10) for _ in range(300)]  # one class behind the other
+    pixels = [np.frombuffer(image, np.uint8).reshape(1, 1, 3) for image in images]
+    size = 1000 * (3 * 512 + 512) + 1024  # headers, label, a tiny PNG in one block; end of the file
+    source = MemorySource(
+        classes=tuple("abcdefghij"), splits={"train": entries(pixels, labels=[n // 300 for n in range(3000)])}
+    )
+    spec = convert(source, tmp_path / "wds", ConvertOptions(workers=1, form=shards(size)))
+    assert spec.fingerprint == convert(source, tmp_path / "beton", ConvertOptions(workers=1)).fingerprint
+    reader = Dataset.open(tmp_path / "wds").split("train")
+    assert reader.labels.tolist() == [n // 300 for n in range(3000)]
+    files = np.array([int(reader.location(number).file.stem) for number in range(3000)])
+    assert sorted(set(files)) == [0, 1, 2]
+    for shard in range(3):
+        counts = np.bincount(reader.labels[files == shard], minlength=10)
+        assert counts.sum() == 1000
+        assert np.abs(counts - 100).max() < 30  # four standard deviations
+    assert (tmp_path / "wds" / "classes.txt").read_text().split() == list("abcdefghij")
+
+
+def test_the_physical_order_is_a_permutation_that_stays():
+    order = physical_order(1000)
+    assert sorted(order) == list(range(1000))
+    assert order[:5].tolist() == physical_order(1000)[:5].tolist() != [0, 1, 2, 3, 4]
+    assert zlib.crc32(order.astype("<i8").tobytes()) == 480392214
+    assert physical_order(0).tolist() == []
 
 
 def test_too_small_shards_are_a_mistake():
@@ -271,6 +316,9 @@ def test_skipped_images_leave_no_hole(tmp_path):
     reader = Dataset.open(tmp_path).split("train")
     assert reader.labels.tolist() == [0, 1]
     with tarfile.open(tmp_path / "train.wds" / "000000.tar") as tar:
-        assert [member.name for member in tar] == ["00000000.cls", "00000000.png", "00000001.cls", "00000001.jpg"]
+        names = [member.name for member in tar]
+    jpeg_at = int(reader.positions[1])
+    assert names[::2] == ["00000000.cls", "00000001.cls"]
+    assert names[1 + 2 * jpeg_at] == f"0000000{jpeg_at}.jpg"
     assert contents_of(tmp_path / "train.wds")["000000.idx"].startswith(b"v1.2 2\n")
     assert reader.sample(0).tobytes() == drawn(9, 9).tobytes()
