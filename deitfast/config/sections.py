@@ -96,6 +96,10 @@ class OptimSpec:
     """SGD's momentum."""
     clip: float = Field(default=0.0, ge=0, le=1e6)
     """Largest norm of the gradient; 0: no clipping."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from each layer to the one below it, as timm's; 1: all layers have the same rate."""
+    freeze: tuple[str, ...] = ()
+    """Modules that keep their weights, by name (patch_embed, blocks.0, layer1); backbone: all but the heads."""
 
 
 @dataclass(frozen=True, config=STRICT)

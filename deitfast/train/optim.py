@@ -1,12 +1,19 @@
 """The optimizer and its learning rate: what is decayed, what the batch makes of the rate, and how it changes."""
 
 import math
+import re
+from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from deitfast.config.recipe import OptimSpec, ScheduleSpec
+from pipelines.errors import UserError
 
+HEAD = re.compile(r"(^|\.)(head|head_dist|fc)\.(weight|bias)$")
+BLOCK = re.compile(r"(blocks\.\d+|layer\d+\.\d+|trunk_output\.block\d+\.block\d+-\d+)\.")
+FINAL_NORM = re.compile(r"(^|\.)norm\.(weight|bias)$")
+"""Names of parameters of the heads, of a block, and of the norm behind the last block."""
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 """Device types for which torch has fused AdamW and SGD: one kernel for all parameters instead of several for each."""
 
@@ -29,19 +36,78 @@ def is_decayed(name: str, parameter: nn.Parameter, spec: OptimSpec) -> bool:
     return parameter.ndim > 1
 
 
+def freeze(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Have modules and parameters keep their weights, as timm's `freeze` does.
+
+    Args:
+        model: the model.
+        names: of modules or parameters; "backbone" is all but the heads.
+
+    Returns:
+        The batch norms among them: in evaluation mode their running statistics stay as well.
+
+    Raises:
+        UserError: a name is not one of the model's, or nothing is left to train.
+    """
+    norms = []
+    for name in names:
+        if name == "backbone":
+            inside = [key for key, _ in model.named_parameters() if not HEAD.search(key)]
+        else:
+            inside = [key for key, _ in model.named_parameters() if key == name or key.startswith(f"{name}.")]
+        if not inside:
+            children = sorted({key.partition(".")[0] for key, _ in model.named_parameters()})
+            raise UserError(
+                f"optim.freeze: the network has no {name}", expected=f"backbone, {', '.join(children)}, ..."
+            )
+        for key in inside:
+            model.get_parameter(key).requires_grad_(False)
+        kept = [module for key, module in model.named_modules() if any(each.startswith(f"{key}.") for each in inside)]
+        norms += [module for module in kept if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("optim.freeze leaves nothing to train", remedy="freeze fewer modules")
+    return norms
+
+
+def layer_of(names: Iterable[str]) -> dict[str, int]:
+    """Return the layer of every parameter, from 0, as timm groups them for `layer_decay`.
+
+    The stem (patches, tokens, positions) is 0, then every block is one, the last one with the final norm, and the
+    heads are the last.
+    """
+    names = list(names)
+    blocks = list(dict.fromkeys(found[0] for name in names if (found := BLOCK.search(name))))
+    layers = {block: number for number, block in enumerate(blocks, start=1)}
+    found: dict[str, int] = {}
+    for name in names:
+        block = BLOCK.search(name)
+        if HEAD.search(name):
+            found[name] = len(blocks) + 1
+        elif block:
+            found[name] = layers[block[0]]
+        else:
+            found[name] = len(blocks) if FINAL_NORM.search(name) else 0
+    return found
+
+
 def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
     """Return AdamW, or SGD with Nesterov momentum, over the model's trainable parameters where they are now.
 
-    Two groups, the decayed parameters first, both at the peak learning rate for a global `batch`.
+    Two groups, the decayed parameters first, both at the peak learning rate for a global `batch`. With `layer_decay`
+    two for each layer, the heads' first, whose rates are `lr_scale` times that.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in named if is_decayed(name, parameter, spec)]
-    others = [parameter for name, parameter in named if not is_decayed(name, parameter, spec)]
-    groups = [
-        {"params": decayed, "weight_decay": spec.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    lr = peak_lr(spec, batch)
+    layers = layer_of(name for name, _ in model.named_parameters())
+    top = max(layers.values())
+    lr, groups = peak_lr(spec, batch), []
+    for layer in range(top, -1, -1) if spec.layer_decay < 1 else [None]:
+        own = [(name, parameter) for name, parameter in named if layer in (None, layers[name])]
+        scale = 1.0 if layer is None else spec.layer_decay ** (top - layer)
+        for decays in (True, False):
+            params = [parameter for name, parameter in own if is_decayed(name, parameter, spec) == decays]
+            if params or layer is None:
+                decay = spec.weight_decay if decays else 0.0
+                groups.append({"params": params, "weight_decay": decay, "lr": lr * scale, "lr_scale": scale})
     fused = all(parameter.device.type in FUSED_DEVICES for _, parameter in named)
     match spec.name:
         case "adamw":

@@ -15,7 +15,7 @@ from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
 from deitfast.train.ema import Ema
 from deitfast.train.losses import PARTS, distilled_loss
-from deitfast.train.optim import build_optimizer
+from deitfast.train.optim import build_optimizer, freeze
 from pipelines.augment.chain import AugmentedBatch
 
 LARGEST_GRAPHED_SIDE = 64
@@ -44,6 +44,8 @@ class TrainStep:
         """What `init_weights` says of the weights that it put in; empty without."""
         # built on the CPU whatever the device: the same seed gives the same weights everywhere
         self.model: nn.Module = model.to(runtime.device).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.frozen_norms = freeze(self.model, recipe.optim.freeze)
+        """Batch norms that keep their running statistics as well."""
         self.optimizer = build_optimizer(self.model, recipe.optim, recipe.train.batch)
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
@@ -83,6 +85,8 @@ class TrainStep:
             float32 [3] on the device, detached: total, base and distillation loss, averaged over the batch.
         """
         self.ddp_model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(seed)
@@ -97,7 +101,7 @@ class TrainStep:
                 self.scaler.scale(total / len(micro_batches)).backward()
             losses += torch.stack([parts[name] for name in PARTS]) / len(micro_batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self.recipe.optim.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)

@@ -1,14 +1,26 @@
 """The optimizer's groups and rates, and the averaged weights."""
 
 import pytest
+import timm
+import timm.utils
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from deitfast.config.recipe import ModelSpec, OptimSpec
 from deitfast.models.vit import build_model
 from deitfast.train.ema import Ema
-from deitfast.train.optim import build_optimizer, peak_lr
+from deitfast.train.optim import build_optimizer, freeze, peak_lr
+from deitfast.train.step import TrainStep
+from deitfast.weights.layouts import _torchvision_regnet
+from pipelines.augment.chain import augment
+from pipelines.errors import UserError
+from tests.helpers.small_runs import CPU, tiny_recipe
+from tests.helpers.step_inputs import batch_for
+
+
+def inputs_for(recipe):
+    return augment(batch_for(recipe), recipe.augment, dtype=torch.float32, train=True)
 
 
 def deit():
@@ -152,3 +164,59 @@ def test_the_average_continues_from_its_state():
             resumed.update(model)
     assert resumed.updates == straight.updates == 6
     assert torch.equal(resumed.model.weight, straight.model.weight)
+
+
+@pytest.mark.parametrize("arch", ["deit_ti", "resnet18", "regnet_y_4gf"])
+def test_layer_decay_gives_timms_rates(arch: str) -> None:
+    """Every parameter's rate and decay are those of timm's `param_groups_layer_decay` for its network of that name."""
+    with torch.device("meta"):
+        model = build_model(ModelSpec(arch=arch), size=224, classes=1000, distilled=arch == "deit_ti")
+        names_of = {"deit_ti": "deit_tiny_distilled_patch16_224", "regnet_y_4gf": "regnety_040"}
+        theirs = timm.create_model(names_of.get(arch, arch))
+    exempt = ("pos_embed", "cls_token", "dist_token")
+    groups = param_groups_layer_decay(theirs, weight_decay=0.05, no_weight_decay_list=exempt, layer_decay=0.7)
+    rates = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected = {}
+    for name, parameter in theirs.named_parameters():
+        ours = _torchvision_regnet(name) if arch == "regnet_y_4gf" else name
+        expected[ours] = rates[id(parameter)]
+    spec = OptimSpec(layer_decay=0.7)
+    found = {}
+    for group in build_optimizer(model, spec, 512).param_groups:
+        assert group["lr"] == pytest.approx(5e-4 * group["lr_scale"])
+        for name in names(model, group["params"]):
+            found[name] = (pytest.approx(group["lr_scale"]), group["weight_decay"])
+    assert found == expected
+
+
+def test_rates_follow_the_schedule_layer_by_layer() -> None:
+    recipe = tiny_recipe("optim.layer_decay=0.5", "train.ema=0")
+    step = TrainStep(recipe, 10, CPU)
+    step.step(inputs_for(recipe), None, 0.01, 0)
+    rates = [group["lr"] for group in step.optimizer.param_groups]
+    assert rates[0] == 0.01
+    assert min(rates) == pytest.approx(0.01 * 0.5**13)
+
+
+@pytest.mark.parametrize("arch", ["deit_ti", "resnet18"])
+def test_a_linear_probe_changes_the_heads_alone(arch: str) -> None:
+    recipe = tiny_recipe(f"model.arch={arch}", 'optim.freeze=["backbone"]', "train.ema=0")
+    step = TrainStep(recipe, 10, CPU)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.step(inputs_for(recipe), None, 0.01, 0)
+    changed = {name for name, value in step.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == ({"fc.weight", "fc.bias"} if arch == "resnet18" else {"head.weight", "head.bias"})
+
+
+def test_frozen_modules_are_named_as_timm_names_them() -> None:
+    model, theirs = deit(), timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=10)
+    freeze(model, ["patch_embed", "blocks.0", "cls_token"])
+    timm.utils.freeze(theirs, ["patch_embed", "blocks.0"])
+    ours = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert ours == {name for name, parameter in theirs.named_parameters() if not parameter.requires_grad} | {
+        "cls_token"
+    }
+    with pytest.raises(UserError, match="the network has no layer1"):
+        freeze(model, ["layer1"])
+    with pytest.raises(UserError, match="nothing to train"):
+        freeze(model, ["backbone", "head", "head_dist"])
