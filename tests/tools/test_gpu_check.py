@@ -183,7 +183,7 @@ def traced(name: str, stream: int, begin: float, length: float, kind: str = "ker
 
 
 TRACE = [
-    traced("write_input", 7, 0, 10),
+    traced("write_pixels", 7, 0, 10),
     traced("matmul", 7, 10, 50),
     traced("matmul", 7, 80, 20),  # after a gap of 20, in which the loader works for 10
     traced("idct", 20, 30, 40),
@@ -197,14 +197,14 @@ def test_a_trace_is_read_and_summed_up(tmp_path: Path) -> None:
     path = tmp_path / "trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": TRACE}).encode()))
     events = read(path)
-    assert events[0] == Event("write_input", 7, (0, 10))
-    assert [event.name for event in events] == ["write_input", "matmul", "idct", "matmul", "Memcpy HtoD"]
+    assert events[0] == Event("write_pixels", 7, (0, 10))
+    assert [event.name for event in events] == ["write_pixels", "matmul", "idct", "matmul", "Memcpy HtoD"]
     found = summary(events)
     assert found["seconds"] == 1e-4
     assert found["busy"] == pytest.approx(0.9)
     assert found["longest_gaps_us"] == [10]
     assert next(iter(found["kernels"].items())) == ("matmul", pytest.approx(70 / 125))
-    assert found["streams"]["7"] == {"busy": pytest.approx(0.8), "events": 3, "mostly": ["matmul", "write_input"]}
+    assert found["streams"]["7"] == {"busy": pytest.approx(0.8), "events": 3, "mostly": ["matmul", "write_pixels"]}
     assert found["parts"] == pytest.approx({"step": 0.7, "augmentation": 0.1, "loader": 0.45, "overlap": 35 / 45})
     plain = tmp_path / "trace.json"
     plain.write_text(json.dumps({"traceEvents": TRACE}))

@@ -11,7 +11,7 @@ from typing import Any
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of events that occupy the GPU, as torch.profiler names them."""
-AUGMENTING = ("make_table", "apply_color", "apply_affine", "write_input")
+AUGMENTING = ("make_table", "apply_filter", "apply_rotate", "apply_move", "write_pixels")
 """The augmentation kernels; the stream that they run on is the step's."""
 ON_HOST = ("cuda_runtime", "cuda_driver")
 """Categories of the host's calls to CUDA."""
