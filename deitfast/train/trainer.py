@@ -132,8 +132,8 @@ class Trainer:
         if resumed:
             self._restore()
             log.info("resuming in epoch %d after %d steps", self.state.epoch + 1, self.state.steps)
-        elif runtime.compile:
-            self._save()  # compiling can be interrupted, and nothing can be saved at that moment
+        else:
+            self._save()  # what a first step that diverges, or is interrupted while it compiles, goes back to
 
     def run(self) -> dict[str, Any]:
         """Go through the epochs, from wherever the state stands; return the last one's row of metrics.jsonl."""
@@ -219,11 +219,16 @@ class Trainer:
         """
         if self.targets:
             self.targets.save()
+        state, learned = self._finite_state()
+        self.checkpoints.save({**state.state(), **learned})
+
+    def _finite_state(self) -> tuple[TrainState, dict[str, Any]]:
+        """Return where the run stands over all ranks, and what was learned; raises as `_save`."""
         state, learned = self.state.over_ranks(self.runtime), self.step.state()
         state.means()
         if any(self.runtime.max_over_ranks([not all_finite(learned)])):
             raise DivergedError(state.epoch, state.steps, "a weight")
-        self.checkpoints.save({**state.state(), **learned})
+        return state, learned
 
     def _restore(self) -> None:
         """Take up the run where its checkpoint stands."""
@@ -254,15 +259,14 @@ class Trainer:
     def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         """Save, evaluate, write the epoch's row, and move on to the next epoch."""
         train, epoch = self.recipe.train, self.state.epoch + 1
-        state = self.state.over_ranks(self.runtime)
-        means = state.means()
+        state, _ = self._finite_state()  # before it is evaluated, whether it is saved or not
         last, due = epoch == train.epochs, time.monotonic() - self.checkpoints.saved >= LEAST_SAVE_SECONDS
         if any(self.runtime.max_over_ranks([last or due])):
             self._save()
         images = state.steps * train.batch
         row: dict[str, Any] = {
             "epoch": epoch,
-            **means,
+            **state.means(),
             "lr": self.step.optimizer.param_groups[0]["lr"],
             "images": images,
             "seconds": round(state.seconds, 3),

@@ -115,7 +115,7 @@ def test_while_the_first_step_compiles(
         patch.setattr(torch.nn.Module, "compile", lambda *arguments, **how: None)
         patch.setattr(torch, "compile", lambda function, **how: function)
         assert stopped(tiny_small, tmp_path / "run", compile=compiled) < SOON
-    assert RunFolder(tmp_path / "run").checkpoint.exists() == compiled
+    assert RunFolder(tmp_path / "run").checkpoint.exists()
     goes_on(tiny_small, tmp_path / "run", whole)
 
 

@@ -160,3 +160,29 @@ def test_a_loss_that_was_not_finite_once_costs_no_run(tiny_small: Path, tmp_path
     assert recovered["loss"] == undisturbed["loss"]
     good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
     assert all(torch.equal(good[name], bad[name]) for name in good)
+
+
+@pytest.mark.parametrize("at", [1, 5, 10], ids=["first step", "last of an epoch", "last of all"])
+def test_a_gradient_that_is_not_finite_once_costs_no_run(
+    tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Its loss is finite, and the weights after it are not: they are never saved, and the run goes back."""
+    original, calls = step_module.TrainStep.step, []
+
+    def sometimes_bad(self, *arguments):
+        calls.append(None)
+        if len(calls) != at:
+            return original(self, *arguments)
+        weight = next(weight for weight in self.model.parameters() if weight.ndim > 1)
+        handle = weight.register_hook(lambda gradient: gradient * math.nan)
+        try:
+            return original(self, *arguments)
+        finally:
+            handle.remove()
+
+    run(tiny_small, tmp_path / "good", tiny_recipe())
+    monkeypatch.setattr(step_module.TrainStep, "step", sometimes_bad)
+    run(tiny_small, tmp_path / "bad", tiny_recipe())
+    good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
+    assert all(torch.equal(good[name], bad[name]) for name in good)
+    assert len(calls) > 10
