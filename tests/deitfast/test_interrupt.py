@@ -79,7 +79,7 @@ def test_while_the_report_is_written(tiny_small: Path, tmp_path: Path, whole: Pa
 
 def test_while_images_come_slowly(tiny_small: Path, tmp_path: Path, whole: Path, monkeypatch) -> None:
     """The batch that is being made is given up as well: at 1 s an image it would take 8 s more."""
-    original, calls = host.decoded, []
+    original, calls = host.decode_window, []
 
     def slow(*arguments: object):
         calls.append(None)
@@ -90,7 +90,7 @@ def test_while_images_come_slowly(tiny_small: Path, tmp_path: Path, whole: Path,
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(host, "decoded", slow)
+        patch.setattr(host, "decode_window", slow)
         assert stopped(tiny_small, tmp_path / "run") < SOON
     assert len(calls) < 46
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("deitfast")]
