@@ -1,5 +1,10 @@
 """What a converted split offers to whoever reads it, however it is stored: all that loaders know of storage."""
 
+import contextlib
+import errno
+import mmap
+import os
+import weakref
 import zlib
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,6 +24,60 @@ class ByteRange(NamedTuple):
     file: Path
     offset: int
     size: int
+
+
+class MappedFile:
+    """A file's bytes, through a read-only memory map.
+
+    Touching a page that is gone, because the file was cut meanwhile, would end the process with SIGBUS; so each view is
+    compared with the size that the file has now. A file that another one replaced by name stays readable.
+
+    Raises:
+        DeitfastError: the file is missing, empty or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._close_fd = weakref.finalize(self, os.close, self._fd)
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        except ValueError:  # mmap's word for a file of no bytes
+            raise DeitfastError(f"{path}: empty", remedy=REMEDY) from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8)
+        """uint8 [size], read-only; `view` is the safe way to what may be gone."""
+
+    def view(self, start: int, size: int) -> np.ndarray:
+        """Return some bytes, read-only uint8 [size].
+
+        Raises:
+            DeitfastError: the file has been cut since it was opened.
+        """
+        if (now := os.fstat(self._fd).st_size) < start + size:
+            raise DeitfastError(
+                f"{self.path}: was cut while it was being read",
+                expected=f"{len(self.bytes):,} bytes, as when it was opened",
+                found=f"{now:,} bytes",
+                remedy="put the whole file back (or convert again), then go on from the last checkpoint with --resume",
+            )
+        return self.bytes[start : start + size]
+
+    def close(self) -> None:
+        """Let go of the file; the map goes with its last view. May be called twice."""
+        self._close_fd()
+        self.bytes = np.zeros(0, np.uint8)
+        with contextlib.suppress(BufferError):  # views are out there
+            self._map.close()
+
+
+def _unreadable(path: Path, error: OSError) -> DeitfastError:
+    if isinstance(error, FileNotFoundError):
+        return DeitfastError(f"{path}: no such file", remedy=REMEDY)
+    many = "let a process open more files (`ulimit -n`), or convert to larger shards (--shard-size)"
+    remedy = many if error.errno == errno.EMFILE else ""
+    return DeitfastError(f"{path}: cannot be read: {error.strerror}", remedy=remedy)
 
 
 class Reader(Protocol):

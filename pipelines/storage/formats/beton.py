@@ -8,15 +8,13 @@ Our own files have a CRC32 a sample as well: among the zeros behind the metadata
 and uint32 [samples]. A file without it is one that FFCV wrote.
 """
 
-import contextlib
-import mmap
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.errors import DeitfastError
-from pipelines.storage.reader import JPEG, RAW, REMEDY, ByteRange, compare_crc
+from pipelines.storage.reader import JPEG, RAW, REMEDY, ByteRange, MappedFile, compare_crc
 
 VERSION = 2
 MIN_PAGE = 1 << 21
@@ -84,8 +82,8 @@ class BetonReader:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._closed = False
-        self._map = self._open()
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._file = MappedFile(self.path)
+        self._bytes = self._file.bytes
         self.file_size = len(self._bytes)
         header = self._read_header()
         self.num_samples, self.page_size, table = int(header["samples"]), int(header["page_size"]), int(header["table"])
@@ -106,8 +104,7 @@ class BetonReader:
         """Return the stored bytes of one sample: a read-only uint8 view [size] of the file."""
         if self._closed:
             raise ValueError(f"{self.path}: this reader is closed")
-        start = self.offsets[index]
-        return self._bytes[start : start + self.sizes[index]]
+        return self._file.view(int(self.offsets[index]), int(self.sizes[index]))
 
     def read_verified(self, index: int) -> np.ndarray:
         """Return `sample(index)` once its CRC32, if there is one, is right. Raises DeitfastError."""
@@ -121,19 +118,7 @@ class BetonReader:
         """Let go of the file. Views already handed out stay valid; may be called twice."""
         self._closed = True
         self._bytes = np.zeros(0, dtype=np.uint8)
-        with contextlib.suppress(BufferError):  # views are out there: the map goes when the last of them does
-            self._map.close()
-
-    def _open(self) -> mmap.mmap:
-        try:
-            with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise DeitfastError(f"{self.path}: no such file", remedy=REMEDY) from None
-        except ValueError:  # mmap's word for a file of no bytes
-            raise self._damaged(f"at least {PREAMBLE} bytes", "an empty file") from None
-        except OSError as error:
-            raise DeitfastError(f"{self.path}: cannot be read: {error.strerror}") from error
+        self._file.close()
 
     def _damaged(self, expected: str, found: str) -> DeitfastError:
         return DeitfastError(f"{self.path}: not a whole .beton file", expected=expected, found=found, remedy=REMEDY)

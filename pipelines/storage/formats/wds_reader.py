@@ -1,8 +1,6 @@
 """Reads a split from its tar shards through our index, in any order; no JPEG is copied."""
 
-import errno
 import io
-import mmap
 import tarfile
 import zlib
 from pathlib import Path
@@ -27,7 +25,7 @@ from pipelines.storage.formats.wds import (
     padded,
     shard_file,
 )
-from pipelines.storage.reader import JPEG, REMEDY, ByteRange, compare_crc, damaged
+from pipelines.storage.reader import JPEG, REMEDY, ByteRange, MappedFile, compare_crc, damaged
 
 
 class ShardReader:
@@ -85,8 +83,7 @@ class ShardReader:
         Raises:
             DeitfastError: the PNG is damaged.
         """
-        start = self._offsets[index]
-        stored = self._shard(index)[start : start + self._stored[index]]
+        stored = self._shard(index).view(int(self._offsets[index]), int(self._stored[index]))
         return stored if self.modes[index] == JPEG else self._pixels(index, stored)
 
     def read_verified(self, index: int) -> np.ndarray:
@@ -105,7 +102,7 @@ class ShardReader:
             DeitfastError: its headers, its label or its PNG are not those that were written.
         """
         _, start, size = self.location(index)
-        shard = self._shard(index)
+        shard = self._shard(index).bytes
         expected = frame(int(self.positions[index]), int(self.labels[index]), int(self.modes[index]), size)
         if shard[start - FRAME : start].tobytes() != expected or shard[start + size : start + padded(size)].any():
             text = f"the headers and the label ({self.labels[index]}) that were written"
@@ -115,9 +112,11 @@ class ShardReader:
 
     def close(self) -> None:
         """Let go of the shards. Views already handed out stay valid; may be called twice."""
-        self._closed, self._shards = True, []  # each map goes with the last view of it
+        self._closed = True
+        for shard in self._shards:
+            shard.close()
 
-    def _shard(self, index: int) -> np.ndarray:
+    def _shard(self, index: int) -> MappedFile:
         if self._closed:
             raise ValueError(f"{self.path}: this reader is closed")
         return self._shards[self._numbers[index]]
@@ -169,8 +168,8 @@ class ShardReader:
     def _corrupt_index(self, expected: str, found: str) -> DeitfastError:
         return DeitfastError(f"{self.path / INDEX}: not a whole index", expected=expected, found=found, remedy=REMEDY)
 
-    def _open_shards(self) -> list[np.ndarray]:
-        """Return each shard as uint8 [bytes].
+    def _open_shards(self) -> list[MappedFile]:
+        """Return each shard.
 
         Raises:
             DeitfastError: at least one is not what the index describes; the first is described, the others are named.
@@ -188,9 +187,10 @@ class ShardReader:
         found = "; ".join([first.found] * bool(first.found) + [also] * bool(others))
         raise DeitfastError(first.problem, expected=first.expected, found=found, remedy=first.remedy)
 
-    def _open_shard(self, number: int) -> np.ndarray:
+    def _open_shard(self, number: int) -> MappedFile:
         path, size, sample = shard_file(self.path, number), int(self.shard_sizes[number]), int(self.firsts[number])
-        row, content = self.physical_rows[sample], _map(path)
+        row, file = self.physical_rows[sample], MappedFile(path)
+        content = file.bytes
         begins = frame(sample, int(row["label"]), int(row["mode"]), int(row["size"]))
         found = content[:FRAME].tobytes()
         if len(content) != size or found != begins:
@@ -200,7 +200,7 @@ class ShardReader:
                 found=f"{len(content):,} bytes, {_describe(found)}",
                 remedy=REMEDY,
             )
-        return content
+        return file
 
 
 def shard_damages(reader: ShardReader) -> list[str]:
@@ -209,7 +209,7 @@ def shard_damages(reader: ShardReader) -> list[str]:
     parts = np.split(reader.physical_rows, reader.firsts[1:])
     for number, (first, rows) in enumerate(zip(reader.firsts.tolist(), parts, strict=True)):
         shard = shard_file(reader.path, number)
-        if _map(shard)[-len(TRAILER) :].any():
+        if MappedFile(shard).bytes[-len(TRAILER) :].any():
             damages.append(f"{shard.name}: does not end as a tar file does")
         try:
             same = _read(dali_file(shard)) == dali_index(rows, first)
@@ -251,19 +251,3 @@ def _read(path: Path) -> bytes:
         raise DeitfastError(f"{path}: no such file", remedy=REMEDY) from None
     except OSError as error:
         raise DeitfastError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _map(path: Path) -> np.ndarray:
-    """Return a file's bytes, mapped, uint8 [size]."""
-    try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-    except FileNotFoundError:
-        raise DeitfastError(f"{path}: no such file", remedy=REMEDY) from None
-    except ValueError:  # mmap's word for a file of no bytes
-        raise DeitfastError(f"{path}: empty", remedy=REMEDY) from None
-    except OSError as error:
-        remedy = ""
-        if error.errno == errno.EMFILE:
-            remedy = "let a process open more files (`ulimit -n`), or convert to larger shards (--shard-size)"
-        raise DeitfastError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error

@@ -248,11 +248,29 @@ def test_verify_looks_at_the_files_beside_the_samples(copy):
     assert len(reasons) == 4
 
 
+@pytest.mark.parametrize("form", [beton(), SMALL_SHARDS], ids=lambda form: form.suffix)
+def test_a_file_that_is_cut_while_it_is_read_is_a_message_and_no_signal(odd, tmp_path, form):
+    convert(mixed_source(odd), tmp_path, ConvertOptions(workers=1, form=form))
+    reader = Dataset.open(tmp_path).split("train")
+    number = max(range(reader.num_samples), key=lambda n: (reader.location(n).file, reader.location(n).offset))
+    file = reader.location(number).file
+    with file.open("r+b") as cut:
+        cut.truncate(2000)
+    with pytest.raises(DeitfastError, match=f"{file}: was cut while it was being read"):
+        reader.read_verified(number)
+    reader.close()
+    other = Dataset.open(tmp_path).split("val")
+    whole = other.read_verified(3).tobytes()
+    (tmp_path / "elsewhere").write_bytes(b"new")
+    (tmp_path / "elsewhere").replace(other.location(3).file)  # the old file lives on in the map
+    assert other.read_verified(3).tobytes() == whole
+
+
 def test_more_shards_than_open_files_is_said_plainly(copy, monkeypatch):
     def refuse(*_, **__):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("pipelines.storage.formats.wds_reader.mmap.mmap", refuse)
+    monkeypatch.setattr("pipelines.storage.reader.mmap.mmap", refuse)
     with pytest.raises(DeitfastError, match=r"000000\.tar: cannot be read: Too many open files(.|\n)*ulimit -n"):
         ShardReader(copy / "train.wds")
 
