@@ -81,15 +81,15 @@ class TrainLoop:
                 state.steps += 1
                 state.skipped += batch.skipped
                 seen = self.monitor.after_step(state, stop.signal, save_due())
+                now = time.monotonic()
+                state.seconds += now - began
+                began = now
                 yield seen
                 if seen and seen.diverged:
                     raise DivergedError(state.epoch, state.steps)
                 if seen and seen.signal:
                     raise Interrupted(seen.signal)
                 stop.check()
-                now = time.monotonic()
-                state.seconds += now - began
-                began = now
 
     def fit_memory(self, inputs: AugmentedBatch, targets: Tensor | None) -> None:
         """Cut the batch into micro-batches until a step fits the GPU's memory, on all ranks alike.

@@ -182,7 +182,7 @@ def test_a_user_teaches_once_and_trains_without_the_teacher(capsys, tiny_small: 
     assert call(capsys, *student, "--cache", cache, "--out", "alone")[0] == 0
     code, _, err = call(capsys, *student[:-1], "train.ema=0", "--epochs", 4, "--cache", cache, "--out", "longer")
     assert code == 2
-    assert "--views 2 goes round them" in err
+    assert "--views 2 uses them again" in err
     code, _, err = call(capsys, *student, "--epochs", 4, "--views", 2, "--cache", cache, "--out", "longer")
     assert code == 0
     assert "reused (2 views of each image" in err
