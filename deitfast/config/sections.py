@@ -78,8 +78,9 @@ class DistillSpec:
 class OptimSpec:
     """The update."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw (fused where the device has it) or sgd with Nesterov momentum."""
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw; adam, whose weight decay is an L2 penalty in the gradient; sgd with Nesterov momentum. All fused where the
+    device has it."""
     lr: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate for a global batch of `lr_batch`; scaled linearly to the run's own."""
     lr_batch: int = Field(default=512, ge=0, le=MOST_IMAGES)

@@ -9,8 +9,9 @@ import pytest
 
 from deitfast.cli.app import app
 from deitfast.cli.arguments import check_launcher, expand_home
-from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe
+from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe, unfinished_run
 from deitfast.config.recipe import Recipe, flatten
+from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
 
@@ -78,6 +79,42 @@ def test_an_ablation_without_effect_is_told() -> None:
     small = DataFacts("cifar10", 32, (5000,) * 10, "f")
     _, notes = make_recipe(RecipeOptions.of(ablate=["no-repeated-augmentation"]), small, None)
     assert any(note.startswith("augment.repeats = 1 changes nothing") for note in notes)
+
+
+def start_run(name: str, options: RecipeOptions, fingerprint: str = "f") -> RunFolder:
+    """Write what a run that was started and never finished an epoch leaves in runs/."""
+    folder = RunFolder(Path("runs") / name)
+    command = ("deitfast", "train", "--data", "d")
+    folder.create(make_recipe(options, PHOTOS, None)[0], RunInfo("d", "folder", fingerprint, ("a", "b"), command))
+    return folder
+
+
+def test_resume_without_a_folder_finds_the_run_of_this_recipe_and_data() -> None:
+    options = RecipeOptions.of(epochs=5)
+    ours = start_run("ours", options)
+    start_run("longer", RecipeOptions.of(epochs=6))
+    start_run("other-data", options, fingerprint="another")
+    assert unfinished_run(make_recipe(options, PHOTOS, None)[0], PHOTOS, options) == ours
+    with pytest.raises(UserError, match="no unfinished run") as caught:
+        unfinished_run(make_recipe(RecipeOptions.of(epochs=7), PHOTOS, None)[0], PHOTOS, RecipeOptions.of(epochs=7))
+    assert caught.value.remedy.endswith("--resume")
+
+
+def test_the_line_that_started_a_run_makes_its_recipe_again_on_any_number_of_ranks(monkeypatch) -> None:
+    options = RecipeOptions.of(recipe="deit_ti_imagenet", settings=["optim.lr=1e-3"], ablate=["no-erasing"])
+    ours = start_run("ours", options)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert make_recipe(options, PHOTOS, None)[0] != ours.recipe()
+    assert make_recipe(options, PHOTOS, ours)[0] == ours.recipe()
+
+
+def test_the_line_that_resumes_a_run_is_the_one_that_started_it() -> None:
+    folder = Path("runs/a b")
+    started = ("/usr/bin/deitfast", "train", "--data", "d", "--epochs", "5")
+    assert resume_command(folder, started) == "deitfast train --data d --epochs 5 --out 'runs/a b' --resume"
+    named = ("/x/deitfast/__main__.py", "train", "--out=runs/x", "--resume")
+    assert resume_command(folder, named) == "python -m deitfast train --out=runs/x --resume"
+    assert resume_command(folder, ()) == "deitfast train --out 'runs/a b' --resume"
 
 
 @pytest.mark.parametrize(
