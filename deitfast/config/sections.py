@@ -105,10 +105,15 @@ class OptimSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class ScheduleSpec:
-    """Learning rate against time: linear warm-up, then half a cosine over all epochs, or the peak to the end."""
+    """Learning rate against time: linear warm-up, then half a cosine over all epochs, steps down, or the peak."""
 
-    shape: Literal["cosine", "constant"] = "cosine"
-    """What follows warm-up: half a cosine from the peak to `min_lr`, or the peak (the paper's fine-tuning)."""
+    shape: Literal["cosine", "step", "constant"] = "cosine"
+    """What follows warm-up: half a cosine from the peak to `min_lr`; the peak times `step_factor` every `step_epochs`;
+    or the peak (the paper's fine-tuning)."""
+    step_epochs: float = Field(default=30.0, ge=0.01, le=MOST_EPOCHS)
+    """Epochs between two steps down, counted from the run's start."""
+    step_factor: float = Field(default=0.1, gt=0, le=1)
+    """Factor of each step down."""
     warmup_epochs: float = Field(default=5.0, ge=0, le=MOST_EPOCHS)
     """Epochs of warm-up, inside the run's epochs."""
     warmup_lr: float = Field(default=1e-6, ge=0, le=100)

@@ -39,6 +39,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Reads, str], ...] = (
     (("optim.momentum",), lambda r: r.optim.name == "sgd", "it is SGD's, and optim.name is another"),
     (("optim.decay_dist_token",), lambda r: r.distilled, "the model has no distillation token"),
     (("schedule.min_lr",), lambda r: r.schedule.shape == "cosine", "it is the end of a cosine"),
+    (
+        ("schedule.step_epochs", "schedule.step_factor"),
+        lambda r: r.schedule.shape == "step",
+        'it is used with schedule.shape = "step" only',
+    ),
     (("schedule.warmup_lr",), lambda r: r.schedule.warmup_epochs, "there is no warm-up"),
     (
         ("model.patch", "model.drop_path", "model.dropout", "model.token"),

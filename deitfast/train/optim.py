@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from deitfast.config.recipe import OptimSpec, ScheduleSpec
 from pipelines.errors import UserError
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"(blocks\.\d+|layer\d+\.\d+|trunk_output\.block\d+\.block\d+
 FINAL_NORM = re.compile(r"(^|\.)norm\.(weight|bias)$")
 """Names of parameters of the heads, of a block, and of the norm behind the last block."""
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
-"""Device types for which torch has fused AdamW and SGD: one kernel for all parameters instead of several for each."""
+"""Device types for which torch has fused optimizers: one kernel for all parameters instead of several for each."""
 
 
 def peak_lr(spec: OptimSpec, batch: int) -> float:
@@ -91,7 +91,7 @@ def layer_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
-    """Return AdamW, or SGD with Nesterov momentum, over the model's trainable parameters where they are now.
+    """Return AdamW, Adam, or SGD with Nesterov momentum, over the model's trainable parameters where they are now.
 
     Two groups, the decayed parameters first, both at the peak learning rate for a global `batch`. With `layer_decay`
     two for each layer, the heads' first, whose rates are `lr_scale` times that.
@@ -112,6 +112,8 @@ def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
     match spec.name:
         case "adamw":
             return AdamW(groups, lr=lr, betas=spec.betas, eps=spec.eps, fused=fused)
+        case "adam":
+            return Adam(groups, lr=lr, betas=spec.betas, eps=spec.eps, fused=fused)
         case "sgd":
             return SGD(groups, lr=lr, momentum=spec.momentum, nesterov=spec.momentum > 0, fused=fused)
 
@@ -122,7 +124,8 @@ def learning_rate(
     """Return the learning rate of one step: linear warm-up, then half a cosine over all epochs or the peak.
 
     With t in epochs and w epochs of warm-up: t < w: warmup_lr + (peak - warmup_lr) t / w;
-    else: min_lr + (peak - min_lr) (1 + cos(pi t / epochs)) / 2, or with `shape = "constant"` the peak.
+    else: min_lr + (peak - min_lr) (1 + cos(pi t / epochs)) / 2, or with `shape = "constant"` the peak, or
+    with `shape = "step"` peak * step_factor^floor(t / step_epochs).
 
     t is epoch + step / steps_per_epoch, or with `per = "epoch"` what the DeiT reference uses: it steps timm 0.3.2's
     `CosineLRScheduler` after each epoch with that epoch's number, so t is one epoch late and epochs 0 and 1 are both 0.
@@ -139,4 +142,6 @@ def learning_rate(
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * time / schedule.warmup_epochs
     if schedule.shape == "constant":
         return peak
+    if schedule.shape == "step":
+        return peak * schedule.step_factor ** (time // schedule.step_epochs)
     return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1 + math.cos(math.pi * time / epochs))

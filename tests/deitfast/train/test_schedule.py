@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import OptimSpec, ScheduleSpec
-from deitfast.train.optim import learning_rate, peak_lr
+from deitfast.train.optim import build_optimizer, learning_rate, peak_lr
 
 PEAK = 1e-3
 BY_EPOCH = ScheduleSpec(per="epoch")
@@ -87,3 +87,20 @@ def test_a_constant_rate_is_the_references_fine_tuning(per):
 def test_without_warmup_it_starts_at_the_peak():
     for per in ("step", "epoch"):
         assert learning_rate(ScheduleSpec(warmup_epochs=0, per=per), PEAK, 10, 5, 0, 0) == PEAK
+
+
+def test_steps_down_are_torch_s_step_lr() -> None:
+    spec = ScheduleSpec(shape="step", step_epochs=3, step_factor=0.5, warmup_epochs=0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.8)
+    torch_schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+    for epoch in range(10):
+        assert learning_rate(spec, 0.8, 10, 7, epoch, 6) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torch_schedule.step()
+
+
+def test_adam_is_torch_s_with_two_groups() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimSpec(name="adam", lr=1e-3, lr_batch=0, weight_decay=0.1), 8)
+    assert type(optimizer) is torch.optim.Adam
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
