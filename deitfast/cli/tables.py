@@ -167,6 +167,8 @@ def describe_machine() -> Table:
     """Return what `deitfast doctor` shows: processor, memory, disk, devices, loaders and libraries."""
     import torch
 
+    from deitfast.runtime.device import unusable_gpu
+    from pipelines.batch.place import kernels_missing
     from pipelines.loaders.factory import available, free_memory
 
     table = Table(title="deitfast doctor", title_justify="left", show_header=False)
@@ -179,11 +181,13 @@ def describe_machine() -> Table:
         device = torch.device("cuda", index)
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
         table.add_row(f"cuda:{index}", f"{name}, {memory:.0f} GB, {_precision(device)}")
-    if not found["devices"]:
-        built = (
-            f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is built without CUDA"
-        )
-        table.add_row("cuda", f"no device ({built})")
+        if missing := kernels_missing(device):
+            table.add_row("", f"not compiled, and without kernels: {missing}")
+    if not found["devices"] and (unusable := unusable_gpu()):
+        table.add_row("cuda", f"a GPU that PyTorch cannot use: needs {unusable[0]}; found {unusable[1]}")
+    elif not found["devices"]:
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        table.add_row("cuda", f"no device (PyTorch is built {built})")
     table.add_row("cpu", _precision(torch.device("cpu")))
     for name, reason in available().items():
         table.add_row(f"loader {name}", f"no: {reason}" if reason else "works")

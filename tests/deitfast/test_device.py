@@ -7,6 +7,7 @@ import torch
 
 from deitfast.runtime import choose_compile, choose_device, device
 from pipelines.errors import UserError
+from tests.helpers.command_line import call
 
 VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15 \nGCC version: 12.2.0\n"
 
@@ -73,3 +74,10 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(UserError, match=r"(?s)train\.compile is on.*install gcc"):
         choose_compile("on", torch.device("cuda", 0))
     assert choose_compile("on", torch.device("cpu"))
+
+
+def test_doctor_says_so_too(old_driver: None, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    code, shown, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "a GPU that PyTorch cannot use: needs a driver from 580 on" in " ".join(shown.split())
