@@ -69,7 +69,8 @@ def build_cache(cache: TeacherCache, teacher: CachedTeacher, views: TeacherViews
         Interrupted: asked to stop; the targets so far are kept.
         DeitfastError: damaged data or a damaged part, a full disk, or logits that are not finite.
     """
-    runtime, there, total = views.runtime, cache.count(), cache.manifest.total
+    runtime, total = views.runtime, cache.manifest.total
+    there = runtime.broadcast_from_rank0(cache.count() if runtime.is_main_process else 0)  # all take the same way
     size = f"{volume(cache.manifest.bytes)} when complete"
     log.info("%s: %s of %s %s targets are there; %s", cache.folder, f"{there:,}", f"{total:,}", cache.spec.kind, size)
     began = time.monotonic()

@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from deitfast.cli import main
+from deitfast.distill.teacher import Teacher
 from deitfast.train import checkpointer, trainer
 from deitfast.train.step import TrainStep
 from pipelines.errors import DeitfastError
@@ -51,7 +52,18 @@ def plant(fault: str) -> None:
     def full(*arguments: object) -> None:
         raise DeitfastError("planted: the disk is full")
 
+    def faulty_teacher(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        if fault == "teacher" and len(calls) == AT:
+            raise DeitfastError("planted: the teacher fails")
+        found = logits(self, pixels)
+        if fault == "teacher nan":
+            self._not_finite += 1
+        return found
+
     TrainStep.step = faulty
+    if fault.startswith("teacher"):
+        logits, Teacher.logits = Teacher.logits, faulty_teacher
     if fault == "full disk":
         checkpointer.checkpoint.save = full
     if fault == "evaluation":
