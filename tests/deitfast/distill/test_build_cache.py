@@ -14,7 +14,6 @@ from typing import get_args
 
 import numpy as np
 import pytest
-import torch
 
 from deitfast.config import recipe as recipes
 from deitfast.distill.cache import TeacherCache
@@ -84,9 +83,8 @@ def test_what_one_training_asks_the_next_one_reads(tiny_small: Path, tmp_path: P
     assert plain["teacher_views"] == 64
     for row in (writing, again):
         assert (row["loss"], row["distill"]) == (plain["loss"], plain["distill"])
-    for name, value in weights(tmp_path / "plain").items():
-        assert torch.equal(value, weights(tmp_path / "writing")[name])
-        assert torch.equal(value, weights(tmp_path / "again")[name])
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "writing"))
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "again"))
     taught(tiny_small, tmp_path / "taught", recipe)
     assert contents(folder) == contents(tmp_path / "taught")
     log = RunFolder(tmp_path / "again").log.read_text()
@@ -109,8 +107,7 @@ def test_fifty_steps_have_the_same_losses_in_the_loop_and_from_the_cache(
     curves = [[row["distill"] for row in RunFolder(tmp_path / name).metrics()] for name in ("loop", "through", "full")]
     assert len(curves[0]) == 10
     assert curves[0] == curves[1] == curves[2]
-    for name, value in weights(tmp_path / "loop").items():
-        assert torch.equal(value, weights(tmp_path / "full")[name]), name
+    assert_same(weights(tmp_path / "loop"), weights(tmp_path / "full"))
 
 
 def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
@@ -133,8 +130,7 @@ def test_a_training_killed_while_it_fills_goes_on_with_the_same_targets(
     assert 0 < TeacherCache.open(tmp_path / "b").count() < 80
     run(tiny_small, tmp_path / "cut", with_cache(recipe, tmp_path / "b"), resume=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "cut")[name]), name
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("fewer", [["train.epochs=1"], ["distill.targets=reused", "distill.views=2"]])
