@@ -26,6 +26,7 @@ from deitfast.environment import version
 from deitfast.runtime import Runtime
 from deitfast.weights.zoo import is_zoo_model
 from pipelines.errors import UserError
+from pipelines.loaders.factory import exact
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import RAW
 
@@ -176,7 +177,7 @@ def pixels_of(loader: str, dataset: Dataset, recipe: Recipe, runtime: Runtime) -
         return "any"
     if loader == "dali":
         return f"dali on {runtime.device.type}"  # decodes and resizes on the device: other pixels on another one
-    return "reference" if loader == "resident" else loader  # equal to the bit
+    return "reference" if exact(loader) else loader
 
 
 def _software(runtime: Runtime) -> dict[str, str]:

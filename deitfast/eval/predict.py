@@ -146,6 +146,10 @@ class ImagesInMemory:
         """Return where an image would be stored."""
         return ByteRange(self.path, 0, int(self.sizes[index]))
 
+    def stored_in(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return that no image is in a file."""
+        return np.full(len(samples), -1), np.zeros(len(samples), np.int64)
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -1,5 +1,6 @@
 """Opens a loader by name, and says which of them this machine can run."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -12,11 +13,13 @@ from pipelines.batch import Loader
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.bad_samples import BadSamples
 from pipelines.loaders.batch_plan import BatchPlan
-from pipelines.loaders.host import Codec, HostLoader
+from pipelines.loaders.codecs import turbo
+from pipelines.loaders.host import Codec, HostLoader, TurboLoader
 from pipelines.rng.sampler import Sampler
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
 
+log = logging.getLogger(__name__)
 NAMES = ("resident", "dali", "cpu", "ffcv", "reference")
 NEEDS = {
     "dali": ("nvidia.dali", "pipelines.loaders.dali.loader"),
@@ -61,7 +64,7 @@ def open_loader(
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
 
-            return ResidentLoader(plan, _region_codec(plan) if not why_not("cpu") else _pillow_codec(plan))
+            return ResidentLoader(plan, _fastest_codec(plan))
         case "dali":
             _require("dali")
             from pipelines.loaders.dali.loader import DaliLoader
@@ -69,7 +72,7 @@ def open_loader(
             return DaliLoader(plan)
         case "cpu":
             _require("cpu")
-            return HostLoader("cpu", plan, _region_codec(plan))
+            return _cpu_loader(plan)
         case "ffcv":
             _require("ffcv")
             from pipelines.loaders.ffcv import FfcvLoader
@@ -113,9 +116,14 @@ def available() -> dict[str, str]:
     return {name: why_not(name) for name in NAMES}
 
 
+def exact(name: str) -> bool:
+    """Return whether a loader's pixels are those of `reference`, Pillow's, to the bit on this machine."""
+    return name in ("reference", "resident") or (name == "cpu" and not turbo.unavailable())
+
+
 def why_not(name: str) -> str:
     """Return the reason why a loader does not work on this machine, "" where it does."""
-    if name not in NEEDS:
+    if name not in NEEDS or exact(name):
         return ""
     package, module = NEEDS[name]
     try:
@@ -137,6 +145,19 @@ def _require(name: str) -> None:
             found=reason,
             remedy=f"{INSTALL[name]}; or --set loader.name=auto: deitfast doctor says which loaders work",
         )
+
+
+def _cpu_loader(plan: BatchPlan) -> Loader:
+    if exact("cpu"):
+        return TurboLoader("cpu", plan, partial(turbo.TurboCodec, plan.interpolation))
+    log.info("the cpu loader decodes with nvImageCodec, as the faster codec cannot be used: %s", turbo.unavailable())
+    return HostLoader("cpu", plan, _region_codec(plan))
+
+
+def _fastest_codec(plan: BatchPlan) -> Callable[[], Codec]:
+    if exact("cpu"):
+        return partial(turbo.TurboCodec, plan.interpolation)
+    return _pillow_codec(plan) if why_not("cpu") else _region_codec(plan)
 
 
 def _region_codec(plan: BatchPlan) -> Callable[[], Codec]:

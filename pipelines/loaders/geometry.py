@@ -57,24 +57,48 @@ class ImageCrops(NamedTuple):
     crops: list[Crop]
 
 
-def by_image(rows: Rows, geometry: Geometry) -> list[ImageCrops]:
-    """Return the images of the valid rows with their crops, images and each image's rows in rising order.
+@dataclass(frozen=True)
+class CropTable:
+    """A batch's valid rows, grouped by image: images and each image's rows in rising order."""
 
-    For all rows at once: numpy's calls on single rows would hold Python's lock, which the threads share, far longer.
-    """
-    rows_used = np.flatnonzero(rows.valid)
-    if not len(rows_used):
-        return []
-    rows_used = rows_used[np.argsort(rows.samples[rows_used], kind="stable")]
-    samples, starts, counts = np.unique(rows.samples[rows_used], return_index=True, return_counts=True)
-    corner, size = geometry.crop_box[rows_used, :2], geometry.crop_box[rows_used, 2:]
-    low, high = np.minimum.reduceat(corner, starts), np.maximum.reduceat(corner + size, starts)
-    within = corner - np.repeat(low, counts, axis=0)
-    table = np.column_stack([rows_used, within, size, geometry.resized[rows_used], geometry.offset[rows_used]])
-    crops = list(map(Crop._make, table.tolist()))
-    windows = map(tuple, np.column_stack([low, high - low]).tolist())
-    ends = (starts + counts).tolist()
-    return [
-        ImageCrops(sample, window, crops[start:end])
-        for sample, window, start, end in zip(samples.tolist(), windows, starts.tolist(), ends, strict=True)
-    ]
+    samples: np.ndarray
+    """int64 [n]: the images."""
+    windows: np.ndarray
+    """int64 [n, 4]: `ImageCrops.window` of each."""
+    first_crop: np.ndarray
+    """int64 [n]: the first of an image's crops."""
+    counts: np.ndarray
+    """int64 [n]: the number of its crops."""
+    crops: np.ndarray
+    """int64 [m, 9]: the fields of `Crop`."""
+
+    @classmethod
+    def of(cls, rows: Rows, geometry: Geometry) -> "CropTable":
+        """Return the table of a batch.
+
+        For all rows at once: numpy's calls on single rows would hold Python's lock, which threads share, far longer.
+        """
+        used = np.flatnonzero(rows.valid)
+        used = used[np.argsort(rows.samples[used], kind="stable")]
+        samples, starts, counts = np.unique(rows.samples[used], return_index=True, return_counts=True)
+        if not len(used):
+            return cls(samples, np.zeros((0, 4), np.int64), starts, counts, np.zeros((0, len(Crop._fields)), np.int64))
+        corner, size = geometry.crop_box[used, :2], geometry.crop_box[used, 2:]
+        low, high = np.minimum.reduceat(corner, starts), np.maximum.reduceat(corner + size, starts)
+        within = corner - np.repeat(low, counts, axis=0)
+        crops = np.column_stack([used, within, size, geometry.resized[used], geometry.offset[used]])
+        return cls(samples, np.column_stack([low, high - low]), starts, counts, crops)
+
+    def images(self, start: int = 0, end: int | None = None) -> list[ImageCrops]:
+        """Return the images from `start` to before `end`, in plain integers."""
+        part = slice(start, end)
+        columns = (self.samples, self.windows, self.first_crop, self.counts)
+        return [
+            ImageCrops(sample, tuple(window), list(map(Crop._make, self.crops[first : first + count].tolist())))
+            for sample, window, first, count in zip(*(column[part].tolist() for column in columns), strict=True)
+        ]
+
+
+def by_image(rows: Rows, geometry: Geometry) -> list[ImageCrops]:
+    """Return the images of the valid rows with their crops, images and each image's rows in rising order."""
+    return CropTable.of(rows, geometry).images()

@@ -49,6 +49,13 @@ class MappedFile:
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         """uint8 [size], read-only; `view` is the safe way to what may be gone."""
 
+    @property
+    def descriptor(self) -> int:
+        """The open file's descriptor, for code that reads instead. Raises ValueError once it is closed."""
+        if not self._close_fd.alive:
+            raise ValueError(f"{self.path}: this reader is closed")
+        return self._fd
+
     def view(self, start: int, size: int) -> np.ndarray:
         """Return some bytes, read-only uint8 [size].
 
@@ -121,6 +128,13 @@ class Reader(Protocol):
 
     def location(self, index: int) -> ByteRange:
         """Return where a sample is stored."""
+        ...
+
+    def stored_in(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return open file descriptors and offsets, int64 [n] each, at which `sizes` bytes are what `sample` returns.
+
+        A descriptor is -1 for samples whose bytes are in no file as they are.
+        """
         ...
 
     def close(self) -> None:

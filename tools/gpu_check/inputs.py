@@ -53,6 +53,10 @@ class RepeatedReader:
         """See `Reader`."""
         return self._reader.location(index % self._own)
 
+    def stored_in(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Reader`."""
+        return self._reader.stored_in(samples % self._own)
+
     def close(self) -> None:
         """See `Reader`."""
         self._reader.close()

@@ -114,6 +114,10 @@ class BetonReader:
         """Return where a sample is stored."""
         return ByteRange(self.path, int(self.offsets[index]), int(self.sizes[index]))
 
+    def stored_in(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return descriptors and offsets of samples' bytes; see `Reader`."""
+        return np.full(len(samples), self._file.descriptor), self.offsets[samples]
+
     def close(self) -> None:
         """Let go of the file. Views already handed out stay valid; may be called twice."""
         self._closed = True

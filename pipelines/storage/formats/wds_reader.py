@@ -110,6 +110,11 @@ class ShardReader:
         if self.modes[index] != JPEG and not _is_whole_png(shard[start : start + size].tobytes()):
             raise damaged(self, index, "a PNG whose chunks have their CRC32", "another one in some chunk")
 
+    def stored_in(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return descriptors and offsets of samples' bytes, those of PNGs left out; see `Reader`."""
+        descriptors = np.array([shard.descriptor for shard in self._shards])[self._numbers[samples]]
+        return np.where(self.modes[samples] == JPEG, descriptors, -1), self._offsets[samples]
+
     def close(self) -> None:
         """Let go of the shards. Views already handed out stay valid; may be called twice."""
         self._closed = True
