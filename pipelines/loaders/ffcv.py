@@ -167,6 +167,7 @@ class _Run(EpochIterator):
         """Draw step `b_ix`, check its bytes, and let FFCV decode it."""
         if self.terminate_event.is_set():
             raise _EndedError
+        self.reader.sample(-1)  # raises where the file has been cut: FFCV maps it, and reading on would end the process
         rows, params = self.plan.draw(self.at, self.start_step + b_ix)
         table = tabulate(self.reader, rows, params, self._damaged(rows) if self.plan.spec.check else ())
         (images,) = super().run_pipeline(b_ix, table, batch_slot, cuda_event)

@@ -105,6 +105,23 @@ def test_what_only_the_decoder_refuses_is_skipped_too(name: str, garbage: Reader
     assert not images[~valid].any()
 
 
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("suffix", [".beton", ".wds"], indirect=True)
+def test_a_file_that_is_cut_while_it_is_in_use_is_named(name: str, tmp_path: Path, small: Reader, suffix: str) -> None:
+    """A mapped file would end the process: SIGBUS, without a word. The resident loader has read everything before."""
+    reader = damaged(small, tmp_path, BAD)  # a copy that may be changed
+    loader = open_eval(name, reader, PADDED, check=False)
+    file = reader.location(reader.num_samples - 1).file
+    with file.open("r+b") as cut:
+        cut.truncate(5000)
+    error = within(60, lambda: list(loader.epoch(0)))
+    if name == "resident":
+        assert error is None
+    else:
+        assert isinstance(error, DeitfastError)
+        assert f"{file}: was cut while it was being read" in str(error)
+
+
 class PlantedError(Exception):
     """Raised inside a worker by a test."""
 
@@ -124,7 +141,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
 
 
 WORKERS = {
-    "cpu": ("pipelines.loaders.codecs.nvimgcodec.RegionCodec", "decode"),
+    "cpu": ("pipelines.loaders.codecs.turbo.TurboCodec", "render"),
     "dali": ("pipelines.loaders.dali.source.EncodedImages", "fetch"),
     "ffcv": ("pipelines.loaders.ffcv", "tabulate"),
     "reference": ("pipelines.loaders.codecs.pillow.PillowCodec", "decode"),

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.batch import Batch
 from pipelines.errors import UserError
 from pipelines.loaders import factory
+from pipelines.loaders.codecs import turbo
 from pipelines.loaders.factory import available, choose, open_loader
 from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.resident import gather
@@ -286,6 +287,7 @@ def test_auto_is_resident_for_small_images_that_fit(
     monkeypatch.setattr(factory, "free_memory", lambda device: 4 * small.num_samples * 32 * 32 * 3 - 1)
     assert choose(small, CPU) != "resident"
     monkeypatch.setitem(factory.NEEDS, "cpu", ("no_such_package", ""))
+    monkeypatch.setattr(turbo, "unavailable", lambda: "there is no C compiler")
     assert choose(small, CPU) == "reference"
 
 
