@@ -133,9 +133,12 @@ def image_table(reader: Reader, table: CropTable) -> np.ndarray:
     """Return what `TurboCodec.render` reads of each image of a batch, int64 [n, IMAGE_COLUMNS]."""
     samples = table.samples
     descriptors, offsets = reader.stored_in(samples)
-    columns = (reader.sizes, reader.crcs, reader.modes, reader.heights, reader.widths)
-    stored = [column[samples].astype(np.int64) for column in columns]
-    return np.column_stack([descriptors, offsets, *stored, table.windows, table.first_crop, table.counts])
+    crcs = reader.crcs[samples].astype(np.int64) if getattr(reader, "has_crcs", True) else np.full(len(samples), -1)
+    sizes, modes, heights, widths = (
+        column[samples].astype(np.int64) for column in (reader.sizes, reader.modes, reader.heights, reader.widths)
+    )
+    stored = (descriptors, offsets, sizes, crcs, modes, heights, widths)
+    return np.column_stack([*stored, table.windows, table.first_crop, table.counts])
 
 
 def decode_window(

@@ -481,7 +481,7 @@ void deitfast_render(Codec *codec, const Image *images, int64_t count, const Cro
     u8 *pixels = NULL;
     size_t stride = 0;
     int status = read_file(codec, image);
-    if (!status && check && deitfast_crc32(codec->file.data, (size_t)image->size) != (uint32_t)image->crc) status = DAMAGED;
+    if (!status && check && image->crc >= 0 && deitfast_crc32(codec->file.data, (size_t)image->size) != (uint32_t)image->crc) status = DAMAGED;
     if (!status)
       status = image->mode == STORED_JPEG ? decode(codec, codec->file.data, image, &pixels, &stride)
                                           : expand(codec, codec->file.data, 3 * (size_t)image->width, image, &pixels, &stride);

@@ -26,7 +26,8 @@ SOURCES = (Path(__file__).with_name("crops.c"), Path(__file__).with_name("libjpe
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 """-ffp-contract: Pillow's weights are computed without fused multiply-add, and so must these be."""
 IMAGE_COLUMNS = 13
-"""fd, offset, size, CRC32, mode, height, width; top, left, height, width of the window; first crop, number of crops."""
+"""File descriptor, offset, size, CRC32 (-1: not known), mode, height, width; top, left, height, width of the window;
+first crop, number of crops."""
 CROP_COLUMNS = 9
 """The fields of `geometry.Crop`."""
 FILTERS = ("bicubic", "bilinear")
