@@ -277,5 +277,5 @@ def plan_targets(
     folder = cache_folder(recipe, dataset, manifest) if uses_cache(recipe) else None
     if folder is not None and is_cache(folder):
         require_fit(folder, TeacherCache.open(folder).manifest, manifest)
-    same_pixels = replace(recipe, loader=replace(recipe.loader, name=loader))  # also where `auto` would choose anew
+    same_pixels = replace(recipe, loader=replace(recipe.loader, name=loader))  # also where `auto` would choose again
     return TargetPlan(TeacherViews(same_pixels, dataset, runtime), loaded, manifest, folder)

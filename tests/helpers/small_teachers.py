@@ -28,7 +28,7 @@ from tests.helpers.small_runs import CPU, tiny_recipe
 
 
 class Judge(nn.Module):
-    """Decides by sums over a 4 x 4 grid, in float64, so that an answer does not depend on its batch."""
+    """Decides by sums over a 4 x 4 grid, in float64, so that a target does not depend on its batch."""
 
     def __init__(self, classes: int, seed: int = 0, pause: float = 0.0) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def seen(data: Path, recipe: Recipe, make: Make, world: int = 1, start: int = 0)
 
 
 def fill_slowly(data: Path, out: Path) -> None:
-    """Fill a cache slowly, every answer on the disk at once: the life of a process that is going to be killed."""
+    """Fill a cache slowly, every target on the disk at once: the life of a process that is going to be killed."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deitfast.distill.cached_teacher.FLUSH_SECONDS", 0.0)

@@ -75,7 +75,7 @@ def test_what_one_training_asks_the_next_one_reads(tiny_small: Path, tmp_path: P
     """Through the cache, from empty to complete: batches of another size leave other views out."""
     folder, recipe = tmp_path / "cache", distilled("train.batch=32")
     writing = run(tiny_small, tmp_path / "writing", with_cache(recipe, folder))
-    assert writing["teacher_views"] == 64  # two steps of 32; the rest is asked at the end
+    assert writing["teacher_views"] == 64  # two steps of 32; the rest is computed at the end
     assert TeacherCache.open(folder).complete
     again = run(tiny_small, tmp_path / "again", with_cache(recipe, folder))
     plain = run(tiny_small, tmp_path / "plain", recipe)

@@ -43,7 +43,7 @@ def manifest(spec: TargetSpec = HARD, **changes) -> Manifest:
     return dataclasses.replace(made, **changes)
 
 
-def answers(spec: TargetSpec, seed: int = 0) -> np.ndarray:
+def drawn_targets(spec: TargetSpec, seed: int = 0) -> np.ndarray:
     """A whole cache's targets [VIEWS, SAMPLES]; the last two images of each view are left out, as by a pass's end."""
     rng = np.random.default_rng(seed)
     table = np.zeros((VIEWS, SAMPLES), spec.record)
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("spec", [HARD, SOFT], ids=["hard", "soft"])
 def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec: TargetSpec) -> None:
-    table = answers(spec)
+    table = drawn_targets(spec)
     cache = TeacherCache.create(tmp_path / "cache", manifest(spec))
     order = np.arange(6 * 18)
     fill(cache, table, order[:50])
@@ -106,7 +106,7 @@ def test_what_was_added_is_read_before_and_after_completion(tmp_path: Path, spec
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), flushes=st.integers(1, 12))
 def test_the_finished_cache_does_not_depend_on_who_wrote_when(tmp_path_factory, seed: int, flushes: int) -> None:
-    folder, table = tmp_path_factory.mktemp("caches"), answers(HARD)
+    folder, table = tmp_path_factory.mktemp("caches"), drawn_targets(HARD)
     first = TeacherCache.create(folder / "a", manifest())
     fill(first, table, np.arange(6 * 18))
     assert first.finish()
@@ -120,8 +120,8 @@ def test_the_finished_cache_does_not_depend_on_who_wrote_when(tmp_path_factory, 
 
 
 def test_who_was_slower_goes_on_with_what_the_other_has_finished(tmp_path: Path) -> None:
-    """Two trainings that fill one cache: the second one still has answers when the first completes it."""
-    folder, table = tmp_path / "cache", answers(HARD)
+    """Two trainings that fill one cache: the second one still has targets to write when the first completes it."""
+    folder, table = tmp_path / "cache", drawn_targets(HARD)
     fast, slow = TeacherCache.create(folder, manifest()), TeacherCache.create(folder, manifest())
     slow.read_pass(0)
     fill(fast, table, np.arange(6 * 18))
@@ -144,10 +144,10 @@ def race(folder: Path, barrier, seed: int) -> None:
         own = folder.with_name(f"{folder.name}-{turn}")
         barrier.wait(PATIENCE)
         cache = TeacherCache.create(own, manifest())
-        fill(cache, answers(HARD), np.random.default_rng(seed + turn).permutation(6 * 18))
+        fill(cache, drawn_targets(HARD), np.random.default_rng(seed + turn).permutation(6 * 18))
         assert cache.count() == 6 * 18
         assert cache.finish()
-        assert cache.read_pass(3).tobytes() == answers(HARD)[3:].tobytes()
+        assert cache.read_pass(3).tobytes() == drawn_targets(HARD)[3:].tobytes()
 
 
 def test_any_number_of_processes_fill_and_finish_one_cache_at_once(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_sizes_are_two_bytes_a_view_and_what_the_records_take(tmp_path: Path) ->
 
 def complete(folder: Path, **changes) -> TeacherCache:
     cache = TeacherCache.create(folder, manifest(**changes))
-    fill(cache, answers(cache.manifest.targets), np.arange(6 * 18))
+    fill(cache, drawn_targets(cache.manifest.targets), np.arange(6 * 18))
     assert cache.finish()
     return cache
 
@@ -252,7 +252,7 @@ def test_a_cache_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [3, 60, 130, -2])
 def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, place: int) -> None:
     cache = TeacherCache.create(tmp_path / "cache", manifest())
-    fill(cache, answers(HARD), np.arange(50), flushes=1)
+    fill(cache, drawn_targets(HARD), np.arange(50), flushes=1)
     part = next((tmp_path / "cache" / PARTS).iterdir())
     flip(part, place)
     with pytest.raises(DeitfastError, match=part.name):
@@ -262,7 +262,7 @@ def test_any_flipped_byte_of_a_part_is_found_and_the_part_named(tmp_path: Path, 
 @pytest.mark.parametrize("left", [0, 3, 100])
 def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
     cache = TeacherCache.create(tmp_path / "part", manifest())
-    fill(cache, answers(HARD), np.arange(50), flushes=1)
+    fill(cache, drawn_targets(HARD), np.arange(50), flushes=1)
     part = next((tmp_path / "part" / PARTS).iterdir())
     part.write_bytes(part.read_bytes()[:left])
     with pytest.raises(DeitfastError, match=part.name):
@@ -279,7 +279,7 @@ def test_a_part_or_table_cut_short_is_found(tmp_path: Path, left: int) -> None:
 def test_another_caches_targets_are_not_taken(tmp_path: Path) -> None:
     complete(tmp_path / "one")
     cache = TeacherCache.create(tmp_path / "other", manifest())
-    fill(cache, answers(HARD, seed=1), np.arange(6 * 18))
+    fill(cache, drawn_targets(HARD, seed=1), np.arange(6 * 18))
     assert cache.finish()
     (tmp_path / "one" / TARGETS).write_bytes((tmp_path / "other" / TARGETS).read_bytes())
     with pytest.raises(DeitfastError, match="CRC32"):
@@ -327,7 +327,7 @@ def test_a_cache_whose_creation_was_killed_is_created_anew(tmp_path: Path) -> No
 
 def test_a_kill_between_table_and_manifest_costs_nothing(tmp_path: Path, monkeypatch) -> None:
     cache = TeacherCache.create(tmp_path / "cache", manifest())
-    fill(cache, answers(HARD), np.arange(6 * 18))
+    fill(cache, drawn_targets(HARD), np.arange(6 * 18))
     monkeypatch.setattr("deitfast.distill.cache.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cache.finish()
@@ -341,14 +341,14 @@ def test_a_kill_between_table_and_manifest_costs_nothing(tmp_path: Path, monkeyp
 
 def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, monkeypatch) -> None:
     cache = TeacherCache.create(tmp_path / "cache", manifest())
-    fill(cache, answers(HARD), np.arange(50))
+    fill(cache, drawn_targets(HARD), np.arange(50))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipelines.files.os.fsync", full)
     with pytest.raises(DeitfastError, match="cannot write the teacher cache") as caught:
-        fill(cache, answers(HARD), np.arange(50, 108))
+        fill(cache, drawn_targets(HARD), np.arange(50, 108))
     assert "No space left" in str(caught.value)
     monkeypatch.undo()
     assert TeacherCache.open(tmp_path / "cache").count() == 50

@@ -171,7 +171,7 @@ def test_more_epochs_than_views_are_refused_and_the_way_out_named(tiny_small: Pa
 def test_the_spot_check_finds_views_that_are_made_otherwise(tiny_small: Path, tmp_path: Path, judged, monkeypatch):
     recipe = distilled("train.epochs=1")
     taught(tiny_small, tmp_path / "cache", recipe)
-    taught(tiny_small, tmp_path / "cache", recipe)  # asks for some again, and is content
+    taught(tiny_small, tmp_path / "cache", recipe)  # runs it on some again, and finds the same
     original = augment
 
     def otherwise(batch, *arguments, **options):

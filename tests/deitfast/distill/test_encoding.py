@@ -1,4 +1,4 @@
-"""What is kept of a teacher's answer gives back its label, or its distribution."""
+"""What a cache stores of a teacher's logits gives back its label, or its distribution."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ def test_kept_logits_give_back_the_distribution(dtype: str, k: int, tau: int, at
     """The kept classes' and the rest's probability are exact at the cache's tau and at 1; the rest shares evenly."""
     logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)) * 3
     spec = TargetSpec("soft", k, dtype, tau)
-    answers = encode(logits, spec)
-    records = to_records([answers], spec)
+    targets = encode(logits, spec)
+    records = to_records([targets], spec)
     restored = decode(from_records(records, torch.device("cpu")), spec, 100, at)
     true, found = F.softmax(logits.double() / at, -1), F.softmax(restored.double() / at, -1)
-    kept = torch.zeros_like(true, dtype=torch.bool).scatter(1, answers.label, True)
+    kept = torch.zeros_like(true, dtype=torch.bool).scatter(1, targets.label, True)
     if at in (1.0, tau):
         assert torch.allclose(true[kept], found[kept], atol=8e-3 if dtype == "float16" else 1e-5)
     rest = found[~kept].view(64, -1)

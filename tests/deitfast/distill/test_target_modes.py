@@ -1,4 +1,4 @@
-"""Targets that are not the teacher's answer to the very view: reused ones, and those of whole images."""
+"""Targets that are not the teacher's for the very view: reused ones, and those of whole images."""
 
 from contextlib import closing
 from pathlib import Path
