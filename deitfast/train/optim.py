@@ -76,7 +76,8 @@ def layer_of(names: Iterable[str]) -> dict[str, int]:
     heads are the last.
     """
     names = list(names)
-    blocks = list(dict.fromkeys(found[0] for name in names if (found := BLOCK.search(name))))
+    matches = [match for name in names if (match := BLOCK.search(name))]
+    blocks = list(dict.fromkeys(match[0] for match in matches))
     layers = {block: number for number, block in enumerate(blocks, start=1)}
     found: dict[str, int] = {}
     for name in names:
