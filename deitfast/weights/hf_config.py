@@ -1,4 +1,4 @@
-"""The configurations that transformers reads beside weights: config.json and preprocessor_config.json."""
+"""The configurations that transformers reads next to weights: config.json and preprocessor_config.json."""
 
 from typing import Any
 

@@ -45,7 +45,7 @@ INSIDE = {
 """Names inside a block, without .weight and .bias."""
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 ANCHORS = (f"deit.{PATCHES}", f"vit.{PATCHES}", PATCHES)
-"""The name that all of them have, with a classifier beside the body or without."""
+"""The name that all of them have, with a classifier next to the body or without."""
 UNUSED = re.compile(r"(pooler\.|embeddings\.mask_token$)")
 """What classification does not use: the pooler of the headless models, and the mask of masked pre-training."""
 BODY = re.compile(r"(deit|vit)\.")

@@ -58,7 +58,7 @@ def load_model(
     """Return the model of a run, or the one that a file of weights holds.
 
     A run's recipe says everything. Of a file, size, patches, classes and the distillation token come from the tensors'
-    shapes; normalization and crop from what lies beside them, else from the built-in recipe for such a network.
+    shapes; normalization and crop from what lies next to them, else from the built-in recipe for such a network.
 
     Args:
         path: what `read_weights` reads.

@@ -113,7 +113,7 @@ def read_weights(path: Path, *, ema: bool = False, which: WhichCheckpoint = "aut
 
     Raises:
         UserError: no such file, one that cannot be read without running code, names of no network that deitfast knows,
-            weights that are not finite, no averaged weights, or a configuration beside them that does not fit.
+            weights that are not finite, no averaged weights, or a configuration next to them that does not fit.
         DeitfastError: a run's checkpoint is damaged.
     """
     run = RunFolder(path)
@@ -137,7 +137,7 @@ def read_weights(path: Path, *, ema: bool = False, which: WhichCheckpoint = "aut
 
 
 def read_state(file: Path, names: Iterable[str]) -> tuple[dict[str, Tensor], Sidecar]:
-    """Return one network's tensors in a file, without wrappers' prefixes, and what lies beside them.
+    """Return one network's tensors in a file, without wrappers' prefixes, and what lies next to them.
 
     Args:
         file: a .safetensors file, or one that torch.save wrote.
@@ -254,7 +254,7 @@ def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _torch_file(file: Path) -> dict[Any, Any]:
     """Return what torch.save wrote, as far as it is data."""
     try:
-        with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options beside the weights
+        with torch.serialization.safe_globals([Namespace]):  # the reference keeps its options next to the weights
             tree = checkpoint.read(file, "cpu")
     except checkpoint.UNREADABLE as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What lies beside weights: class names, and how images are fed to the network, as whoever published it wrote them.
+"""What lies next to weights: class names, and how images are fed to the network, as its publisher wrote them.
 
 Read are our own metadata (in a .safetensors file), Hugging Face's config.json and preprocessor_config.json, and
 timm's config.json (a file, or the entry "timm" of a .safetensors file's metadata).
@@ -19,7 +19,7 @@ from pipelines.spec import AugmentSpec
 
 log = logging.getLogger(__name__)
 INPUT_FIELDS = ("size", "crop", "eval_crop", "eval_resize", "eval_interpolation", "mean", "std")
-"""Fields of `AugmentSpec` that evaluation needs beside the weights."""
+"""Fields of `AugmentSpec` that evaluation needs besides the weights."""
 METADATA, TIMM = "deitfast", "timm"
 """Keys of our own and of timm's entry in a .safetensors file's metadata."""
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -69,7 +69,7 @@ class Sidecar:
 def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
     """Return what is told of the weights in `file`, whose own metadata is `metadata`.
 
-    Files beside it are read where its name is one of `STANDARD_FILES`.
+    Files next to it are read where its name is one of `STANDARD_FILES`.
 
     Raises:
         UserError: one of them is damaged, or says something that deitfast's networks cannot be.

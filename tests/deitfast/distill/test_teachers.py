@@ -6,6 +6,8 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import timm
+import timm.data
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from deitfast.weights import torchvision as published
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
+from tests.helpers.published_weights import randomized
 from tests.helpers.sample_images import MemorySource, drawn, entries
 from tests.helpers.small_runs import CPU, run, tiny_recipe
 
@@ -104,6 +107,39 @@ def test_the_digest_follows_every_weight_and_the_order_of_classes(resnet18: Path
     assert {key for key in known if known[key] != other[key]} == {"teacher.digest"}
     turned = load_teacher(spec("resnet18", resnet18), SYNSETS[::-1]).fingerprint()
     assert {key for key in known if known[key] != turned[key]} == {"teacher.class_index"}
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+def test_timms_networks_teach_with_their_own_logits(tmp_path: Path, wrapper: str) -> None:
+    theirs = randomized(timm.create_model("resnet18"))
+    file = tmp_path / "resnet18.pth"
+    torch.save({"state_dict": {f"{wrapper}{name}": value for name, value in theirs.state_dict().items()}}, file)
+    loaded = load_teacher(spec("timm/resnet18", file), SYNSETS[5:3:-1])
+    fed = timm.data.resolve_model_data_config(theirs)
+    assert (loaded.size, loaded.mean, loaded.std) == (fed["input_size"][-1], fed["mean"], fed["std"])
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        (found,) = loaded.model(pixels)
+        torch.testing.assert_close(found, theirs(pixels))
+    assert loaded.class_index == (5, 4)
+
+
+def test_timms_names_and_files_that_are_not_are_refused(tmp_path: Path, resnet18: Path) -> None:
+    with pytest.raises(UserError, match="timm has no network called resnet19"):
+        load_teacher(spec("timm/resnet19"), SYNSETS)
+    with pytest.raises(UserError, match="does not hold a vit_tiny_patch16_224"):
+        load_teacher(spec("timm/vit_tiny_patch16_224", resnet18), SYNSETS)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "squeezenet1_0"])
+def test_every_classifier_of_torchvision_teaches(tmp_path: Path, name: str) -> None:
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    theirs = torchvision.models.get_model(name, weights=None, **options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    loaded = load_teacher(spec(name, tmp_path / "x.pth"), SYNSETS)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(pixels)[0], theirs(pixels))
 
 
 def test_weights_of_another_network_are_refused(resnet18: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -16,7 +17,7 @@ from deitfast.models.vit import build_model
 from deitfast.weights.huggingface import to_timm
 from pipelines.errors import DeitfastError, UserError
 from tests.helpers.command_line import call
-from tests.helpers.published_weights import hugging_face
+from tests.helpers.published_weights import hugging_face, randomized
 from tests.helpers.sample_images import drawn, encoded, odd_images
 from tests.helpers.small_runs import CPU, tiny_recipe
 
@@ -162,3 +163,28 @@ def test_attention_rollout_is_that_of_transformers_attentions() -> None:
 def test_what_is_looked_at_stays_light() -> None:
     shown = np.asarray(overlay(np.full((32, 32, 3), 200, np.uint8), torch.eye(2), side=64)).astype(int)
     assert shown[8, 8].mean() > 2 * shown[8, 56].mean()
+
+
+def test_a_thousand_classes_are_restricted_to_a_subsets_by_name(capsys, tmp_path: Path) -> None:
+    """Imagenette's kind: folders of synsets, a network of ImageNet's 1,000 without names."""
+    theirs = randomized(timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8))
+    torch.save({"model": theirs.state_dict()}, tmp_path / "net.pth")
+    synsets, places = ("n01440764", "n02102040", "n03888257"), [0, 217, 701]
+    for number, synset in enumerate(synsets):
+        (tmp_path / "images" / "train" / synset).mkdir(parents=True)
+        (tmp_path / "images" / "val" / synset).mkdir(parents=True)
+        Image.fromarray(drawn(32, 32, number)).save(tmp_path / "images" / "train" / synset / "x.png")
+        Image.fromarray(drawn(32, 32, 10 + number)).save(tmp_path / "images" / "val" / synset / "x.png")
+    assert call(capsys, "convert", "folder", tmp_path / "images", tmp_path / "data")[0] == 0
+    line = ("eval", "--weights", tmp_path / "net.pth", "--data", tmp_path / "data", "--set", "train.amp=off")
+    code, out, err = call(capsys, *line, "--predictions", tmp_path / "p.csv", "--device", "cpu")
+    assert code == 0, err
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    pixels = torch.stack([torch.from_numpy(drawn(32, 32, 10 + n)).permute(2, 0, 1) / 255 for n in range(3)])
+    with torch.no_grad():
+        expected = theirs((pixels - mean) / std)[:, places].softmax(1)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "p.csv").read_text())))
+    assert [row["prediction"] for row in rows] == [synsets[place] for place in expected.argmax(1)]
+    for row, probability in zip(rows, expected.max(1).values.tolist(), strict=True):
+        assert float(row["probability"]) == pytest.approx(probability, rel=1e-3)
+    assert "3 of 1,000" in " ".join((out + err).split())
