@@ -1,9 +1,8 @@
 """The demo data set: ten classes of small JPEGs, drawn by the program as they are read.
 
 Six classes are shapes (cross, disc, ring, square, star, triangle) somewhere on a cluttered ground, four are textures
-(checks, dots, stripes, waves) at any angle. Colors, size, place, turn, light, clutter and noise are drawn and
-say nothing about the class, so a model has to learn what things look like. Each image is a function of (seed, split,
-index).
+(checks, dots, stripes, waves). Colors, size, place, turn, light, clutter and noise are drawn and say nothing about the
+class, so a model has to learn what things look like. Each image is a function of (seed, split, index).
 """
 
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from pipelines.storage.sources.opened_source import OpenedSource
 SIDES = (32, 64)
 """Smallest and largest side of an image in pixels; few are square."""
 QUALITY = 90
+TURN = 0.3
+"""Largest turn of what is drawn, in radians. With any turn, DeiT-Ti got to 72 % in as many epochs, not to 92 %."""
 SPLITS = ("train", "val")
 Plane = np.ndarray
 """float32 [H, W]."""
@@ -126,13 +127,13 @@ def draw(class_name: str, rng: np.random.Generator) -> np.ndarray:
         inside = _coverage(TEXTURES[class_name](x, y) / scale)
     else:
         canvas = _clutter(canvas, rng)
-        radius = side * rng.uniform(0.33, 0.46)
+        radius = side * rng.uniform(0.36, 0.46)
         margin = radius / np.array([height, width])
         x, y = _turned(height, width, rng.uniform(margin, 1 - margin), 1 / radius, rng)
         inside = _coverage(SHAPES[class_name](x, y) * radius)
     canvas += inside[..., None] * (ink - canvas)
     canvas += _light(height, width, rng)[..., None]
-    canvas += rng.normal(0, rng.uniform(1, 7), canvas.shape)
+    canvas += rng.normal(0, rng.uniform(1, 5), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8)
 
 
@@ -140,7 +141,7 @@ def _turned(height: int, width: int, center: np.ndarray, scale: float, rng: np.r
     """Return coordinates about `center` (shares of height and width), turned at random, times `scale`."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     y, x = (y - center[0] * height) * scale, (x - center[1] * width) * scale
-    turn = rng.uniform(0, 2 * np.pi)
+    turn = rng.uniform(-TURN, TURN)
     return x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
 
 
@@ -173,7 +174,7 @@ def _light(height: int, width: int, rng: np.random.Generator) -> Plane:
 def _clutter(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Scatter a few small specks and bars over the ground."""
     height, width, _ = canvas.shape
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 3)):
         x, y = _turned(height, width, rng.uniform(0, 1, 2), 1.0, rng)
         long, wide = rng.uniform(1, 5), rng.uniform(0.8, 2)
         inside = _coverage(np.maximum(np.abs(x) - long, np.abs(y) - wide)) * rng.uniform(0.3, 0.8)
