@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.config.recipe import RESUME_SAFE_FIELDS
-from deitfast.report.read import RunRecord, read_run
+from deitfast.report.read import RunRecord, number, read_run
 from pipelines.errors import UserError
 
 NOT_LEARNING = ("name", *RESUME_SAFE_FIELDS)
@@ -96,7 +96,7 @@ def warnings(runs: list[RunRecord]) -> list[str]:
 
 def efficiency(runs: list[RunRecord]) -> list[Efficiency]:
     """Return curves of top-1 against `train.fraction`, one for each recipe otherwise the same; [] where it is one."""
-    evaluated = [run for run in runs if run.top1() is not None and "train.fraction" in run.settings]
+    evaluated = [run for run in runs if run.top1() is not None and number(run.settings.get("train.fraction"))]
     if len({run.settings["train.fraction"] for run in evaluated}) < 2:
         return []
     fields = [each.field for each in differences(evaluated) if _learned(each.field) and each.field != "train.fraction"]
@@ -110,7 +110,7 @@ def efficiency(runs: list[RunRecord]) -> list[Efficiency]:
 def distillation_pairs(runs: list[RunRecord]) -> list[DistillationPair]:
     """Return each distilled run with its teacher where the runs differ in their teachers; [] where they do not."""
     taught = [run for run in runs if run.settings.get("distill.mode", "none") != "none"]
-    if len({run.settings.get("distill.teacher") for run in taught}) < 2:
+    if len({str(run.settings.get("distill.teacher")) for run in taught}) < 2:
         return []
     found = []
     for run in taught:

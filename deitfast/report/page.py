@@ -109,7 +109,8 @@ def _classes(run: RunRecord) -> _Classes | None:
 
 def _images_caption(run: RunRecord) -> Iterator[str]:
     yield "The first images of the run's first step, as the network gets them: cropped, augmented, mixed."
-    if smoothing := run.settings.get("train.smoothing"):
+    smoothing = run.settings.get("train.smoothing")
+    if isinstance(smoothing, float) and smoothing:
         yield f"Percentages are those of the mixture, before label smoothing of {smoothing:g}."
     if isinstance(repeats := run.settings.get("augment.repeats"), int) and repeats > 1:
         yield f"An epoch shows an image {repeats} times, each time in another view."

@@ -21,6 +21,9 @@ ORDER = (*HEADS, "joint")
 KNOWN = ("epoch", "loss", "base", "distill", "lr", "images", "seconds", "images_per_second", "waited_seconds", *WEIGHTS)
 """Fields of a row that have a place of their own in a report; others are listed as they are."""
 
+TYPES: dict[str, type] = {"classes": list, "command": list, "start": dict, "devices": list, "libraries": dict}
+"""What fields of run.json, environment.json and evaluation.json hold; one that holds something else is left out."""
+
 Heads = dict[str, dict[str, float]]
 """Figures of every head, in ORDER."""
 
@@ -228,7 +231,9 @@ def _tree(file: Path, parse: Any, without: str, notes: list[str]) -> dict[str, A
     if not isinstance(tree, dict):
         notes.append(f"{file.name} is not what `deitfast train` writes: {without}.")
         return {}
-    return tree
+    if wrong := [name for name, value in tree.items() if not isinstance(value, TYPES.get(name, object))]:
+        notes.append(f"{file.name} is not what `deitfast train` writes: {', '.join(wrong)} left out.")
+    return {name: value for name, value in tree.items() if name not in wrong}
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """The report of several runs: what they are compared by, and what it makes of damage and of what is no run."""
 
+import copy
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
+from markupsafe import Markup
 
-from deitfast.report import summary
+from deitfast.report import figures, summary
 from deitfast.report.compare import differences, distillation_pairs, efficiency
+from deitfast.report.markdown import markdown
+from deitfast.report.page import page
 from deitfast.report.read import distinct, read_run, read_runs
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
@@ -25,6 +31,36 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     text = Outline(page_of(folder)).text
     for file in damaged:
         assert file in text
+
+
+JUNK = (None, 1e308, "x", True, [[1]], {"class": 3})
+
+
+@pytest.mark.parametrize("file", ["run.json", "environment.json", "evaluation.json", "metrics.jsonl", "recipe.toml"])
+def test_a_field_of_another_type_ends_no_report(tmp_path: Path, monkeypatch, file: str) -> None:
+    for drawing in ("panel", "matrix", "bars", "ranked", "data_efficiency"):
+        monkeypatch.setattr(figures, drawing, lambda *arguments, **more: Markup(""))
+    folder = fake(tmp_path / "run", "distill.mode=hard", "model.arch=deit_ti")
+    path = folder / file
+    if file == "recipe.toml":
+        tree, dump = tomllib.loads(path.read_text()), tomli_w.dumps
+    else:
+        tree, dump = json.loads(path.read_text().splitlines()[-1]), json.dumps
+    tree |= {"libraries": {}, "devices": []} if file == "environment.json" else {}
+    for place in [(key,) for key in tree] + [
+        (key, k) for key, value in tree.items() if isinstance(value, dict) for k in value
+    ]:
+        for junk in JUNK:
+            changed = copy.deepcopy(tree)
+            branch = changed if len(place) == 1 else changed[place[0]]
+            branch[place[-1]] = junk
+            if file == "recipe.toml" and (junk is None or place[0] in ("optim", "schedule", "loader")):
+                continue  # TOML has no null; these sections are only listed
+            path.write_text(dump(changed))
+            runs = read_runs([folder])
+            markdown(runs)
+            page(runs, [([], "")])
+            page(runs * 2, [([], "")] * 2)
 
 
 def test_a_confusion_matrix_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
