@@ -46,7 +46,9 @@ def _timm(name: str) -> Any:
         import timm
         import timm.data
     except ImportError as error:
-        raise UserError(f"{name} is a network of timm's", found=str(error), remedy="pip install timm") from error
+        raise UserError(
+            f"{name} is a network of timm's", found=str(error), remedy="pip install deitfast[timm]"
+        ) from error
     base = name.removeprefix(TIMM).partition(".")[0]
     if not timm.is_model(base):
         near = get_close_matches(base, timm.list_models(), n=3)
