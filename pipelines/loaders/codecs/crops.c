@@ -147,6 +147,7 @@ static int decode(Codec *codec, const u8 *data, const Image *image, u8 **pixels,
   }
   int found = jpeg_read_header(jpeg, 1), space = jpeg->jpeg_color_space;
   int known = space == JCS_YCbCr || space == JCS_GRAYSCALE || space == JCS_RGB;
+  if (!jpeg->progressive_mode && jpeg->comps_in_scan < jpeg->num_components) known = 0; /* a color may be missing */
   if (found != JPEG_HEADER_OK || !known || jpeg->image_height != image->height || jpeg->image_width != image->width) {
     jpeg_abort_decompress(jpeg);
     return UNDECODED;
@@ -155,6 +156,9 @@ static int decode(Codec *codec, const u8 *data, const Image *image, u8 **pixels,
   jpeg->dct_method = JDCT_ISLOW;
   jpeg->do_fancy_upsampling = 1;
   jpeg_start_decompress(jpeg);
+  /* A progressive file without its last scans is smoothed from block to block, other than where only a part is decoded. */
+  for (int i = 0; jpeg->coef_bits && i < 64 * jpeg->num_components; i++)
+    if (jpeg->coef_bits[0][i]) fail((j_common_ptr)jpeg);
   /* Chroma is interpolated: the outermost columns of what is decoded lack a neighbor, so decode one more on each side;
    * and libjpeg does not interpolate fewer than three columns of chroma, so decode sixteen where the image has them. */
   unsigned first = image->left > 0 ? (unsigned)image->left - 1 : 0, end = (unsigned)(image->left + image->columns + 1);
