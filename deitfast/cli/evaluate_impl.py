@@ -53,11 +53,11 @@ class EvalOptions:
         """Refuse what can be refused before anything is opened."""
         if (self.run is None) == (self.weights is None):
             got = "both" if self.run else "neither"
-            raise UserError("eval needs one network", expected="a run folder, or --weights FILE", found=got)
+            raise UserError(f"eval: give a run folder or --weights FILE (got {got})")
         if self.run and (self.arch or self.settings):
-            raise UserError("--arch and --set go with --weights", expected="a run is evaluated as its recipe says")
+            raise UserError("--arch and --set require --weights", expected="a run is evaluated as its recipe says")
         if self.weights and self.data is None:
-            raise UserError("--weights without --data", expected="--data FOLDER, a converted data set")
+            raise UserError("--weights requires --data", expected="--data FOLDER, a converted data set")
 
     @property
     def owner(self) -> str:
