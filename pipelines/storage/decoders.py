@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.storage.jpeg import read_frame
+
 MEAN_DIFFERENCE = 6.0
 """Most that the fast DCT may differ from Pillow on average, of 255; ImageNet: 1.2, at quality 100 up to 4."""
+USUAL_SAMPLING = ((1, 1), (2, 1), (2, 2), (1, 2), (4, 1))
+"""Luma's factors where chroma's are 1: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1. FFCV's libjpeg-turbo refuses others."""
 MESSAGE = re.compile(
     rb"^(?:\x1b\[[0-9;]*m)*(?:Corrupt JPEG data|Premature end|Invalid SOS|Inconsistent progression"
     rb"|Warning: unknown JFIF|Unknown Adobe|Unsupported marker|Application transferred|\[(?:ERROR|WARNING)\]).*\n?",
@@ -35,6 +39,9 @@ def objection(data: bytes, pixels: np.ndarray) -> str:
         data: the JPEG, three components, Huffman-coded.
         pixels: what Pillow reads, uint8 [H, W, 3].
     """
+    luma, *chroma = read_frame(data).sampling
+    if luma not in USUAL_SAMPLING or any(factors != (1, 1) for factors in chroma):
+        return f"unusual chroma sampling: {luma} and {chroma}"
     decoder = _fast_decoder()
     if decoder is None:
         return ""

@@ -19,6 +19,8 @@ class Frame:
     """1: gray, 3: color, 4: CMYK."""
     scan: int
     """Where the first scan starts, in bytes."""
+    sampling: tuple[tuple[int, int], ...] = ()
+    """Horizontal and vertical sampling factor of each component."""
 
     @property
     def baseline(self) -> bool:
@@ -37,7 +39,9 @@ def read_frame(content: bytes) -> Frame:
         marker = content[position + 1]
         if marker == 0xDA and frame:
             height, width = (int.from_bytes(content[frame + at : frame + at + 2], "big") for at in (5, 7))
-            return Frame(content[frame + 1], height, width, content[frame + 9], scan=position)
+            factors = content[frame + 11 : frame + 10 + 3 * content[frame + 9] : 3]
+            sampling = tuple((factor >> 4, factor & 15) for factor in factors)
+            return Frame(content[frame + 1], height, width, content[frame + 9], position, sampling)
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill bytes, markers without length
             position += 1 if marker == 0xFF else 2
             continue
