@@ -265,7 +265,9 @@ def _require_files(typed: Mapping[str, Any], existing: RunFolder | None) -> None
     """Refuse files that are not there, before anything large is read; a resumed run needs them no more."""
     for key in FILES:
         if key in typed and typed[key] and not existing and not Path(typed[key]).exists():
-            raise UserError(f"{OPTION_OF[key]}: file not found: {typed[key]}", expected="a run folder or weights file")
+            path = Path(typed[key])
+            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            raise UserError(f"{OPTION_OF[key]}: weights file not found: {shown}")
     teacher = typed.get("distill.teacher")
     if teacher and not existing and not Path(teacher).exists() and not is_zoo_model(teacher):
         raise UserError(

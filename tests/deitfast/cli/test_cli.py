@@ -82,7 +82,7 @@ def test_mistakes_are_the_users_and_exit_with_2(capsys, arguments: list[str], sa
         (["--distill", "hard"], "--distill hard requires a teacher"),
         (["--distill", "loud"], "'loud' is not one of"),
         (["--teacher", "resnet18"], "--teacher requires --distill"),
-        (["--teacher-weights", "somewhere"], "--teacher-weights: file not found"),
+        (["--teacher-weights", "somewhere"], "--teacher-weights: weights file not found: somewhere"),
         (["--views", "2"], "--views requires --distill"),
         (["--per-image"], "--per-image requires --distill"),
         (["--distill", "hard", "--teacher", "nowhere"], "teacher 'nowhere' not found"),
