@@ -145,6 +145,9 @@ static int decode(Codec *codec, const u8 *data, const Image *image, u8 **pixels,
     jpeg_abort_decompress(jpeg);
     return UNDECODED;
   }
+  jpeg_destroy_decompress(jpeg); /* else a damaged file without tables is decoded with those of the file before it */
+  jpeg_CreateDecompress(jpeg, 62, sizeof *jpeg);
+  jpeg->src = &codec->source;
   int found = jpeg_read_header(jpeg, 1), space = jpeg->jpeg_color_space;
   int known = space == JCS_YCbCr || space == JCS_GRAYSCALE || space == JCS_RGB;
   if (!jpeg->progressive_mode && jpeg->comps_in_scan < jpeg->num_components) known = 0; /* a color may be missing */
