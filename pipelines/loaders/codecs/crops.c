@@ -42,6 +42,7 @@ typedef struct {
   struct jpeg_error_mgr errors;
   struct jpeg_source_mgr source;
   jmp_buf failed;
+  unsigned decoded; /* images so far */
   Buffer file, pixels, between, frame;
   Weights once[2], cached[CACHED];
 } Codec;
@@ -145,9 +146,13 @@ static int decode(Codec *codec, const u8 *data, const Image *image, u8 **pixels,
     jpeg_abort_decompress(jpeg);
     return UNDECODED;
   }
-  jpeg_destroy_decompress(jpeg); /* else a damaged file without tables is decoded with those of the file before it */
-  jpeg_CreateDecompress(jpeg, 62, sizeof *jpeg);
-  jpeg->src = &codec->source;
+  if (++codec->decoded % 64 == 0) { /* frees the tables that were dropped; each time it would cost 14 us */
+    jpeg_destroy_decompress(jpeg);
+    jpeg_CreateDecompress(jpeg, 62, sizeof *jpeg);
+    jpeg->src = &codec->source;
+  }
+  for (int i = 0; i < 4; i++) /* else a damaged file without tables is decoded with those of the file before it */
+    jpeg->quant_tbl_ptrs[i] = jpeg->dc_huff_tbl_ptrs[i] = jpeg->ac_huff_tbl_ptrs[i] = NULL;
   int found = jpeg_read_header(jpeg, 1), space = jpeg->jpeg_color_space;
   int known = space == JCS_YCbCr || space == JCS_GRAYSCALE || space == JCS_RGB;
   if (!jpeg->progressive_mode && jpeg->comps_in_scan < jpeg->num_components) known = 0; /* a color may be missing */
