@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.storage.jpeg import read_frame
+from pipelines.storage.jpeg import lacks_tables, read_frame
 
 MEAN_DIFFERENCE = 6.0
 """Most that the fast DCT may differ from Pillow on average, of 255; ImageNet: 1.2, at quality 100 up to 4."""
@@ -39,7 +39,10 @@ def objection(data: bytes, pixels: np.ndarray) -> str:
         data: the JPEG, three components, Huffman-coded.
         pixels: what Pillow reads, uint8 [H, W, 3].
     """
-    luma, *chroma = read_frame(data).sampling
+    frame = read_frame(data)
+    if lacks_tables(data, frame):
+        return "a Huffman table is missing, for which only some decoders take the standard's"
+    luma, *chroma = frame.sampling
     if luma not in USUAL_SAMPLING or any(factors != (1, 1) for factors in chroma):
         return f"unusual chroma sampling: {luma} and {chroma}"
     decoder = _fast_decoder()

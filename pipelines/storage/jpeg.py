@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 BASELINE = 0xC0
 """Marker of a baseline frame, the only kind that the GPUs' own JPEG decoders take."""
+PROGRESSIVE = 0xC2
 HUFFMAN_FRAMES = (BASELINE, 0xC1, 0xC2)  # baseline, extended, progressive
 
 
@@ -49,3 +50,17 @@ def read_frame(content: bytes) -> Frame:
             frame = position
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     raise ValueError("the JPEG stops before its image data")
+
+
+def lacks_tables(content: bytes, frame: Frame) -> bool:
+    """Say whether a sequential JPEG's first scan uses a Huffman table that stands nowhere before it."""
+    count = content[frame.scan + 4]
+    selectors = content[frame.scan + 6 : frame.scan + 5 + 2 * count : 2]
+    needed = {selector >> 4 for selector in selectors} | {0x10 | selector & 15 for selector in selectors}
+    position = 2
+    while (position := content.find(b"\xff\xc4", position, frame.scan)) >= 0:
+        at, position = position + 4, position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        while at + 17 <= position:
+            needed.discard(content[at])
+            at += 17 + sum(content[at + 1 : at + 17])
+    return bool(needed) and frame.marker != PROGRESSIVE

@@ -219,6 +219,11 @@ def with_stray_bytes(data: bytes) -> bytes:
 CHECKERS = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
 
 
+def without_a_table(data: bytes) -> bytes:
+    last = data.rindex(b"\xff\xc4")
+    return data[:last] + b"\xff\xe4" + data[last + 2 :]  # a segment that decoders skip
+
+
 def with_a_gap(data: bytes) -> bytes:
     middle = (data.index(b"\xff\xda") + len(data)) // 2
     return data[:middle] + data[middle + 300 :]
@@ -228,10 +233,11 @@ def with_a_gap(data: bytes) -> bytes:
     ("content", "reason"),
     [
         (with_stray_bytes(jpeg(80, 96)), "nvImageCodec: .*"),
+        (without_a_table(jpeg(80, 96)), "a Huffman table is missing.*"),
         (with_a_gap(jpeg(80, 96)), "libjpeg: Corrupt JPEG data: .*"),
         (encoded(CHECKERS, quality=100, subsampling=0), ".*fast DCT.*"),
     ],
-    ids=["stray bytes", "a gap", "overflow"],
+    ids=["stray bytes", "no table", "a gap", "overflow"],
 )
 def test_what_not_every_decoder_reads_is_re_encoded_and_named(content, reason, tmp_path, caplog):
     content = bytes(content)
