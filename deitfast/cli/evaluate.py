@@ -65,7 +65,7 @@ def eval_(
 
     A model with more classes than the data set is evaluated on the data set's, matched by name.
     """
-    from deitfast.cli.evaluate_impl import EvalOptions, run_evaluation
+    from deitfast.cli.evaluation import EvalOptions, run_evaluation
 
     options = EvalOptions(
         run=run, weights=weights, arch=arch, data=data, split=split, which=which or "auto", ema=ema,
@@ -91,7 +91,7 @@ def export(
     ema: Ema = False,
 ) -> None:
     """Write a trained model for other programs: timm, torchvision, Hugging Face's transformers, or ONNX."""
-    from deitfast.cli.evaluate_impl import run_export
+    from deitfast.cli.evaluation import run_export
 
     display()
     run_export(run, output, format_, which=which or "auto", ema=ema, out=out)
@@ -135,7 +135,7 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Classify images: the most probable classes of every head."""
-    from deitfast.cli.predict_impl import PredictOptions, run_predict
+    from deitfast.cli.prediction import PredictOptions, run_predict
 
     options = PredictOptions(
         source=source, images=tuple(images), split=split, arch=arch, which=which or "auto", ema=ema, top=top,

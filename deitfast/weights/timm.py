@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deitfast.weights.read import read_state, weights_file
-from deitfast.weights.zoo import TIMM, OneHead, ZooModel, count_classes
+from deitfast.weights.zoo_model import TIMM, OneHead, ZooModel, count_classes
 from pipelines.errors import DeitfastError, UserError
 
 

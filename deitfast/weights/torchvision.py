@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deitfast.models.class_names import IMAGENET
 from deitfast.weights.read import read_state, weights_file
-from deitfast.weights.zoo import OneHead, ZooModel, count_classes
+from deitfast.weights.zoo_model import OneHead, ZooModel, count_classes
 from pipelines.errors import DeitfastError, UserError
 
 log = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ def test_onnxruntime_computes_what_the_network_does(tmp_path: Path, settings: tu
 
 def test_the_name_tells_the_format(capsys, tiny_small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deitfast.cli.evaluate_impl.load_model", lambda *_, **__: untrained())
+    monkeypatch.setattr("deitfast.cli.evaluation.load_model", lambda *_, **__: untrained())
     code, out, err = call(capsys, "export", "run", "there/net.onnx")
     assert code == 0, err
     assert "wrote there/net.onnx" in out
