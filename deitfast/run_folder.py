@@ -105,7 +105,7 @@ class RunFolder:
             )
 
     def check_start(self, info: RunInfo) -> None:
-        """Make sure that a resumed run that is to begin anew begins with the weights that it began with."""
+        """Make sure that a resumed run that is to start over starts with the weights that it began with."""
         before = self.info().start
         if info.start and info.start != before:
             raise UserError(
@@ -139,7 +139,7 @@ class RunFolder:
                 f"{self.path / 'run.json'} is damaged",
                 expected="what `deitfast train` wrote",
                 found=str(error),
-                remedy="copy it again from where it is whole: without it nobody knows the run's data and classes",
+                remedy="copy it again from where it is whole: without it the data and classes of the run are unknown",
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:

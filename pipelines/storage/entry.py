@@ -28,7 +28,7 @@ class Source(ABC):
     kind: str
     """imagenet, cifar10, cifar100, folder or demo."""
     origin: str
-    """Where the images come from, for people."""
+    """Where the images come from, human-readable."""
     classes: tuple[str, ...]
     """Class names in label order."""
     splits: dict[str, list[Entry]]

@@ -1,4 +1,4 @@
-"""What a converted split offers to whoever reads it, however it is stored: all that loaders know of storage."""
+"""What a converted split offers to a reader, however it is stored: all that loaders know of storage."""
 
 import contextlib
 import errno

@@ -25,7 +25,7 @@ from pipelines.storage.reader import JPEG, RAW
 RAW_SIDE = 128
 """Images that were not JPEG and are no longer than this on either side are stored raw."""
 FORCED_QUALITY = 95
-"""JPEG quality, at full chroma resolution, of what must be re-encoded though nobody asked for smaller files."""
+"""JPEG quality, at full chroma resolution, of what must be re-encoded though no option asks for smaller files."""
 FALLBACK_QUALITIES = (90, 80, 60, 40)
 LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
@@ -368,7 +368,7 @@ def _has_more_frames(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> object:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF is no reason to refuse an image whose orientation nobody uses
+    except Exception:  # damaged EXIF is no reason to refuse an image whose orientation no user uses
         return None
 
 

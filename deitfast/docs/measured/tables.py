@@ -2,7 +2,7 @@
 
 Each NAME.json here is one measurement with its command, machine, versions and commit. A document shows it between
 `<!-- measured: NAME -->` and `<!-- end -->`; what stands there is replaced, so that no figure is typed twice. It lives
-beside the records, and not in tools/, because it is shipped with them: whoever measures again has all in one folder.
+beside the records, and not in tools/, because it is shipped with them: who measures again has all in one folder.
 """
 
 import json

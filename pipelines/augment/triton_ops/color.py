@@ -1,7 +1,7 @@
 """The color operations as kernels, equal to `torch_ops.color` and so to Pillow's pixel for pixel.
 
 What changes each channel's values alone (all but Color and Sharpness) is a table of 256 values, made once for an image
-and looked up by whoever reads its pixels next. A table that follows another is made of it. The kernels must be compiled
+and looked up by its pixels' next reader. A table that follows another is made of it. The kernels must be compiled
 without fused multiply-adds: Pillow rounds twice.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false

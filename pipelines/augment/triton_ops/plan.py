@@ -1,8 +1,8 @@
 """The host's half of augmentation in kernels: which passes a batch needs, and over which of its images.
 
 Only what must be written in between is: the geometric operations, and Color and Sharpness where another operation
-follows. An operation that changes each channel's values alone is a table of 256 values, looked up by whoever reads the
-image next; the last pass does a Color or Sharpness that comes last while it reads. So for DeiT's recipe 360 of a
+follows. An operation that changes each channel's values alone is a table of 256 values, looked up by the image's next
+reader; the last pass does a Color or Sharpness that comes last while it reads. So for DeiT's recipe 360 of a
 batch's 1,024 images are written once before the last pass, and the others are not.
 
 All of it travels to the device in one copy, as records of four-byte words; `Record` names them.
@@ -33,7 +33,7 @@ RECORD = np.dtype(
         ("argument", "<f8", (2,)),  # as `ops.arguments` computes them
     ]
 )
-"""An operation on an image: 12 words. A multiple of 16 bytes, as Triton compiles anew for pointers that are not."""
+"""An operation on an image: 12 words. A multiple of 16 bytes, as Triton compiles again for pointers that are not."""
 DRAWN = 32
 """Words of a row before its last record: `ViewParams.table`'s 31 columns and one that is unused."""
 WORDS = RECORD.itemsize // 4

@@ -146,7 +146,7 @@ def _already_there(job: Job) -> DatasetSpec:
 
 
 def _describe(kind: str, source: str, codec: dict[str, int], files: list[str]) -> str:
-    """Return what a dataset is, for people."""
+    """Return what a dataset is, human-readable."""
     options = ", ".join(f"{name} {value}" for name, value in codec.items())
     return f"{kind} from {source}, {options}, in {' and '.join(files)}"
 

@@ -22,7 +22,7 @@ class Journal:
     dropped on opening, as are blocks that speak of data which the disk lost.
 
     Args:
-        path: the journal's file; started anew unless it carries `key`.
+        path: the journal's file; started over unless it carries `key`.
         key: names the conversion: its source's listing, its options, the versions of its codecs.
         data_size: size of the data file; None accepts every block (the data file is finished).
     """

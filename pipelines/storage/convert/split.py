@@ -284,7 +284,7 @@ def _read_back(job: Job, split: str, path: Path, records: np.ndarray) -> SplitSp
         raise DeitfastError(
             f"{path}: what was written does not read back",
             found=wrong,
-            remedy="check the disk and its file system; the same command starts this split anew",
+            remedy="check the disk and its file system; the same command starts this split again",
         )
     converted = count_kinds(stored["kind"])
     if skipped := len(records) - len(stored):

@@ -228,7 +228,7 @@ def shard_damages(reader: ShardReader) -> list[str]:
 
 
 def _describe(start: bytes) -> str:
-    """Return what the first FRAME bytes of a shard say, for people."""
+    """Return what the first FRAME bytes of a shard say, human-readable."""
     try:
         digits, image = (tarfile.TarInfo.frombuf(start[at : at + BLOCK], "ascii", "replace") for at in (0, 2 * BLOCK))
     except tarfile.HeaderError:

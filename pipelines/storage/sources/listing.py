@@ -37,7 +37,7 @@ OURS = (".beton", ".journal", ".wds", ".partial")
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A stretch of bytes in a file on disk; the file is opened anew for each read (a few microseconds)."""
+    """A stretch of bytes in a file on disk; the file is opened again for each read (a few microseconds)."""
 
     path: str
     offset: int
