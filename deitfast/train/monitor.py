@@ -63,8 +63,12 @@ class StepMonitor:
             return None
         now = time.monotonic()
         pace, self._looked, self._since = (now - self._looked) / self._since, now, 0
-        self._read(state)
-        self._copy(state)
+        if self._copied:  # what this look copies is read at the next one
+            self._read(state)
+            self._copy(state)
+        else:
+            self._copy(state)
+            self._read(state)
         diverged = self._means is not None and not all(map(math.isfinite, self._means.values()))
         if self._runtime.world == 1:
             found = [float(diverged), float(signal), float(save_due), pace]
@@ -101,7 +105,7 @@ class StepMonitor:
         (epoch, steps), self._copy_of = self._copy_of, None
         values = self._host.tolist()
         if epoch == state.epoch or not all(map(math.isfinite, values)):
-            self._means = {name: value / steps for name, value in zip(PARTS, values, strict=True)}
+            self._means = {name: value / max(steps, 1) for name, value in zip(PARTS, values, strict=True)}
         else:
             self._means = None
 

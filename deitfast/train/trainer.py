@@ -147,6 +147,7 @@ class Trainer:
                             bar.start(self.state.steps)
                             for seen in self.loop.epoch(self.state, stop, self._save_due):
                                 if seen is None:
+                                    bar.reach(self.state.steps)
                                     continue
                                 self._show(bar, seen.means)
                                 if seen.save and not seen.diverged:

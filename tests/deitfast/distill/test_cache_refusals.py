@@ -70,7 +70,10 @@ def test_another_loaders_pixels_are_refused_where_they_differ(tiny_dataset: Path
             }
             taught_with[data] = found
     assert len(set(taught_with[tiny_small].values())) == 1
-    assert len(set(taught_with[tiny_dataset].values())) == 3  # resident's are reference's
+    found = taught_with[tiny_dataset]
+    assert found["resident"] == found["reference"] == "reference"
+    assert found["ffcv"] == "ffcv"
+    assert found["cpu"] in ("cpu", "reference")  # where its compiled codec runs, its pixels are Pillow's
 
 
 def test_dalis_pixels_are_those_of_its_device(tiny_dataset: Path) -> None:
@@ -80,7 +83,9 @@ def test_dalis_pixels_are_those_of_its_device(tiny_dataset: Path) -> None:
             [needed_manifest(distilled(), dataset, name, {}, runtime).identity["loader"] for runtime in runtimes]
             for name in ("dali", "cpu", "reference")
         ]
-    assert loaders == [["dali on cpu", "dali on cuda"], ["cpu", "cpu"], ["reference", "reference"]]
+    assert loaders[0] == ["dali on cpu", "dali on cuda"]
+    assert loaders[1][0] == loaders[1][1]
+    assert loaders[2] == ["reference", "reference"]
 
 
 def images(count: int = 40) -> list[np.ndarray]:
@@ -114,7 +119,9 @@ def test_a_teacher_with_one_other_weight_is_refused(tiny_small: Path, tmp_path: 
     out = tmp_path / "teacher"
     run(tiny_small, out, tiny_recipe("model.arch=vit_ti", "train.epochs=1", "train.ema=0"))
     cache = tmp_path / "cache"
-    recipe = with_cache(tiny_recipe("distill.mode=hard", f"distill.teacher={out}"), cache)
+    recipe = with_cache(
+        tiny_recipe("distill.mode=hard", f"distill.teacher={out}", "distill.teacher_checkpoint=last"), cache
+    )
     taught(tiny_small, cache, recipe)
     known, loaded = teacher_fingerprint(recipe, tuple("abcdefghij"))
     assert loaded

@@ -271,14 +271,14 @@ def test_eval_prints_and_writes_what_was_predicted(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(evaluate, "_predict", lambda *arguments: PLANTED.predictions(weights))
-    ema = ["--ema"] if weights == "val_ema" else []
-    code, out, err = call(capsys, "eval", reported, *ema, "--json", tmp_path / "eval.json")
+    chosen = ["--ema"] if weights == "val_ema" else ["--which", "last"]
+    code, out, err = call(capsys, "eval", reported, *chosen, "--json", tmp_path / "eval.json")
     assert code == 0, err
     assert_table(out, weights)
     tree = json.loads((tmp_path / "eval.json").read_text())
     assert tree["split"] == "val"
     assert tree["epoch"] == 2
-    assert ("averaged" in tree["weights"]) == bool(ema)
+    assert ("averaged" in tree["weights"]) == (weights == "val_ema")
     for head in HEADS:
         found = tree["heads"][head]
         assert {name: found[name] for name in FIGURES} == pytest.approx(PLANTED.expected(weights, head), abs=1e-6)

@@ -9,12 +9,17 @@ from rich.console import Console
 
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
-from deitfast.train import callbacks
+from deitfast.train import callbacks, monitor
 from deitfast.train import step as step_module
 from deitfast.train.callbacks import TensorBoard
 from deitfast.train.trainer import TrainJob, train
 from pipelines.errors import UserError
 from tests.helpers.small_runs import CPU, CrashError, crash_after, tiny_recipe
+
+
+@pytest.fixture(autouse=True)
+def looks_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "LOOK_SECONDS", 0.0)
 
 
 def watched(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> None:
@@ -94,9 +99,12 @@ def test_a_disk_that_fills_up_costs_a_warning(tmp_path: Path, warnings_of, monke
 
     board = TensorBoard(tmp_path)
     board.write(1, {"x": 1.0})
+    writer = board._writer
     monkeypatch.setattr(board._writer, "flush", full)
     monkeypatch.setattr(board._writer, "close", full)
     for step in (2, 3):
         board.write(step, {"x": 1.0})
     board.close()
     assert warnings_of.text.count("TensorBoard's files cannot be written") == 1
+    monkeypatch.undo()
+    writer.close()  # its thread would otherwise outlive the folder

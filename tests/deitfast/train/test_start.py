@@ -164,5 +164,5 @@ def test_check_compares_loaders_on_the_same_images(
     assert f"{loader} loader against the reference loader" in out
     check = json.loads(Path("m.json").read_text())["check"]
     assert check["images"] == 32
-    assert (check["logits"] == 0) == (loader == "reference")
+    assert check["logits"] == 0 if loader == "reference" else check["logits"] < 0.1
     assert check["changed"] <= 1

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.batch import Batch
-from pipelines.errors import UserError
+from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders import factory
 from pipelines.loaders.codecs import turbo
 from pipelines.loaders.factory import available, choose, open_loader
@@ -106,6 +106,10 @@ def test_a_jpeg_that_libjpeg_only_warns_of_is_read(name: str, tmp_path: Path, su
     image = photo(np.random.default_rng(0), SIZE, SIZE)
     warned = jpeg(image)[:-2] + b"stray bytes" + b"\xff\xd9"  # as cameras and old programs leave them there
     reader = write_split(tmp_path / f"warned{suffix}", [(image, jpeg(image)), (image, warned)])
+    if name == "ffcv":  # whose decoder gives other pixels without a word: conversion re-encodes such files
+        with pytest.raises(DeitfastError, match="not every loader reads it"):
+            list(open_eval(name, reader, PADDED).epoch(0))
+        return
     (batch,) = open_eval(name, reader, PADDED).epoch(0)
     assert batch.valid[:2].all()
     assert torch.equal(batch.images[0], batch.images[1])
