@@ -146,11 +146,11 @@ class Trainer:
                         with self.display.bar(f"epoch {self.state.epoch + 1}/{epochs}", steps) as bar:
                             bar.start(self.state.steps)
                             for seen in self.loop.epoch(self.state, stop, self._save_due):
-                                if seen is None:
+                                if seen is None or seen.diverged:  # what diverged proves no checkpoint
                                     bar.reach(self.state.steps)
                                     continue
                                 self._show(bar, seen.means)
-                                if seen.save and not seen.diverged:
+                                if seen.save:
                                     self._save()
                         row = self._finish_epoch(stop)
                     except DivergedError as event:
@@ -212,15 +212,18 @@ class Trainer:
     def _save_due(self) -> bool:
         return time.monotonic() - self.checkpoints.saved >= 60 * self.recipe.train.checkpoint_minutes
 
-    def _save(self) -> None:
+    def _save(self, finite: tuple[TrainState, dict[str, Any]] | None = None) -> None:
         """Save what was learned and where the run stands, on every rank alike; waits for the device.
+
+        Args:
+            finite: what `_finite_state` has just returned; None: it is asked.
 
         Raises:
             DivergedError: a loss or a weight is not finite, on any rank; nothing was saved.
         """
         if self.targets:
             self.targets.save()
-        state, learned = self._finite_state()
+        state, learned = finite or self._finite_state()
         self.checkpoints.save({**state.state(), **learned})
 
     def _finite_state(self) -> tuple[TrainState, dict[str, Any]]:
@@ -260,10 +263,10 @@ class Trainer:
     def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         """Save, evaluate, write the epoch's row, and move on to the next epoch."""
         train, epoch = self.recipe.train, self.state.epoch + 1
-        state, _ = self._finite_state()  # before it is evaluated, whether it is saved or not
+        state, learned = self._finite_state()  # before it is evaluated, whether it is saved or not
         last, due = epoch == train.epochs, time.monotonic() - self.checkpoints.saved >= LEAST_SAVE_SECONDS
         if any(self.runtime.max_over_ranks([last or due])):
-            self._save()
+            self._save((state, learned))
         images = state.steps * train.batch
         row: dict[str, Any] = {
             "epoch": epoch,
