@@ -99,15 +99,15 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
     if not runtime.is_main_process:
         return
     of = f"{trained.weights} of epoch {trained.epoch}" if trained.epoch else trained.weights
-    results = measured(found.heads, found.labels)
+    results, predicts = measured(found.heads, found.labels), recipe.model.prediction
     title = f"{options.owner}, {of}, on {folder}, {options.split} ({name} loader)"
     out.print(metrics_table(title, {head: metrics.summary() for head, metrics in results.items()}))
     if checked:
         out.print(agreement_table(name, checked))
     if len(classes) <= CONFUSION_CLASSES:
-        out.print(confusion_table(results[final_head(results)], classes))
+        out.print(confusion_table(results[final_head(results, predicts)], classes))
     if options.predictions_file:
-        write_text(options.predictions_file, predictions_csv(found, options.split, classes))
+        write_text(options.predictions_file, predictions_csv(found, options.split, classes, predicts))
     if options.json_file:
         tree = {
             "run": options.owner,
@@ -122,16 +122,16 @@ def run_evaluation(options: EvalOptions, device: str, display: Display, out: Con
         write_text(options.json_file, json.dumps(tree | ({"check": asdict(checked)} if checked else {})))
 
 
-def predictions_csv(found: Predictions, split: str, classes: tuple[str, ...]) -> str:
-    """Return a line for every image: its name (split/place), truth, published prediction, and its probability."""
+def predictions_csv(found: Predictions, split: str, classes: tuple[str, ...], prediction: str = "auto") -> str:
+    """Return a line for every image: its name (split/place), truth, the model's prediction, and its probability."""
     names = [f"{split}/{sample}" for sample in found.samples.tolist()]
     truths = [classes[label] for label in found.labels.tolist()]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "truth", "prediction", "probability"])
-    for image in top_predictions(names, found.heads, classes, 1, truths):
-        prediction, probability = image.best
-        writer.writerow([image.name, image.truth, prediction, f"{probability:.6g}"])
+    for image in top_predictions(names, found.heads, classes, 1, truths, prediction):
+        best, probability = image.best
+        writer.writerow([image.name, image.truth, best, f"{probability:.6g}"])
     return text.getvalue()
 
 

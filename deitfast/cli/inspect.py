@@ -154,8 +154,8 @@ def recipes(
         str | None, typer.Argument(help="Show all fields of this recipe.", autocompletion=complete_recipe)
     ] = None,
 ) -> None:
-    """List the built-in recipes and ablations, or show one recipe as TOML."""
-    from deitfast.cli.tables import ablation_table
+    """List the built-in recipes, methods and ablations, or show one recipe as TOML."""
+    from deitfast.cli.tables import ablation_table, method_table
     from deitfast.config import recipe
 
     if name:
@@ -164,6 +164,7 @@ def recipes(
     for each in recipe.names():
         out.print(each, style="bold")
         out.print(recipe.head(each), highlight=False, style="dim")
+    out.print(method_table())
     out.print(ablation_table())
 
 

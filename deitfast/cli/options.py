@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar, get_args
 from deitfast.cli.demo import DEMO_DATA, DEMO_TEACHER
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
-from deitfast.config.choices import Arch
+from deitfast.config.choices import Arch, MethodName
 from deitfast.config.fit_to_data import ADAPTABLE, fit_to_data
+from deitfast.config.methods import method_fields
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
 from deitfast.config.unused import unchanged, unused
 from deitfast.data_loaders import typical_side
@@ -61,26 +62,30 @@ class RecipeOptions:
     recipe: str | None = None
     """Name or file."""
     typed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the recipe by full name, from ablations, options and --set; of two for one field the last counts."""
+    """Fields of the recipe by full name, from --method, ablations, options and --set; of two the last counts."""
+    method: MethodName | None = None
     views: int | None = None
     per_image: bool = False
 
     @classmethod
     def of(
-        cls, *, recipe: str | None = None, ablate: Sequence[str] | None = None, settings: Sequence[str] | None = None,
-        views: int | None = None, per_image: bool = False, which: str | None = None, assume_class_order: bool = False,
-        **flags: object,
+        cls, *, recipe: str | None = None, method: MethodName | None = None, ablate: Sequence[str] | None = None,
+        settings: Sequence[str] | None = None, views: int | None = None, per_image: bool = False,
+        which: str | None = None, assume_class_order: bool = False, **flags: object,
     ) -> "RecipeOptions":  # fmt: skip
         """Return the options of a command; `flags` by their names in FLAGS, None or False where they were left out."""
         given = {FLAGS[name]: value for name, value in flags.items() if value is not None and value is not False}
         given |= _of_loaded(given, which, assume_class_order)
-        typed = overrides(ablate or ()) | given | recipes.parse_settings(settings or ())
+        if method and "distill.mode" in given:
+            raise UserError("--method and --distill are mutually exclusive", remedy="leave --distill out")
+        row = method_fields(method) if method else {}
+        typed = row | overrides(ablate or ()) | given | recipes.parse_settings(settings or ())
         typed = {key: _absolute(key, value) for key, value in typed.items()}
         if "model.weights" in given and "model.finetune" in given:
             raise UserError("--weights and --finetune are mutually exclusive")
         if per_image and views:
             raise UserError("--per-image and --views are mutually exclusive")
-        return cls(recipe=recipe, typed=typed, views=views, per_image=per_image)
+        return cls(recipe=recipe, typed=typed, method=method, views=views, per_image=per_image)
 
 
 def _of_loaded(given: Mapping[str, Any], which: str | None, assume_class_order: bool) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def plan_training(
     elif resume and not existing:
         notes.append(f"--resume: there is no run in {out} yet, starting one")
     recipe, said = make_recipe(options, facts, existing)
-    path = existing.path if existing else out or _free_folder(recipe, facts.name)
+    path = existing.path if existing else out or _free_folder(recipe, facts.name, options.method)
     return Plan(TrainJob(recipe, folder, path, resume, command, tensorboard), (*notes, *said))
 
 
@@ -251,14 +256,25 @@ def make_recipe(
         fitted, said = _fitted(values, kept, facts)
         changes, notes = changes | fitted, [*notes, *said]
     changes |= _targets(options, values | changes)
+    if _class_head_only(values | changes) and "distill.head" not in typed:
+        changes["distill.head"] = "class"
+        notes.append(f"{values['model.arch']} has no distillation token: its class head learns from label and teacher")
     recipe = recipes.override(source, changes)
     _check_distillation(recipe, options, facts)
     if recipe.name.endswith("_finetune") and not (recipe.model.weights or recipe.model.finetune):
         raise UserError(f"recipe {recipe.name} starts from trained weights", expected="--finetune FILE_OR_RUN")
     if not existing:
-        notes += unused(recipe, typed)
-        notes += unchanged(source, {key: value for key, value in typed.items() if key != "model.arch"})
+        by_name = {"model.arch", *(method_fields(options.method) if options.method else ())}
+        own = {key: value for key, value in typed.items() if key not in by_name}
+        notes += unused(recipe, own)
+        notes += unchanged(source, own)
     return recipe, notes
+
+
+def _class_head_only(values: Mapping[str, Any]) -> bool:
+    """Whether a network without a distillation token is to learn from a teacher."""
+    distills = values["distill.mode"] != "none" and values["distill.head"] == "distillation"
+    return distills and values["model.arch"] in get_args(Arch) and not values["model.arch"].startswith("deit_")
 
 
 def _require_files(typed: Mapping[str, Any], existing: RunFolder | None) -> None:
@@ -377,10 +393,10 @@ def _unfinished() -> list[RunFolder]:
     return found
 
 
-def _free_folder(recipe: Recipe, dataset: str) -> Path:
-    """Return runs/<data set>-<network>[-<distillation>], numbered where there is such a run already."""
-    mode = recipe.distill.mode
-    stem = f"{dataset}-{recipe.model.arch}" + (f"-{mode}" if mode != "none" else "")
+def _free_folder(recipe: Recipe, dataset: str, method: MethodName | None) -> Path:
+    """Return runs/<data set>-<network>[-<method or kind of distillation>], numbered where there is one already."""
+    how = method or recipe.distill.mode
+    stem = f"{dataset}-{recipe.model.arch}" + (f"-{how}" if how != "none" else "")
     number, path = 1, RUNS / stem
     while path.exists():
         number += 1

@@ -161,7 +161,8 @@ class _Predicting:
         samples = logits.samples.tolist()
         heads = tuple(head.cpu() for head in logits.heads)
         known = [truths[sample] for sample in samples] if truths else None
-        new = top_predictions([names[sample] for sample in samples], heads, self.labels, self.options.top, known)
+        shown, predicts = [names[sample] for sample in samples], self.recipe.model.prediction
+        new = top_predictions(shown, heads, self.labels, self.options.top, known, predicts)
         missing = sorted(set(range(len(names))) - set(samples))
         self.skipped += [(names[sample], "damaged") for sample in missing]
         self.found += new
@@ -192,8 +193,7 @@ def _show(work: _Predicting, options: PredictOptions, out: Console) -> None:
     """Print a line for every image, and write the files that were asked for."""
     written = {options.csv_file: as_csv, options.json_file: as_json}
     for image in work.found:
-        head = image.heads["joint" if "joint" in image.heads else "class"]
-        best = ", ".join(f"{name} {probability:.1%}" for name, probability in head)
+        best = ", ".join(f"{name} {probability:.1%}" for name, probability in image.heads[image.final])
         out.print(f"{image.name}: {best}", highlight=False, soft_wrap=True)
     for file, text in written.items():
         if file:

@@ -28,7 +28,7 @@ from deitfast.cli.app import (
     display,
     out,
 )
-from deitfast.config.choices import DistillMode
+from deitfast.config.choices import DistillMode, MethodName
 
 if TYPE_CHECKING:
     from deitfast.config.recipe import Recipe
@@ -70,6 +70,15 @@ def train(
     distill: Annotated[
         DistillMode | None,
         typer.Option(help="Kind of distillation. Default: the recipe's.", rich_help_panel=DISTILLATION),
+    ] = None,
+    method: Annotated[
+        MethodName | None,
+        typer.Option(
+            metavar="METHOD",
+            help="A row of the DeiT paper's table 3, instead of --distill: no-, usual- or hard-distillation, "
+            "class-embedding, distillation-embedding, class+distillation.",
+            rich_help_panel=DISTILLATION,
+        ),
     ] = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
@@ -120,7 +129,8 @@ def train(
 
     shown = display()
     options = RecipeOptions.of(
-        recipe=recipe, ablate=ablate, settings=settings, views=views, per_image=per_image, arch=arch, weights=weights,
+        recipe=recipe, method=method, ablate=ablate, settings=settings, views=views, per_image=per_image, arch=arch,
+        weights=weights,
         finetune=finetune, distill=distill, teacher=teacher, teacher_weights=teacher_weights, cache=cache,
         epochs=epochs, batch=batch, fraction=fraction, skip_bad=skip_bad, which=which,
         assume_class_order=assume_class_order,

@@ -95,11 +95,12 @@ RULES: tuple[tuple[Callable[[Recipe], object], str], ...] = (
         "model.weights and model.finetune are mutually exclusive",
     ),
     (
-        lambda r: r.distill.mode == "none" or r.transformer,
-        'distill.mode = "{r.distill.mode}" requires a deit_* or vit_* model, found model.arch = "{r.model.arch}"',
+        lambda r: r.model.prediction in ("auto", "class") or r.distilled,
+        'model.prediction = "{r.model.prediction}" requires a distillation token: distill.mode "soft" or "hard" with '
+        'distill.head = "distillation", or model.token = "on"',
     ),
     (
-        lambda r: r.distill.mode == "none" or r.distill.head == "class" or not r.model.arch.startswith("vit_"),
+        lambda r: r.distill.mode == "none" or r.distill.head == "class" or r.model.arch.startswith("deit_"),
         'model.arch = "{r.model.arch}" has no distillation token: set distill.head = "class" or use a deit_* model',
     ),
     (

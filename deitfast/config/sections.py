@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deitfast.config.choices import Arch, DistillMode, WhichCheckpoint
+from deitfast.config.choices import Arch, DistillMode, Prediction, WhichCheckpoint
 from pipelines.choices import Kernels
 from pipelines.spec import STRICT
 
@@ -22,6 +22,9 @@ class ModelSpec:
     """deit_* may carry a distillation token, vit_* have a class token only; the rest are torchvision's CNNs."""
     token: Literal["auto", "on", "off"] = "auto"
     """Distillation token beside the class token; auto: on where `distill` uses one (deit_* only)."""
+    prediction: Prediction = "auto"
+    """Head whose figures are shown and pick the best checkpoint (all heads are evaluated); auto: joint, the mean of both
+    heads' logits, where there is a distillation token, else class."""
     patch: int = Field(default=16, ge=1, le=4096)
     """Side of a patch in pixels (transformers only)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)

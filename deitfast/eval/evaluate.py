@@ -22,8 +22,15 @@ HEADS = ("class", "distillation")
 """Names of a model's heads, in the order of its outputs."""
 
 
-def final_head(results: Mapping[str, object]) -> str:
-    """Return the name of the model's published prediction: "joint" with two heads, else "class"."""
+def final_head(results: Mapping[str, object], prediction: str = "auto") -> str:
+    """Return the name of the head whose prediction is the model's.
+
+    Args:
+        results: something of each head.
+        prediction: `model.prediction` of the recipe; auto: "joint" with two heads, else "class".
+    """
+    if prediction in results:
+        return prediction
     return "joint" if "joint" in results else "class"
 
 

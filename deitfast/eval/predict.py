@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deitfast.config.recipe import Recipe
-from deitfast.eval.evaluate import HEADS
+from deitfast.eval.evaluate import HEADS, final_head
 from deitfast.models.vit import joint
 from pipelines.batch import Loader
 from pipelines.errors import DeitfastError, UserError
@@ -41,11 +41,13 @@ class ImagePrediction:
     """For every head the most probable classes and their probabilities, the most probable first."""
     truth: str | None = None
     """The image's class, where it is known."""
+    final: str = "class"
+    """Head whose prediction is the model's."""
 
     @property
     def best(self) -> tuple[str, float]:
-        """The published prediction: the joint head's with two heads, else the class head's."""
-        return self.heads["joint" if "joint" in self.heads else "class"][0]
+        """The model's prediction."""
+        return self.heads[self.final][0]
 
 
 def list_images(paths: Iterable[str], listed: Iterable[str]) -> list[Path]:
@@ -160,6 +162,7 @@ def top_predictions(
     classes: Sequence[str],
     top: int,
     truths: Sequence[str] | None = None,
+    prediction: str = "auto",
 ) -> list[ImagePrediction]:
     """Return the most probable classes of every image under every head, and under two heads' mean.
 
@@ -169,6 +172,7 @@ def top_predictions(
         classes: names of the C classes.
         top: how many classes of each image.
         truths: the images' classes, where they are known.
+        prediction: `model.prediction` of the recipe.
 
     Raises:
         DeitfastError: logits are not finite; the message names the first image.
@@ -186,9 +190,9 @@ def top_predictions(
         values, places = logits.double().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
         rows = zip(places.tolist(), values.tolist(), strict=True)
         best[head] = [[(str(classes[i]), float(v)) for i, v in zip(*row, strict=True)] for row in rows]
-    truth = truths or [None] * len(names)
+    truth, final = truths or [None] * len(names), final_head(best, prediction)
     return [
-        ImagePrediction(name, {head: rows[number] for head, rows in best.items()}, truth[number])
+        ImagePrediction(name, {head: rows[number] for head, rows in best.items()}, truth[number], final)
         for number, name in enumerate(names)
     ]
 

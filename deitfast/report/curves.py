@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from deitfast.eval.evaluate import final_head
 from deitfast.report import figures
 from deitfast.report.figures import Curve
 from deitfast.report.read import RunRecord
@@ -67,7 +66,7 @@ def _accuracies(runs: list[RunRecord]) -> Curves:
     found = []
     if len(runs) == 1:
         heads = list(runs[0].final()[1].get("val", {})) or ["class"]
-        published = final_head(dict.fromkeys(heads))
+        published = runs[0].final_head(dict.fromkeys(heads))
         heads.sort(key=lambda head: head != published)  # it gets the first color
         for number, head in enumerate(heads):
             found.append((runs[0], Curve(head, *runs[0].evaluated("val", head, "top1"), number)))

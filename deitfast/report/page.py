@@ -45,6 +45,7 @@ def page(runs: list[RunRecord], pictures: list[Pictures]) -> str:
         panels_caption=panels_caption(runs),
         heads_table=summary.heads_table(runs),
         joint=any("joint" in run.final()[1].get("val", {}) for run in runs),
+        joint_predicts=all(run.settings.get("model.prediction", "auto") in ("auto", "joint") for run in runs),
         runs_table=summary.runs_table(runs),
         differences_table=summary.differences_table(runs),
         efficiency={"labels": [each.label for each in curves], "figure": figures.data_efficiency(curves)}

@@ -58,6 +58,10 @@ class RunRecord:
         """Kind of the data set, "" where unknown."""
         return str(self.info.get("dataset", ""))
 
+    def final_head(self, heads: Mapping[str, object]) -> str:
+        """Return the name of the head whose prediction is the model's, of those that were evaluated."""
+        return final_head(heads, str(self.settings.get("model.prediction", "auto")))
+
     @property
     def epochs(self) -> tuple[int, int | None]:
         """Epochs done, and epochs of the recipe where it is known."""
@@ -80,7 +84,7 @@ class RunRecord:
         epochs, values = [], []
         for row in self.rows:
             heads = heads_of(row.get(weights))
-            value = heads.get(head or final_head(heads), {}).get(name)
+            value = heads.get(head or self.final_head(heads), {}).get(name)
             if value is not None:
                 epochs.append(row["epoch"])
                 values.append(value)
@@ -105,7 +109,7 @@ class RunRecord:
     def top1(self) -> float | None:
         """Return the last top-1 of the published head, plain weights."""
         heads = self.final()[1].get("val", {})
-        return heads.get(final_head(heads), {}).get("top1")
+        return heads.get(self.final_head(heads), {}).get("top1")
 
     def rate(self) -> float | None:
         """Return images/s over all epochs."""
@@ -134,7 +138,7 @@ class RunRecord:
         heads = self.evaluation.get("val")
         if not isinstance(heads, dict) or not heads:
             return None
-        head = final_head(heads)
+        head = self.final_head(heads)
         return (head, found) if (found := _matrix(heads.get(head), len(self.classes))) is not None else None
 
     def extras(self) -> dict[str, str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deitfast.eval.evaluate import final_head
 from deitfast.progress import duration
 from deitfast.report.compare import DistillationPair, differences, format_value
 from deitfast.report.read import WEIGHTS, RunRecord
@@ -71,7 +70,7 @@ def lead(run: RunRecord) -> str:
     heads = found.get("val") or found.get("val_ema") or {}
     if not heads:
         return f"{state(run)}, {how}{part}. No evaluation is recorded."
-    head = final_head(heads)
+    head = run.final_head(heads)
     images = int(heads[head].get("samples", 0))
     of = f", head “{head}”" if len(heads) > 1 else ""
     shown = f"Figures are of epoch {epoch}{of}" + (f", over {images:,} validation images." if images else ".")
@@ -82,7 +81,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
     """Return the few figures that sum up one run: (value with unit, name)."""
     found = run.final()[1]
     heads = found.get("val") or found.get("val_ema") or {}
-    figures = heads.get(final_head(heads), {})
+    figures = heads.get(run.final_head(heads), {})
     figure = [
         (f"{share(figures.get('top1'))} %", "top-1"),
         (f"{share(figures.get('top5'))} %", "top-5"),
@@ -102,7 +101,7 @@ def runs_table(runs: list[RunRecord]) -> TextTable:
     for run in runs:
         settings, heads = run.settings, run.final()[1].get("val", {})
         done, planned = run.epochs
-        figures = heads.get(final_head(heads), {})
+        figures = heads.get(run.final_head(heads), {})
         rows.append(
             [
                 run.name,

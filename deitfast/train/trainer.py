@@ -286,7 +286,7 @@ class Trainer:
         if self.runtime.is_main_process:
             best = self._save_best(row)
             self.folder.append(row)
-        log.info("%s%s", describe(row, train.epochs), best)
+        log.info("%s%s", describe(row, train.epochs, self.recipe.model.prediction), best)
         with stop.interruptible():
             self.callbacks.log_epoch(self._steps_done(), row, last=last)
         self.state = TrainState.start(self.runtime.device, epoch)
@@ -317,7 +317,8 @@ class Trainer:
 
     def _save_best(self, row: dict[str, Any]) -> str:
         """Save the better of plain and averaged weights if it is the run's best so far; return what to say of it."""
-        top1 = {name: row[name][final_head(row[name])]["top1"] for name in ("val", "val_ema") if name in row}
+        predicts = self.recipe.model.prediction
+        top1 = {name: row[name][final_head(row[name], predicts)]["top1"] for name in ("val", "val_ema") if name in row}
         path, epoch = self.folder.best, row["epoch"] - 1
         if self.best_top1 is None:
             self.best_top1 = checkpoint.best_before(path, epoch)
@@ -331,12 +332,12 @@ class Trainer:
         return f"; best so far: the {'averaged' if averaged else 'plain'} weights"
 
 
-def describe(row: dict[str, Any], epochs: int) -> str:
-    """Return an epoch's row of metrics.jsonl as one human-readable line."""
+def describe(row: dict[str, Any], epochs: int, prediction: str = "auto") -> str:
+    """Return an epoch's row of metrics.jsonl as one human-readable line, with the figures of `model.prediction`."""
     parts = [f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}"]
     for name, label in (("val", "top-1"), ("val_ema", "averaged weights")):
         if name in row:
-            parts.append(f"{label} {row[name][final_head(row[name])]['top1']:.2%}")
+            parts.append(f"{label} {row[name][final_head(row[name], prediction)]['top1']:.2%}")
     waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)
     if row["skipped"]:
         parts.append(f"{row['skipped']:,} damaged skipped")

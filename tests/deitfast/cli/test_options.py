@@ -9,7 +9,7 @@ import pytest
 
 from deitfast.cli.app import app
 from deitfast.cli.arguments import check_launcher, expand_home
-from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe, unfinished_run
+from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe, plan_training, unfinished_run
 from deitfast.config.recipe import Recipe, flatten
 from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from pipelines.errors import UserError
@@ -35,6 +35,26 @@ def test_ablations_yield_to_options_and_those_to_set() -> None:
     options = RecipeOptions.of(ablate=["sgd"], epochs=7, batch=64, settings=["train.epochs=9", "optim.lr=0.2"])
     recipe, _ = make_recipe(options, MANY, None)
     assert (recipe.optim.name, recipe.optim.lr, recipe.train.epochs, recipe.train.batch) == ("sgd", 0.2, 9, 64)
+
+
+def test_a_method_yields_to_set_and_stands_in_the_folder_s_name() -> None:
+    options = RecipeOptions.of(method="class-embedding", teacher="regnet_y_16gf", settings=["distill.alpha=0.7"])
+    recipe, notes = make_recipe(options, MANY, None)
+    assert (recipe.distill.mode, recipe.distill.alpha, recipe.model.prediction) == ("hard", 0.7, "class")
+    assert not any("changes nothing" in note or "no effect" in note for note in notes)
+    assert plan_training(options, data=None, out=None).job.out.name == "demo-deit_ti-class-embedding"
+    with pytest.raises(UserError, match="--method and --distill are mutually exclusive"):
+        RecipeOptions.of(method="class-embedding", distill="hard")
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_ti"])
+def test_a_network_without_a_distillation_token_learns_through_its_class_head(arch: str) -> None:
+    typed = {"arch": arch, "distill": "hard", "teacher": "regnet_y_16gf"}
+    recipe, notes = make_recipe(RecipeOptions.of(**typed), MANY, None)
+    assert (recipe.distill.head, recipe.distilled) == ("class", False)
+    assert any(note.startswith(f"{arch} has no distillation token: its class head") for note in notes)
+    with pytest.raises(UserError, match="has no distillation token"):
+        make_recipe(RecipeOptions.of(**typed, settings=["distill.head=distillation"]), MANY, None)
 
 
 def test_all_mistakes_are_told_at_once_however_they_were_made() -> None:

@@ -135,8 +135,19 @@ def test_distillation_needs_a_head_to_listen() -> None:
         Recipe(), {"model.arch": "vit_ti", "distill.mode": "hard", "distill.head": "class"}
     )
     assert not through_class.distilled
-    with pytest.raises(UserError, match="requires a deit_"):
+    with pytest.raises(UserError, match=r'set distill.head = "class"'):
         recipes.override(recipes.load("resnet18_cifar10"), {"distill.mode": "hard"})
+    assert not recipes.override(
+        recipes.load("resnet18_cifar10"), {"distill.mode": "hard", "distill.head": "class"}
+    ).distilled
+
+
+@pytest.mark.parametrize("prediction", ["distillation", "joint"])
+def test_a_prediction_needs_its_head(prediction: str) -> None:
+    with pytest.raises(UserError, match=r"model\.prediction .* requires a distillation token"):
+        recipes.override(Recipe(), {"model.prediction": prediction})
+    for token in ({"model.token": "on"}, {"distill.mode": "hard"}):
+        assert recipes.override(Recipe(), {"model.prediction": prediction, **token}).distilled
 
 
 def test_files_with_errors_are_refused_by_name(tmp_path) -> None:

@@ -90,3 +90,12 @@ def test_modes_that_do_not_fit_are_refused() -> None:
         tiny_recipe("distill.views=2")
     with pytest.raises(UserError, match=r"must be a multiple of augment\.repeats"):
         tiny_recipe("distill.targets=reused", "distill.views=2", "augment.repeats=3")
+
+
+def test_a_cnn_learns_from_a_teacher_through_its_only_head(tiny_small: Path, tmp_path: Path, judged) -> None:
+    settings = ["distill.mode=hard", "distill.teacher=judge", "distill.head=class", "train.epochs=1"]
+    recipe = tiny_recipe(*settings, base="resnet18_cifar10")
+    row = run(tiny_small, tmp_path / "run", recipe)
+    assert set(row["val"]) == {"class"}
+    assert row["distill"] > 0
+    assert row["loss"] == pytest.approx((row["base"] + row["distill"]) / 2)

@@ -179,6 +179,7 @@ def test_evaluation_masks_its_padding_and_measures_every_head():
     assert seen == [(step, 6) for step in range(1, 7)]
     assert list(results) == ["class", "distillation", "joint"]
     assert final_head(results) == "joint"
+    assert [final_head(results, head) for head in ("class", "distillation", "joint", "auto")] == [*results, "joint"]
     spec = RECIPE.augment
     pixels = (loader.images.float() / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
     with torch.no_grad():
@@ -193,7 +194,7 @@ def test_evaluation_masks_its_padding_and_measures_every_head():
 def test_one_head_has_one_result():
     results = run(TwoHeads(heads=1), Images())
     assert list(results) == ["class"]
-    assert final_head(results) == "class"
+    assert final_head(results) == final_head(results, "distillation") == "class"
 
 
 def test_evaluation_under_autocast_measures_in_float32():

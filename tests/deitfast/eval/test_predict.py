@@ -129,6 +129,8 @@ def test_what_is_written_is_what_was_predicted() -> None:
     heads = (torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([[1.0, 2, 3], [0, 9, 0]]))
     found = top_predictions(["x", "y, z"], heads, ["a", "b", "c"], 2, ["c", "b"])
     assert [[name for name, _ in image.heads["joint"]] for image in found] == [["c", "b"], ["b", "a"]]
+    by_class = top_predictions(["x", "y, z"], heads, ["a", "b", "c"], 1, prediction="class")
+    assert [image.best[0] for image in (*found, *by_class)] == ["c", "b", "c", "a"]
     assert found[0].best[1] == pytest.approx(float(torch.tensor([1.0, 2, 3]).softmax(0)[2]))
     rows = list(csv.reader(io.StringIO(as_csv(found))))
     assert rows[0] == ["image", "truth", "head", "rank", "class", "probability"]

@@ -12,7 +12,9 @@ from deitfast.weights.load import load_model
 from deitfast.weights.read import read_weights
 from tests.helpers.command_line import call
 from tests.helpers.small_runs import run, tiny_recipe
+from tests.helpers.small_teachers import distilled, judged
 
+__all__ = ["judged"]
 CPU = torch.device("cpu")
 RECIPE = tiny_recipe("train.epochs=3", "train.ema=0.5", "train.checkpoint_minutes=10")
 
@@ -62,3 +64,22 @@ def test_the_best_epochs_weights_are_kept_beside_the_last(
     code, printed, err = call(capsys, "export", out, tmp_path / "x.safetensors", "--which", "last")
     assert code == 0, err
     assert torch.equal(read_weights(tmp_path / "x.safetensors").tensors["head.weight"], states[2]["head.weight"])
+
+
+@pytest.mark.parametrize("head", ["class", "distillation", "joint"])
+def test_the_head_that_predicts_picks_the_best_and_stands_in_the_line(
+    tiny_small: Path, tmp_path: Path, judged, monkeypatch, caplog, head: str
+) -> None:
+    original, scores = trainer.Trainer._evaluate, {"class": 0.11, "distillation": 0.22, "joint": 0.33}
+
+    def evaluate(self, *arguments):
+        found = original(self, *arguments)
+        for name, top1 in scores.items():
+            found["val"][name]["top1"] = top1
+        return found
+
+    monkeypatch.setattr(trainer.Trainer, "_evaluate", evaluate)
+    row = run(tiny_small, tmp_path / "run", distilled("train.epochs=1", f"model.prediction={head}"))
+    assert set(row["val"]) == set(scores)
+    assert checkpoint.best_before(RunFolder(tmp_path / "run").best, 1) == scores[head]
+    assert f"top-1 {scores[head]:.2%}" in caplog.text
