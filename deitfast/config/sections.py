@@ -23,8 +23,8 @@ class ModelSpec:
     token: Literal["auto", "on", "off"] = "auto"
     """Distillation token beside the class token; auto: on where `distill` uses one (deit_* only)."""
     prediction: Prediction = "auto"
-    """Head whose figures are shown and pick the best checkpoint (all heads are evaluated); auto: joint, the mean of both
-    heads' logits, where there is a distillation token, else class."""
+    """Head whose figures are shown and pick the best checkpoint (all heads are evaluated); auto: with a distillation
+    token joint, the mean of both heads' logits, else class."""
     patch: int = Field(default=16, ge=1, le=4096)
     """Side of a patch in pixels (transformers only)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
