@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,12 +69,27 @@ def campaign(cases: int, seed: int) -> None:
     sys.stdout.write(f"{cases} cases, {rendered} rendered, {wrong} with other pixels than Pillow's\n")
 
 
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+
+
 @pytest.mark.slow
-def test_no_mutated_jpeg_ends_the_process(cases: int, request: pytest.FixtureRequest) -> None:
-    if turbo.unavailable():
-        pytest.skip(turbo.unavailable())
+@pytest.mark.parametrize("extra", [[], ["-march=x86-64-v3"], SANITIZED], ids=["fast", "avx2", "sanitized"])
+def test_no_mutated_jpeg_ends_the_process(
+    extra: list[str], cases: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if turbo.unavailable() or (extra[:1] == ["-march=x86-64-v3"] and b" avx2 " not in turbo._processor()):
+        pytest.skip(turbo.unavailable() or "this processor has no AVX2")
     count = cases if request.config.getoption("--cases", default=0) else CASES
-    code = f"from tests.campaigns.test_mutated_jpegs import campaign; campaign({count}, 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    if extra is SANITIZED:  # its library has to be loaded before any other
+        found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+        if not Path(found.stdout.strip()).is_absolute():
+            pytest.skip("there is no address sanitizer")
+        environment |= {"CC": "gcc", "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    code = (
+        "from pipelines.loaders.codecs import turbo; from tests.campaigns.test_mutated_jpegs import campaign; "
+        f"turbo.FLAGS = (*turbo.FLAGS, *{extra}); campaign({count}, 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith(" 0 with other pixels than Pillow's"), done.stdout

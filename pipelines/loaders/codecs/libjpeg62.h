@@ -16,6 +16,7 @@ typedef struct jpeg_decompress_struct *j_decompress_ptr;
 enum { JCS_GRAYSCALE = 1, JCS_YCbCr = 3, JCS_RGB = 2, JCS_EXT_RGBX = 7 };
 enum { JDCT_ISLOW = 0 };
 enum { JPEG_HEADER_OK = 1 };
+enum { JPOOL_PERMANENT = 0 };
 
 struct jpeg_error_mgr {
   void (*error_exit)(j_common_ptr);
@@ -43,15 +44,21 @@ struct jpeg_source_mgr {
   void (*term_source)(j_decompress_ptr);
 };
 
+struct jpeg_memory_mgr {
+  void *(*alloc_small)(j_common_ptr, int pool, size_t size);
+}; /* its other members are not used here */
+
 struct jpeg_common_struct {
   struct jpeg_error_mgr *err;
-  void *mem, *progress, *client_data;
+  struct jpeg_memory_mgr *mem;
+  void *progress, *client_data;
   int is_decompressor, global_state;
 };
 
 struct jpeg_decompress_struct {
   struct jpeg_error_mgr *err;
-  void *mem, *progress, *client_data;
+  struct jpeg_memory_mgr *mem;
+  void *progress, *client_data;
   int is_decompressor, global_state;
   struct jpeg_source_mgr *src;
   unsigned image_width, image_height;

@@ -22,7 +22,7 @@ from PIL import Image, _imaging
 
 from pipelines.loaders.codecs.pillow import PillowCodec
 
-SOURCES = (Path(__file__).with_name("crops.c"), Path(__file__).with_name("libjpeg62.h"))
+SOURCES = (Path(__file__).with_name("crops.c"), *sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 """-ffp-contract: Pillow's weights are computed without fused multiply-add, and so must these be."""
 IMAGE_COLUMNS = 13
@@ -152,7 +152,8 @@ def _build(libjpeg: Path) -> Path:
     if compiler is None:
         raise OSError("there is no C compiler (Debian and Ubuntu: apt install gcc)")
     key = hashlib.blake2b(digest_size=8)
-    for part in (*(file.read_bytes() for file in SOURCES), str(libjpeg).encode(), compiler.encode(), _processor()):
+    command = " ".join([compiler, *FLAGS, str(libjpeg)])
+    for part in (*(file.read_bytes() for file in SOURCES), command.encode(), _processor()):
         key.update(hashlib.blake2b(part).digest())
     name = f"crops-{key.hexdigest()}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deitfast"

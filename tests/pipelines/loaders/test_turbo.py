@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ if turbo.unavailable():
     pytest.skip(turbo.unavailable(), allow_module_level=True)
 
 
-@pytest.fixture(params=["", "-mno-avx2"])
+@pytest.fixture(params=["", "x86-64-v3", "x86-64"])
 def codec(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> turbo.TurboCodec:
-    """The codec as it is compiled here, and from its plain loops, without vectors."""
+    """The codec as it is compiled here, for any processor with AVX2, and from its plain loops."""
     if request.param:
+        if (request.param == "x86-64-v3" and b" avx2 " not in turbo._processor()) or platform.machine() != "x86_64":
+            pytest.skip(f"this processor does not run {request.param}")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(turbo, "FLAGS", (*turbo.FLAGS, "-march=x86-64"))
+        monkeypatch.setattr(turbo, "FLAGS", (*turbo.FLAGS, f"-march={request.param}"))
         monkeypatch.setattr(turbo, "library", turbo.library.__wrapped__)
     return turbo.TurboCodec()
 
@@ -45,6 +48,28 @@ def test_windows_and_sizes_are_pillows(codec: turbo.TurboCodec) -> None:
         codec.resize(pixels, ours)
         pillow.resize(pixels, theirs)
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_any_scale_is_pillows(codec: turbo.TurboCodec) -> None:
+    rng, pillow = np.random.default_rng(2), PillowCodec()
+    for rows, columns, height, width in ((1, 1, 37, 41), (2, 3, 224, 5), (700, 900, 31, 224), (90, 2100, 224, 30)):
+        pixels = rng.integers(0, 2, (rows, columns, 3)).astype(np.uint8) * 255  # overshoots at every edge
+        ours, theirs = np.empty((2, height, width, 3), np.uint8)
+        codec.resize(pixels, ours)
+        pillow.resize(pixels, theirs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_file_is_decoded_with_its_own_tables_alone() -> None:
+    codec, image = turbo.TurboCodec(), photo(np.random.default_rng(3), 40, 50)
+    whole, window = jpeg(image), (0, 0, 40, 50)
+    expected = PillowCodec().decode(np.frombuffer(whole, np.uint8), *window)
+    start = whole.index(b"\xff\xdb")
+    without = whole[:start] + whole[start + 2 + int.from_bytes(whole[start + 2 : start + 4], "big") :]
+    for _ in range(200):  # more images than the memory of one image's tables would hold
+        np.testing.assert_array_equal(codec.decode(np.frombuffer(whole, np.uint8), *window), expected)
+    with pytest.raises((OSError, ValueError)):
+        codec.decode(np.frombuffer(without, np.uint8), *window)
 
 
 def test_what_libjpeg_does_not_turn_into_rgb_is_pillows_to_decode() -> None:
