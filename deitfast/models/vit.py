@@ -114,8 +114,20 @@ class Attention(nn.Module):
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query[:, :, :rows], key, value)
+        attended = attention(query[:, :, :rows], key, value)
         return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v of [B, heads, N, d].
+
+    PyTorch's fused attention, but for bf16 on a CPU: there plain products take a DeiT-Ti step at 32 px down to half
+    its time, and at 224 px they are no slower.
+    """
+    if query.device.type == "cpu" and query.dtype is torch.bfloat16:
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class MLP(nn.Module):

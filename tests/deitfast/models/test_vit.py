@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from deitfast.config.recipe import ModelSpec
-from deitfast.models.vit import build_model, drop_path, joint
+from deitfast.models.vit import attention, build_model, drop_path, joint
 from pipelines.augment.patches import cut_patches
 from pipelines.errors import UserError
 
@@ -131,6 +131,24 @@ def test_patches_are_the_convolutions():
     patches = cut_patches(pixels, 4)
     assert patches.shape == (2, 6, 48)
     torch.testing.assert_close(patches[1, 3], pixels[1, :, 4:8, 4:8].flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_and_its_gradients_are_those_of_float64(dtype):
+    shape = (3, 2, 17, 64)
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    query, key, value = exact
+    expected = (query @ key.mT / 8).softmax(-1) @ value
+    found = attention(*given)
+    assert found.dtype == dtype
+    (found.double() * expected.detach()).sum().backward()
+    (expected * expected.detach()).sum().backward()
+    close = {"rtol": 0.03, "atol": 0.03} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for ours, theirs in zip(given, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, **close)
 
 
 def test_drop_path_drops_whole_samples_at_its_rate_and_keeps_the_mean():
