@@ -22,7 +22,10 @@ class Metrics:
     top1: float
     """Share whose largest logit is the label's."""
     top5: float
-    """Share whose label is among the five largest logits (all of them below five classes)."""
+    """Share whose label is among the five largest logits (all of them below five classes).
+
+    Of equal logits, which half precision often gives, the lower class comes first, as in `top1`.
+    """
     loss: float
     """Mean cross-entropy with the label, unsmoothed, in nats."""
     precision: float
@@ -75,8 +78,10 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
             remedy="take weights from before training diverged; with fp16, try --set train.amp=off",
         )
     log_total = logits.logsumexp(dim=1)
-    loss = float((log_total - logits.gather(1, labels[:, None]).squeeze(1)).cpu().double().mean())
-    best = logits.topk(min(5, classes), dim=1).indices
+    own, column = logits.gather(1, labels[:, None]), torch.arange(classes, device=logits.device)
+    # topk would do, but for ties: it takes any of them, on every device others
+    rank = ((logits > own) | ((logits == own) & (column < labels[:, None]))).sum(dim=1)
+    loss = float((log_total - own.squeeze(1)).cpu().double().mean())
     predicted = logits.argmax(dim=1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes).cpu()
     precision, recall, f1 = _macro(confusion.numpy())
@@ -84,7 +89,7 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
     return Metrics(
         samples=count,
         top1=int(confusion.diagonal().sum()) / count,
-        top5=int((best == labels[:, None]).any(dim=1).sum()) / count,
+        top5=int((rank < 5).sum()) / count,
         loss=loss,
         precision=precision,
         recall=recall,

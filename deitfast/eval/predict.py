@@ -187,7 +187,10 @@ def top_predictions(
                 found=f"the {head} head for {names[bad[0]]}",
                 remedy="take weights from before training diverged",
             )
-        values, places = logits.double().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+        # stable: of equal logits the lower class comes first, as in `Metrics`; topk takes any of them
+        values, places = (
+            each[:, :top] for each in logits.double().softmax(1).sort(dim=1, descending=True, stable=True)
+        )
         rows = zip(places.tolist(), values.tolist(), strict=True)
         best[head] = [[(str(classes[i]), float(v)) for i, v in zip(*row, strict=True)] for row in rows]
     truth, final = truths or [None] * len(names), final_head(best, prediction)

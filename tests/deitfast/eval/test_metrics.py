@@ -76,6 +76,19 @@ def test_top5_is_sklearns():
     assert measure(logits, labels).top5 == pytest.approx(expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 30), st.sampled_from([1, 2, 3, 9]))
+def test_of_equal_logits_the_lower_class_comes_first(seed, classes, values):
+    """So top-5 never leaves out what top-1 takes, however few values the logits have."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, values, (50, classes), generator=draw).float()
+    labels = torch.randint(0, classes, (50,), generator=draw)
+    order = np.argsort(-logits.numpy(), axis=1, kind="stable")
+    found = measure(logits, labels)
+    assert found.top1 == pytest.approx((order[:, 0] == labels.numpy()).mean())
+    assert found.top5 == pytest.approx((order[:, :5] == labels.numpy()[:, None]).any(1).mean())
+
+
 def test_top5_takes_all_of_fewer_classes():
     assert measure(torch.randn(9, 3), torch.arange(9) % 3).top5 == 1
 

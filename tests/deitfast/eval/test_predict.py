@@ -142,6 +142,13 @@ def test_what_is_written_is_what_was_predicted() -> None:
         top_predictions(["x", "y, z"], heads, ["a", "b", "c"], 2)
 
 
+def test_of_equal_logits_the_lower_class_comes_first() -> None:
+    logits = torch.tensor([[1.0] * 12, [0.0] * 6 + [2.0] * 6])
+    one, other = top_predictions(["x", "y"], (logits,), tuple("abcdefghijkl"), top=3)
+    assert [name for name, _ in one.heads["class"]] == ["a", "b", "c"]
+    assert [name for name, _ in other.heads["class"]] == ["g", "h", "i"]
+
+
 def test_attention_rollout_is_that_of_transformers_attentions() -> None:
     theirs = hugging_face("with_teacher")
     theirs.set_attn_implementation("eager")
