@@ -13,7 +13,7 @@ from deitfast.interrupt import Stop
 from deitfast.train.loop import TrainLoop
 from deitfast.train.monitor import Observation
 from deitfast.train.state import TrainState
-from pipelines.loaders.batch_plan import BatchPlan
+from pipelines.loaders.batch_plan import DRAWN_TOGETHER, BatchPlan
 from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.loaders.host import Codec, HostLoader, decode_window, resize_crop
 from pipelines.rng.sampler import Rows
@@ -36,11 +36,17 @@ def loader_stages(bench: Workbench) -> list[BenchCase]:
     checked = "CRC32 compared" if plan.spec.check else "no CRC32 compared"
     once = f", {len(crops.work):,} images for {views:,} views" if len(crops.work) < views else ""
 
-    def stage(name: str, what: str, call: Callable[[], object], *, threaded: bool = True) -> BenchCase:
-        return BenchCase(name, what, "loader", views, call, threaded)
+    steps = min(loader.steps_per_epoch, -(-DRAWN_TOGETHER // views))
+
+    def stage(name: str, what: str, call: Callable[[], object]) -> BenchCase:
+        return BenchCase(name, what, "loader", views, call, threaded=True)
+
+    def draw() -> None:
+        for _ in itertools.islice(plan.draws(0), steps):
+            pass
 
     return [
-        stage("drawing", "crops, operations, boxes and mixing partners", lambda: plan.draw(0, 0), threaded=False),
+        BenchCase("drawing", "crops, operations, boxes and mixing partners", "loader", steps * views, draw),
         stage("reading", f"from the page cache, {checked}{once}", crops.read),
         stage("decoding", f"{loader.name}'s codec{once}", crops.decode),
         stage("cropping", f"and resizing to {plan.augment.size} px", lambda: crops.cut(pixels, out)),

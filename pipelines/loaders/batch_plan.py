@@ -3,8 +3,8 @@
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ MAX_FREE_BUFFERS = 4
 """Most unused buffers that are kept."""
 CHUNK = 8
 """Images that a worker takes at once: a queue's round trip costs 20 us, decoding an image about 800."""
+
+DRAWN_TOGETHER = 1024
+"""Views that are drawn in one go: a drawing is some hundred calls of numpy, which take as long for few."""
+ROW_COLUMNS = tuple(column.name for column in fields(Rows))
 
 
 class BufferPool:
@@ -72,8 +76,30 @@ class BatchPlan:
     def draw(self, epoch: int, step: int) -> tuple[Rows, ViewParams]:
         """Return one step's rows and everything drawn for them."""
         rows = self.sampler.rows(epoch, step)
+        return rows, self._params(rows)
+
+    def draws(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Rows, ViewParams]]:
+        """Yield what `draw` gives for each step of an epoch from `start_step` on, several steps drawn at once."""
+        pending: list[Rows] = []
+        for step in range(start_step, self.sampler.steps_per_epoch):
+            pending.append(self.sampler.rows(epoch, step))
+            if sum(len(rows.samples) for rows in pending) >= DRAWN_TOGETHER:
+                yield from self._draw_together(pending)
+                pending = []
+        yield from self._draw_together(pending)
+
+    def _draw_together(self, steps: list[Rows]) -> Iterator[tuple[Rows, ViewParams]]:
+        """Yield each step's rows and parameters; these depend on their own row alone, so they are drawn for all."""
+        if not steps:
+            return
+        params = self._params(Rows(*(np.concatenate([getattr(rows, name) for rows in steps]) for name in ROW_COLUMNS)))
+        ends = np.cumsum([len(rows.samples) for rows in steps]).tolist()
+        for rows, end in zip(steps, ends, strict=True):
+            yield rows, ViewParams(params.table[end - len(rows.samples) : end])
+
+    def _params(self, rows: Rows) -> ViewParams:
         draw = draw_train if self.train else draw_eval
-        return rows, draw(self.augment, rows, self.reader.heights[rows.samples], self.reader.widths[rows.samples])
+        return draw(self.augment, rows, self.reader.heights[rows.samples], self.reader.widths[rows.samples])
 
     def stored(self, sample: int) -> np.ndarray:
         """Return a sample's stored bytes, uint8 [n], checked against their CRC32 where the spec asks for it.

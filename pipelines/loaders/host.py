@@ -59,8 +59,8 @@ class HostLoader:
         pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix=f"deitfast-{self.name}")
         in_flight: deque[Callable[[], Batch]] = deque()
         try:
-            for step in range(start_step, self.steps_per_epoch):
-                in_flight.append(self._submit(pool, *self.plan.draw(epoch, step), stop))
+            for rows, params in self.plan.draws(epoch, start_step):
+                in_flight.append(self._submit(pool, rows, params, stop))
                 if len(in_flight) > 1:  # while a batch waits for its last images, idle threads work on the next
                     yield in_flight.popleft()()
             while in_flight:

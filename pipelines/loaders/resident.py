@@ -45,8 +45,7 @@ class ResidentLoader:
         self.images = self.images.new_empty((0, *self.images.shape[1:]))  # a slice would keep all of them alive
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        for step in range(start_step, self.steps_per_epoch):
-            rows, params = self.plan.draw(epoch, step)
+        for rows, params in self.plan.draws(epoch, start_step):
             size, interpolation = self.plan.augment.size, self.plan.interpolation
             crops = gather(self.images, rows, Geometry.of(params), size, interpolation)
             skipped = np.flatnonzero(rows.valid & np.isin(rows.samples, list(self._damaged)))

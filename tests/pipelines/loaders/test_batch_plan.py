@@ -1,0 +1,32 @@
+"""Drawing several steps at once gives each step what it would get alone, with fewer calls."""
+
+import numpy as np
+import pytest
+
+from pipelines.loaders import batch_plan
+from pipelines.loaders.batch_plan import ROW_COLUMNS
+from pipelines.storage.reader import Reader
+from tests.helpers.loader_contract import BATCH, PADDED, RESIZED, open_eval, open_train
+
+
+@pytest.mark.parametrize("spec", [RESIZED, PADDED])
+@pytest.mark.parametrize("opened", [open_train, open_eval])
+def test_steps_drawn_together_are_those_drawn_alone(photos: Reader, spec, opened, monkeypatch) -> None:
+    monkeypatch.setattr(batch_plan, "DRAWN_TOGETHER", 2 * BATCH)
+    plan = opened("reference", photos, spec).plan
+    for start in (0, 1):
+        together = list(plan.draws(1, start))
+        assert len(together) == plan.sampler.steps_per_epoch - start
+        for step, (rows, params) in enumerate(together, start):
+            alone, expected = plan.draw(1, step)
+            np.testing.assert_array_equal(params.table, expected.table)
+            for column in ROW_COLUMNS:
+                np.testing.assert_array_equal(getattr(rows, column), getattr(alone, column))
+
+
+def test_few_calls_draw_many_small_steps(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plan = [], open_train("reference", photos, RESIZED).plan
+    draw = batch_plan.draw_train
+    monkeypatch.setattr(batch_plan, "draw_train", lambda *arguments: calls.append(1) or draw(*arguments))
+    assert len(list(plan.draws(0))) == plan.sampler.steps_per_epoch > 1
+    assert len(calls) == 1
