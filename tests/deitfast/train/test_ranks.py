@@ -13,7 +13,14 @@ from deitfast.run_folder import RunFolder
 from tests.helpers.small_runs import run, tiny_recipe, weights
 
 ROOT = Path(__file__).parents[3]
-SETTINGS = ("augment.mix_group=4", "model.patch=16", "model.drop_path=0.0", "optim.name=sgd", "optim.lr=0.05")
+SETTINGS = (
+    "augment.mix_group=4",
+    "model.patch=16",
+    "model.drop_path=0.0",
+    "optim.name=sgd",
+    "optim.lr=0.05",
+    "train.amp=off",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,11 @@ def test_two_ranks_learn_what_one_does(tiny_small: Path, tmp_path: Path) -> None
     assert one.keys() == two.keys()
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
+    first, second = (RunFolder(tmp_path / name).metrics()[-1] for name in ("one", "two"))
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)  # of all ranks, as are images and their rate
+    assert second["images"] == first["images"] == 80
+    assert second["images_per_second"] == pytest.approx(80 / second["seconds"], rel=0.01)
+    assert second["val"]["class"] == pytest.approx(first["val"]["class"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -55,7 +67,7 @@ def test_two_ranks_learn_what_one_does(tiny_small: Path, tmp_path: Path) -> None
 def test_ranks_fill_one_cache_and_learn_the_same_from_it(tiny_small: Path, tmp_path: Path, world: int) -> None:
     teacher = tmp_path / "teacher"
     run(tiny_small, teacher, tiny_recipe("model.arch=vit_ti", "train.epochs=1", "train.ema=0"))
-    settings = [word for setting in (*SETTINGS, "train.amp=off", "train.ema=0") for word in ("--set", setting)]
+    settings = [word for setting in (*SETTINGS, "train.ema=0") for word in ("--set", setting)]
     common = ["--data", tiny_small, "--teacher", teacher, "--distill", "hard", "--epochs", 2, "--batch", 16, *settings]
     launched(1, "teach", *common, "--out", tmp_path / "one")
     launched(world, "teach", *common, "--out", tmp_path / "many")
@@ -84,7 +96,7 @@ FAULTS = {
 
 def faulty(fault: str, rank: int, world: int, data: Path, out: Path, *words: str) -> tuple[str, int, float]:
     """Train with a fault on one rank; return what is on the terminal, the exit code and the seconds it took."""
-    settings = [word for setting in (*SETTINGS, "train.amp=off", "train.ema=0") for word in ("--set", setting)]
+    settings = [word for setting in (*SETTINGS, "train.ema=0") for word in ("--set", setting)]
     train = ["train", "--data", str(data), "--out", str(out), "--batch", "16", "--epochs", "2", "--device", "cpu"]
     runner = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     script = str(ROOT / "tests" / "helpers" / "faulty_rank.py")
