@@ -17,6 +17,7 @@ PARTIAL = ".partial"
 """Ending of files that are still being written."""
 LOCK = ".lock"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
@@ -59,7 +60,18 @@ def explain_os_error(
     try:
         yield
     except OSError as error:
-        raise DeitfastError(f"cannot write {what}", found=str(error), remedy=remedy) from error
+        raise DeitfastError(f"cannot write {what}", found=str(error), remedy=os_remedy(error, remedy)) from error
+
+
+def os_remedy(error: OSError, otherwise: str = "") -> str:
+    """Return what to do about the system's refusal; `otherwise` where its number does not tell better."""
+    if error.errno in TOO_MANY_FILES:
+        return "let a process open more files (`ulimit -n`)"
+    if error.errno == errno.ENOMEM:
+        return "free some memory"
+    if error.errno in DISK_FULL:
+        return otherwise or "free some space"
+    return otherwise or ("check the rights" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "")
 
 
 def write_text(path: Path, text: str) -> None:

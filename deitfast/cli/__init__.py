@@ -1,5 +1,6 @@
 """The command line. Heavy imports stay inside the commands, so that --help comes at once."""
 
+import errno
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ from deitfast.cli import data, evaluate, inspect, train
 from deitfast.cli.app import app, err
 from deitfast.cli.arguments import check_launcher, expand_home
 from pipelines.errors import DeitfastError
+from pipelines.files import DISK_FULL, TOO_MANY_FILES, os_remedy
 
 __all__ = ["data", "evaluate", "inspect", "main", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
@@ -56,6 +58,11 @@ def _tell(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit stays quiet
         return 1
+    if isinstance(error, MemoryError):
+        return _tell(DeitfastError("out of memory", found=str(error), remedy="free some, or lower --batch"))
+    if isinstance(error, OSError) and error.errno in (*DISK_FULL, *TOO_MANY_FILES, errno.ENOMEM, errno.EIO):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        return _tell(DeitfastError(what, remedy=os_remedy(error)))  # of the machine, wherever it was met
     err.print(f"[red]error:[/red] {escape(f'{type(error).__name__}: {error}')}", highlight=False, soft_wrap=True)
     err.print("  internal error, please report; rerun with --debug for a traceback", highlight=False)
     return 1

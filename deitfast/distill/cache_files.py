@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write, explain_os_error
+from pipelines.files import atomic_write, explain_os_error, os_remedy
 
 FORMAT = 2
 """Version of the folder's layout and of the manifest's keys."""
@@ -202,7 +202,7 @@ def explain_read_error(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        remedy = "check the rights and the disk it is on"
+        remedy = os_remedy(error, "check the rights and the disk it is on")
         raise DeitfastError(f"cannot read {path}", found=str(error), remedy=remedy) from error
     except MemoryError as error:
         found, remedy = str(error) or "none is free", "end other programs, or use a machine with more memory"

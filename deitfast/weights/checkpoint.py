@@ -18,7 +18,7 @@ from torch import Tensor
 from deitfast.config.choices import WhichCheckpoint
 from deitfast.run_folder import RunFolder
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, os_remedy
 
 TAG = "deitfast_checkpoint"
 """Key that says whose a checkpoint is; its value is FORMAT."""
@@ -62,10 +62,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
             cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
+        remedy = "free some space and continue with --resume"
         raise DeitfastError(
             f"cannot write checkpoint {path}",
             found=str(cause).splitlines()[0],
-            remedy="free some space and continue with --resume",
+            remedy=os_remedy(cause, remedy) if isinstance(cause, OSError) else remedy,
         ) from error
 
 

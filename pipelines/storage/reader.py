@@ -1,7 +1,6 @@
 """What a converted split offers to a reader, however it is stored: all that loaders know of storage."""
 
 import contextlib
-import errno
 import mmap
 import os
 import weakref
@@ -12,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pipelines.errors import DeitfastError
+from pipelines.files import TOO_MANY_FILES, os_remedy
 
 JPEG, RAW = 0, 1
 """What a sample's bytes are: an encoded JPEG, or uint8 [height, width, 3]."""
@@ -83,7 +83,7 @@ def _unreadable(path: Path, error: OSError) -> DeitfastError:
     if isinstance(error, FileNotFoundError):
         return DeitfastError(f"{path}: no such file", remedy=REMEDY)
     many = "let a process open more files (`ulimit -n`), or convert to larger shards (--shard-size)"
-    remedy = many if error.errno == errno.EMFILE else ""
+    remedy = many if error.errno in TOO_MANY_FILES else os_remedy(error)
     return DeitfastError(f"{path}: cannot be read: {error.strerror}", remedy=remedy)
 
 

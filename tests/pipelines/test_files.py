@@ -1,5 +1,6 @@
 """Atomic writes and locks, with several writers at once."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,19 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.files import atomic_write, explain_os_error, file_lock, write_all
+from pipelines.files import atomic_write, explain_os_error, file_lock, os_remedy, write_all
+
+
+def test_a_remedy_is_of_what_the_system_refused(tmp_path: Path) -> None:
+    numbers = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+    remedies = []
+    for number in numbers:
+        with pytest.raises(DeitfastError) as caught, explain_os_error(tmp_path, "go on"):
+            raise OSError(number, os.strerror(number))
+        remedies.append(caught.value.remedy)
+    limit = "let a process open more files (`ulimit -n`)"
+    assert remedies == ["go on", limit, limit, "free some memory", "go on"]
+    assert os_remedy(OSError(errno.EDQUOT, "quota")) == "free some space"
 
 
 def test_two_writers_of_one_file_leave_one_whole_file_at_every_moment(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, short messages, nothing left half-written."""
 
+import errno
 import json
 import os
 import shutil
@@ -257,6 +258,28 @@ def test_unforeseen_errors_are_short_and_exit_with_1(capsys, monkeypatch) -> Non
     assert "--debug" in err
     with pytest.raises(RuntimeError, match="wires crossed"):
         main(["doctor", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files", "train.beton"),
+            "train.beton: Too many open files\n  hint: let",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n  hint: free some space"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_internal_error(capsys, monkeypatch, error: BaseException, told: str) -> None:
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr("deitfast.cli.tables.describe_machine", broken)
+    code, _, err = call(capsys, "doctor")
+    assert code == 1
+    assert told in err
+    assert "internal error" not in err
 
 
 def test_ctrl_c_saves_and_a_resumed_run_goes_on(tiny_small: Path) -> None:
