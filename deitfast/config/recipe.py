@@ -79,6 +79,10 @@ RULES: tuple[tuple[Callable[[Recipe], object], str], ...] = (
         "augment.size {r.augment.size} must be a multiple of model.patch {r.model.patch}",
     ),
     (
+        lambda r: not r.transformer or r.model.shape.width % r.model.shape.heads == 0,
+        "model.width {r.model.shape.width} must be a multiple of model.heads {r.model.shape.heads}",
+    ),
+    (
         lambda r: not r.mixes or r.train.batch % r.augment.mix_group == 0,
         "train.batch {r.train.batch} must be a multiple of augment.mix_group {r.augment.mix_group}",
     ),

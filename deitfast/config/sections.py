@@ -1,6 +1,6 @@
 """The sections of a recipe: every setting of network, distillation, optimizer, schedule and training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,6 +12,20 @@ from pipelines.spec import STRICT
 MOST_EPOCHS, MOST_IMAGES = 100_000, 1 << 20
 """Bounds of what is counted in epochs and of what is counted in images of a batch."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
+HEAD_WIDTH = 64
+"""Width of an attention head in every ViT and DeiT."""
+WIDTHS = {"ti": 192, "s": 384, "b": 768}
+"""Widths of the transformers, by the end of their names."""
+
+
+class TransformerShape(NamedTuple):
+    """What a transformer is built of."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    """Width of an MLP's hidden layer."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,6 +39,14 @@ class ModelSpec:
     prediction: Prediction = "auto"
     """Head whose figures are shown and pick the best checkpoint (all heads are evaluated); auto: with a distillation
     token joint, the mean of both heads' logits, else class."""
+    width: int = Field(default=0, ge=0, le=8192)
+    """Width of the tokens; 0: that of `arch`, 192, 384 or 768 (transformers only)."""
+    depth: int = Field(default=12, ge=1, le=256)
+    """Blocks (transformers only)."""
+    heads: int = Field(default=0, ge=0, le=1024)
+    """Attention heads, a divisor of the width; 0: one for every 64 of it (transformers only)."""
+    mlp_ratio: float = Field(default=4.0, ge=0.01, le=64)
+    """Width of an MLP's hidden layer over the tokens' (transformers only)."""
     patch: int = Field(default=16, ge=1, le=4096)
     """Side of a patch in pixels (transformers only)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
@@ -39,6 +61,14 @@ class ModelSpec:
     """Weights to start from whose class names are not known have the data set's classes, in its order."""
     start_checkpoint: WhichCheckpoint = "auto"
     """Of a run to start from: its best or its last checkpoint; auto: the best where it was validated."""
+
+    @property
+    def shape(self) -> TransformerShape:
+        """What a deit_* or vit_* is built of."""
+        width = self.width or WIDTHS[self.arch.partition("_")[2]]
+        heads = self.heads or max(1, width // HEAD_WIDTH)
+        hidden = int(round(width * self.mlp_ratio, 6))  # as timm's, but for a ratio that was a quotient
+        return TransformerShape(width, self.depth, heads, max(1, hidden))
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -46,7 +46,8 @@ UNREAD: tuple[tuple[tuple[str, ...], Reads, str], ...] = (
     ),
     (("schedule.warmup_lr",), lambda r: r.schedule.warmup_epochs, "there is no warm-up"),
     (
-        ("model.patch", "model.drop_path", "model.dropout", "model.token"),
+        ("model.width", "model.depth", "model.heads", "model.mlp_ratio", "model.patch", "model.drop_path",
+         "model.dropout", "model.token"),
         lambda r: r.transformer,
         "the network is a CNN",
     ),

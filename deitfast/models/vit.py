@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deitfast.config.recipe import ModelSpec
+from deitfast.config.sections import TransformerShape
 from pipelines.augment.patches import cut_patches
 from pipelines.errors import UserError
-
-DEPTH = 12
-"""Blocks of every ViT and DeiT."""
-MLP_RATIO = 4
-"""Hidden width of a block's MLP over the block's width."""
 
 
 def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) -> nn.Module:
@@ -36,23 +32,15 @@ def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) ->
             expected="deit_ti, deit_s or deit_b",
             remedy="take a deit_* model, or set model.token to off and distill.head to class",
         )
-    match spec.arch:
-        case "deit_ti" | "vit_ti":
-            width, heads = 192, 3
-        case "deit_s" | "vit_s":
-            width, heads = 384, 6
-        case "deit_b" | "vit_b":
-            width, heads = 768, 12
-        case "resnet18" | "resnet50" | "regnet_y_4gf" | "regnet_y_8gf" | "regnet_y_16gf":
-            from deitfast.models.cnn import build_convnet  # torchvision takes a second to import
+    if not spec.arch.startswith(("deit_", "vit_")):
+        from deitfast.models.cnn import build_convnet  # torchvision takes a second to import
 
-            return build_convnet(spec.arch, size=size, classes=classes)
+        return build_convnet(spec.arch, size=size, classes=classes)
     return VisionTransformer(
         size=size,
         patch=spec.patch,
         classes=classes,
-        width=width,
-        heads=heads,
+        shape=spec.shape,
         distilled=distilled,
         drop_path=spec.drop_path,
         dropout=spec.dropout,
@@ -62,6 +50,11 @@ def build_model(spec: ModelSpec, *, size: int, classes: int, distilled: bool) ->
 def reads_patches(model: nn.Module) -> int:
     """Return the side of the patches that a model takes instead of pixels; 0 where it takes pixels only."""
     return model.patch_embed.patch if isinstance(model, VisionTransformer) else 0
+
+
+def transformer_shape(model: nn.Module) -> TransformerShape | None:
+    """Return what a transformer is built of; None for a CNN."""
+    return model.shape if isinstance(model, VisionTransformer) else None
 
 
 def joint(heads: tuple[Tensor, ...]) -> Tensor:
@@ -147,13 +140,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, dropout: float) -> None:
+    def __init__(self, shape: TransformerShape, drop_path: float, dropout: float) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, MLP_RATIO * width, dropout)
+        self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
+        self.attn = Attention(shape.width, shape.heads, dropout)
+        self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
+        self.mlp = MLP(shape.width, shape.hidden, dropout)
 
     def forward(self, tokens: Tensor, rows: int | None = None) -> Tensor:
         """Map [B, N, width] to [B, N, width], or to its first `rows` tokens [B, rows, width]."""
@@ -171,8 +164,7 @@ class VisionTransformer(nn.Module):
         size: int,
         patch: int,
         classes: int,
-        width: int,
-        heads: int,
+        shape: TransformerShape,
         distilled: bool,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -184,14 +176,15 @@ class VisionTransformer(nn.Module):
                 expected="augment.size a multiple of model.patch",
                 remedy=f"set augment.size to {max(1, size // patch) * patch}, or model.patch to a divisor of {size}",
             )
+        width, self.shape = shape.width, shape
         self.prefix = 2 if distilled else 1
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if distilled else None
         self.pos_embed = nn.Parameter(torch.empty(1, (size // patch) ** 2 + self.prefix, width))
         self.pos_drop = nn.Dropout(dropout)
-        rates = [drop_path * index / (DEPTH - 1) for index in range(DEPTH)]
-        self.blocks = nn.Sequential(*[Block(width, heads, rate, dropout) for rate in rates])
+        rates = [drop_path * index / max(1, shape.depth - 1) for index in range(shape.depth)]
+        self.blocks = nn.Sequential(*[Block(shape, rate, dropout) for rate in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         self.head_dist = nn.Linear(width, classes) if distilled else None
@@ -215,7 +208,7 @@ class VisionTransformer(nn.Module):
         tokens = self.pos_drop(tokens + self.pos_embed)
         for index, block in enumerate(self.blocks):
             # Nothing reads the patches behind the last block: it gives the prefix tokens only, 6 % less work.
-            tokens = block(tokens, self.prefix if index == DEPTH - 1 else None)
+            tokens = block(tokens, self.prefix if index == self.shape.depth - 1 else None)
         tokens = self.norm(tokens)
         if self.head_dist is None:
             return (self.head(tokens[:, 0]),)

@@ -7,7 +7,8 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from deitfast.models.vit import VisionTransformer
+from deitfast.config.recipe import ModelSpec
+from deitfast.models.vit import VisionTransformer, transformer_shape
 from deitfast.weights.card import model_card, sidecar_json
 from deitfast.weights.hf_config import hf_config, hf_processor
 from deitfast.weights.huggingface import from_timm
@@ -59,7 +60,7 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
             raise UserError("timm has no DeiT with a distillation token and one head", expected="--format hf or onnx")
         config = timm_config(trained)
         texts = {CONFIG: sidecar_json(config)}
-        own = describe_ours(trained.classes, trained.recipe.augment)
+        own = describe_ours(trained.classes, trained.recipe.augment, transformer_shape(trained.model))
         metadata = {"format": "pt", METADATA: own, TIMM: json.dumps(config)}
     one_file = out.suffix == ".safetensors"
     file = out if one_file else out / FILE
@@ -121,6 +122,14 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
         heads = ["head", "head_dist"] if trained.recipe.distilled else "head"
         config["architecture"] = f"deit_{size}{middle}_patch16_{side}"
         config["model_args"] = {"img_size": augment.size, "patch_size": model.patch}
+        shape = trained.model.shape
+        if shape != ModelSpec(arch=model.arch).shape:
+            config["model_args"] |= {
+                "embed_dim": shape.width,
+                "depth": shape.depth,
+                "num_heads": shape.heads,
+                "mlp_ratio": model.mlp_ratio,
+            }
         cfg |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": heads}
     else:
         cfg |= {"first_conv": "conv1" if model.arch.startswith("resnet") else "stem.0", "classifier": "fc"}

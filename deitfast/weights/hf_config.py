@@ -4,9 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from deitfast.models.vit import DEPTH, MLP_RATIO, VisionTransformer
+from deitfast.models.vit import VisionTransformer
 from deitfast.weights.load import TrainedModel
-from deitfast.weights.read import HEAD_WIDTH
 
 
 def hf_config(trained: TrainedModel) -> dict[str, Any]:
@@ -15,7 +14,7 @@ def hf_config(trained: TrainedModel) -> dict[str, Any]:
     assert isinstance(model, VisionTransformer)
     norm = model.norm
     assert isinstance(norm, nn.LayerNorm)
-    width = norm.normalized_shape[0]
+    shape = model.shape
     classes = trained.classes or tuple(f"LABEL_{number}" for number in range(trained.num_classes))
     if not recipe.distilled:
         network = "ViTForImageClassification"
@@ -24,10 +23,10 @@ def hf_config(trained: TrainedModel) -> dict[str, Any]:
     return {
         "architectures": [network],
         "model_type": "deit" if recipe.distilled else "vit",
-        "hidden_size": width,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": width // HEAD_WIDTH,
-        "intermediate_size": MLP_RATIO * width,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.hidden,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

@@ -22,8 +22,6 @@ RESNET, REGNET = "layer1.0.conv1.weight", "trunk_output.block1.block1-0.f.a.0.we
 TIMM_REGNET = "s1.b1.conv1.conv.weight"
 ANCHORS = (VIT, RESNET, REGNET, TIMM_REGNET, *HUGGING_FACE)
 """One name of every network that can be read."""
-DEPTH = 12
-"""Blocks of a transformer."""
 SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 """The layer that each of a block's layer scales follows."""
 LAYER_SCALE = re.compile(r"(blocks\.\d+\.)(?:gamma_|ls)([12])(?:\.gamma)?")
@@ -94,8 +92,8 @@ def _checked_vit(tensors: dict[str, Tensor], owner: object) -> dict[str, Tensor]
         found = "no class token"
     if not found and "pos_embed" not in kept:
         found = "no position embeddings of its own"
-    if not found and depth != DEPTH:
-        found = f"{depth} blocks"
+    if not found and not depth:
+        found = "no blocks"
     if not found and (patches.ndim != 4 or patches.shape[1] != 3):
         found = f"patches of shape {' x '.join(map(str, patches.shape[1:]))}, not of pictures with three colors"
     if not found and kept["pos_embed"].ndim != 3:
@@ -103,7 +101,7 @@ def _checked_vit(tensors: dict[str, Tensor], owner: object) -> dict[str, Tensor]
     if found:
         raise UserError(
             f"{owner} holds a transformer that deitfast cannot build",
-            expected=f"ViT or DeiT: {DEPTH} blocks, a class token, learned positions",
+            expected="ViT or DeiT: blocks, a class token, learned positions",
             found=found,
             remedy="as a teacher it may work through timm: --teacher timm/NAME --teacher-weights FILE",
         )

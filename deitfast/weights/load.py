@@ -10,7 +10,7 @@ from torch import nn
 
 from deitfast.config import recipe as recipes
 from deitfast.config.choices import Arch, WhichCheckpoint
-from deitfast.config.recipe import Recipe
+from deitfast.config.recipe import ModelSpec, Recipe
 from deitfast.models.vit import VisionTransformer, build_model
 from deitfast.run_folder import RunFolder
 from deitfast.weights.adapt import load_weights
@@ -131,12 +131,6 @@ def recipe_of(weights: Weights, arch: Arch | None) -> Recipe:
     """
     network = arch or weights.arch
     if network is None:
-        if weights.transformer:
-            width = weights.tensors["pos_embed"].shape[-1]
-            raise UserError(
-                f"{weights.path} holds a transformer of width {width}, which deitfast cannot build",
-                expected="width 192, 384 or 768 (deit_ti, deit_s or deit_b)",
-            )
         raise UserError(f"{weights.path} does not tell which network it is", remedy="name it with --arch")
     told = dict(weights.sidecar.input)
     if not weights.transformer:
@@ -144,10 +138,17 @@ def recipe_of(weights: Weights, arch: Arch | None) -> Recipe:
         fields = {"augment.size": size, **_input_settings(told, size)}
         recipe = recipes.choose(network, "", size)
         return recipes.override(recipe, fields)
-    if weights.arch is None or network.partition("_")[2] != weights.arch.partition("_")[2]:
-        width = weights.tensors["pos_embed"].shape[-1]
-        raise UserError(f"{weights.path} is not a {network}", found=f"{weights.arch or 'a transformer'}, width {width}")
+    shape, standard = weights.shape, ModelSpec(arch=network).shape if network.startswith(("deit_", "vit_")) else None
+    if standard is None or network.partition("_")[2] != str(weights.arch).partition("_")[2]:
+        raise UserError(f"{weights.path} is not a {network}", found=f"{weights.arch}, width {shape.width}")
+    own = {
+        "model.width": shape.width,
+        "model.depth": shape.depth,
+        "model.heads": shape.heads,
+        "model.mlp_ratio": shape.hidden / shape.width,
+    }
     fields = {
+        **(own if shape != standard else {}),
         "model.patch": weights.patch,
         "model.token": "on" if weights.distilled else "auto",
         **_input_settings(told, weights.size),

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deitfast.models.vit import joint
+from deitfast.models.vit import joint, transformer_shape
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.sidecar import METADATA, describe_ours
 from pipelines.errors import UserError
@@ -37,7 +37,9 @@ def export_onnx(trained: TrainedModel, out: Path) -> tuple[Path, ...]:
             "the export to ONNX needs two packages more", found=str(error), remedy="pip install onnx onnxscript"
         ) from error
     assert program is not None  # only the older exporter, which writes a file, returns nothing
-    program.model.metadata_props[METADATA] = describe_ours(trained.classes, trained.recipe.augment)
+    program.model.metadata_props[METADATA] = describe_ours(
+        trained.classes, trained.recipe.augment, transformer_shape(trained.model)
+    )
     write_bytes(out, program.model_proto.SerializeToString())
     return (out,)
 

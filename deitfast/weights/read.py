@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deitfast.config.choices import Arch, WhichCheckpoint
+from deitfast.config.sections import HEAD_WIDTH, WIDTHS, TransformerShape
 from deitfast.run_folder import RunFolder
 from deitfast.weights import checkpoint
 from deitfast.weights.layouts import ANCHORS, recognize
@@ -20,9 +21,8 @@ from deitfast.weights.sidecar import INPUT_FIELDS, STANDARD_FILES, Sidecar, read
 from deitfast.weights.state_dict import flatten, not_finite, select_network
 from pipelines.errors import UserError
 
-WIDTHS = {192: "deit_ti", 384: "deit_s", 768: "deit_b"}
-HEAD_WIDTH = 64
-"""Width of an attention head in every ViT and DeiT."""
+STANDARD_DEPTH = 12
+"""Blocks of a transformer where nothing next to its weights tells them."""
 EXPECTED = "a run's folder, a folder with a model.safetensors, a .safetensors or a .pth file"
 
 
@@ -60,10 +60,20 @@ class Weights:
 
     @property
     def arch(self) -> Arch | None:
-        """The network as its shapes tell it; None where they tell none of deitfast's."""
+        """The network as its shapes tell it, a transformer of another width as deit_ti; None for an unknown CNN."""
         if self.transformer:
-            return cast(Arch | None, WIDTHS.get(self.tensors["pos_embed"].shape[-1]))
+            size = next((size for size, width in WIDTHS.items() if width == self.shape.width), "ti")
+            return cast(Arch, f"deit_{size}")
         return _cnn_arch(self.tensors)
+
+    @property
+    def shape(self) -> TransformerShape:
+        """What the network is built of (transformers only); heads of 64 where nothing tells their number."""
+        width = self.tensors["pos_embed"].shape[-1]
+        depth = len({name.split(".")[1] for name in self.tensors if name.startswith("blocks.")})
+        heads = self.sidecar.heads or max(1, width // HEAD_WIDTH)
+        hidden = self.tensors.get("blocks.0.mlp.fc1.bias")
+        return TransformerShape(width, depth, heads, 4 * width if hidden is None else len(hidden))
 
     @property
     def classifier(self) -> str:
@@ -123,9 +133,11 @@ def read_weights(path: Path, *, ema: bool = False, which: WhichCheckpoint = "aut
         best = "best " if file == run.best else ""
         described = f"{best}averaged weights" if ema or state.get("averaged") else f"{best}weights"
         tensors = checkpoint.model_weights(state, file, ema=ema)
-        augment = run.recipe().augment
-        told = {name: getattr(augment, name) for name in INPUT_FIELDS}
-        side = Sidecar(run.info().classes, f"{run.path / 'run.json'}", told, f"{run.path / 'recipe.toml'}")
+        recipe = run.recipe()
+        told = {name: getattr(recipe.augment, name) for name in INPUT_FIELDS}
+        origins = f"{run.path / 'run.json'}", f"{run.path / 'recipe.toml'}"
+        heads, depth = (recipe.model.shape.heads, recipe.model.depth) if recipe.transformer else (None, None)
+        side = Sidecar(run.info().classes, origins[0], told, origins[1], heads=heads, depth=depth)
         return _weights(file, "deitfast", tensors, side, state["epoch"] + 1, described)
     if which != "auto":
         raise UserError(f"--which {which} goes with a run's folder", found=str(path), remedy="leave --which out")
@@ -194,14 +206,33 @@ def _weights(file: Path, kind: str, tensors: dict[str, Tensor], side: Sidecar, e
     _require_finite(tensors, file)
     floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     weights = Weights(file, kind, floats, side, epoch, described)
-    if weights.transformer and side.heads and side.heads * HEAD_WIDTH != floats["pos_embed"].shape[-1]:
-        raise UserError(
-            f"{file} holds a transformer that deitfast cannot build",
-            expected=f"{floats['pos_embed'].shape[-1] // HEAD_WIDTH} attention heads of width {HEAD_WIDTH}",
-            found=f"{side.heads} in {side.input_from}",
-        )
+    if weights.transformer:
+        _check_shape(weights)
     side.named(weights.num_classes, file)
     return weights
+
+
+def _check_shape(weights: Weights) -> None:
+    """Check a transformer's blocks, some of which a damaged file may lack, and its heads, which no tensor tells.
+
+    Raises:
+        UserError: they are others than are told; where nothing tells how many blocks, they must be 12.
+    """
+    side, shape = weights.sidecar, weights.shape
+    expected = found = ""
+    if shape.depth != (side.depth or STANDARD_DEPTH):
+        expected = f"{side.depth} blocks, as {side.input_from} says" if side.depth else f"{STANDARD_DEPTH} blocks"
+        found = f"{shape.depth} blocks"
+    elif shape.width % shape.heads:
+        expected = f"a number of attention heads that divides its width, {shape.width}"
+        found = f"{shape.heads}" + (f" in {side.input_from}" if side.heads else "")
+    if found:
+        raise UserError(
+            f"{weights.path} holds a transformer that deitfast cannot build",
+            expected=expected,
+            found=found,
+            remedy="as a teacher it may work through timm: --teacher timm/NAME --teacher-weights FILE",
+        )
 
 
 def _require_finite(tensors: dict[str, Tensor], file: Path) -> None:

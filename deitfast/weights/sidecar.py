@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from deitfast.config.sections import TransformerShape
 from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec
 
@@ -49,6 +50,8 @@ class Sidecar:
     """Epsilon of the LayerNorms, where it is told."""
     heads: int | None = None
     """Attention heads, where they are told."""
+    depth: int | None = None
+    """Blocks, where they are told."""
 
     def named(self, num_classes: int, owner: Path) -> "Sidecar":
         """Return this for a classifier of `num_classes`.
@@ -94,9 +97,10 @@ def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
     return side
 
 
-def describe_ours(classes: tuple[str, ...], augment: AugmentSpec) -> str:
-    """Return our own metadata of weights, which `read_sidecar` reads: class names, and how images are fed to them."""
-    return json.dumps({"classes": classes, "input": {name: getattr(augment, name) for name in INPUT_FIELDS}})
+def describe_ours(classes: tuple[str, ...], augment: AugmentSpec, shape: TransformerShape | None) -> str:
+    """Return our own metadata of weights, which `read_sidecar` reads: what a `Sidecar` holds of them."""
+    told = {"classes": classes, "input": {name: getattr(augment, name) for name in INPUT_FIELDS}}
+    return json.dumps(told | ({"heads": shape.heads, "depth": shape.depth} if shape else {}))
 
 
 def _ours(tree: Mapping[str, Any], file: Path) -> Sidecar:
@@ -105,7 +109,20 @@ def _ours(tree: Mapping[str, Any], file: Path) -> Sidecar:
     fed = tree.get("input") or {}
     if not isinstance(fed, dict):
         raise _damaged(where, "an object as input", repr(fed))
-    return Sidecar(classes, where, _checked({k: v for k, v in fed.items() if k in INPUT_FIELDS}, where), where)
+    return Sidecar(
+        classes,
+        where,
+        _checked({k: v for k, v in fed.items() if k in INPUT_FIELDS}, where),
+        where,
+        heads=_count(tree, "heads"),
+        depth=_count(tree, "depth"),
+    )
+
+
+def _count(tree: object, name: str) -> int | None:
+    """Return a number of parts, from 1, if one is told under that name."""
+    value = tree.get(name) if isinstance(tree, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _timm(tree: Mapping[str, Any], where: str) -> Sidecar:
@@ -128,7 +145,6 @@ def _timm(tree: Mapping[str, Any], where: str) -> Sidecar:
         log.warning("%s: crop_mode %s is not available; images are cropped at the center", where, fed["crop_mode"])
     if "interpolation" in fed:
         told["eval_interpolation"] = _interpolation(fed["interpolation"], where)
-    heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
     arch = tree.get("architecture")
     return Sidecar(
         _names(labels, where),
@@ -136,7 +152,8 @@ def _timm(tree: Mapping[str, Any], where: str) -> Sidecar:
         _checked(told, where),
         where,
         arch if isinstance(arch, str) else "",
-        heads=heads if isinstance(heads, int) else None,
+        heads=_count(arguments, "num_heads"),
+        depth=_count(arguments, "depth"),
     )
 
 
@@ -157,14 +174,15 @@ def _hugging(tree: Mapping[str, Any], file: Path) -> Sidecar:
     names = _names([by_number[number] for number in range(len(by_number))], str(file))
     if names == tuple(f"LABEL_{number}" for number in range(len(names))):
         names = ()  # what transformers writes where no names were given
-    eps, heads, size = tree.get("layer_norm_eps"), tree.get("num_attention_heads"), tree.get("image_size")
+    eps, size = tree.get("layer_norm_eps"), tree.get("image_size")
     return Sidecar(
         names,
         f"{file} (id2label)",
         _checked({"size": size} if isinstance(size, int) else {}, str(file)),
         str(file),
         norm_eps=float(eps) if isinstance(eps, int | float) and 0 < eps < 1 else None,
-        heads=heads if isinstance(heads, int) else None,
+        heads=_count(tree, "num_attention_heads"),
+        depth=_count(tree, "num_hidden_layers"),
     )
 
 

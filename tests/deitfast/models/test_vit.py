@@ -5,7 +5,7 @@ import timm
 import torch
 import torchvision
 
-from deitfast.config.recipe import ModelSpec
+from deitfast.config.recipe import ModelSpec, Recipe, override
 from deitfast.models.vit import attention, build_model, drop_path, joint
 from pipelines.augment.patches import cut_patches
 from pipelines.errors import UserError
@@ -35,21 +35,23 @@ def shapes(model):
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def pair(arch, distilled, size, patch, classes):
+def pair(arch, distilled, size, patch, classes, width=0, depth=12, heads=0, mlp_ratio=4.0):
     """Our model and timm's with the same weights, none of them at its initial zeros and ones."""
     torch.manual_seed(3)
-    theirs = oracle(arch, distilled, img_size=size, patch_size=patch, num_classes=classes)
+    shape = {"depth": depth, "mlp_ratio": mlp_ratio} | ({"embed_dim": width, "num_heads": heads} if width else {})
+    theirs = oracle(arch, distilled, img_size=size, patch_size=patch, num_classes=classes, **shape)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    ours = build(arch, size, classes, distilled, patch=patch, drop_path=0)
+    shape = {"width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
+    ours = build(arch, size, classes, distilled, patch=patch, drop_path=0, **shape)
     ours.load_state_dict(theirs.state_dict())
     if distilled:
         theirs.set_distilled_training(True)
     return ours.train(), theirs.train()
 
 
-def assert_same(arch, distilled, size, patch):
-    ours, theirs = pair(arch, distilled, size, patch, classes=11)
+def assert_same(arch, distilled, size, patch, **shape):
+    ours, theirs = pair(arch, distilled, size, patch, classes=11, **shape)
     pixels = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
     heads, expected = ours(pixels), theirs(pixels)
     expected = expected if distilled else (expected,)
@@ -70,6 +72,19 @@ def assert_same(arch, distilled, size, patch):
 @pytest.mark.parametrize(("size", "patch"), [(224, 16), (384, 16), (32, 4)])
 def test_outputs_and_gradients_are_timms(distilled, size, patch):
     assert_same("deit_ti", distilled, size, patch)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("depth", [1, 5])
+def test_width_depth_heads_and_mlp_ratio_are_timms(distilled, depth):
+    assert_same("deit_ti", distilled, 32, 8, width=96, depth=depth, heads=4, mlp_ratio=2.6)
+
+
+def test_a_head_has_64_channels_where_their_number_is_not_said():
+    shapes = [ModelSpec(width=width).shape for width in (512, 200, 32)]
+    assert [(shape.width, shape.heads) for shape in shapes] == [(512, 8), (200, 3), (32, 1)]
+    with pytest.raises(UserError, match=r"model\.width 200 must be a multiple of model\.heads 3"):
+        override(Recipe(), {"model.width": 200})
 
 
 @pytest.mark.slow

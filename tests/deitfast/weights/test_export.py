@@ -107,6 +107,23 @@ def test_timms_configuration_is_evaluations(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(theirs), logits(ours.model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["timm", "hf", "one file"])
+def test_a_network_of_another_shape_is_read_as_it_was_written(tmp_path: Path, form: str) -> None:
+    shape = ("model.width=96", "model.depth=3", "model.heads=2", "model.mlp_ratio=2.5")
+    ours = trained("model.token=on", *shape, *FED)
+    out = tmp_path / "model.safetensors" if form == "one file" else tmp_path
+    export(ours, out, "" if form == "one file" else form)
+    back = load_model(out, CPU)
+    assert (back.recipe.model.arch, back.recipe.model.shape) == ("deit_ti", ours.recipe.model.shape)
+    torch.testing.assert_close(logits(back.model), logits(ours.model), rtol=1e-6, atol=1e-6)
+    if form == "timm":
+        theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        torch.testing.assert_close(logits(theirs.eval()), logits(ours.model), rtol=1e-5, atol=1e-5)
+    if form == "hf":
+        theirs = AutoModelForImageClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(theirs.eval()), logits(ours.model), rtol=1e-5, atol=2e-5)
+
+
 def test_the_card_tells_what_the_run_was(tiny_small: Path, tmp_path: Path) -> None:
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1"))
     out = tmp_path / "out"
