@@ -121,6 +121,9 @@ class AugmentSpec:
     """Probability that a group is mixed at all."""
     mix_switch: Probability = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix where both are on."""
+    mixup_off_epoch: int = Field(default=0, ge=0, le=100_000)
+    """Epoch, from 0, from which nothing is mixed, as timm's --mixup-off-epoch; with repeated augmentation from the next
+    multiple of `repeats` on, so that all views of a pass are alike. 0: never."""
     mix_group: int = Field(default=64, ge=2, le=65_536, multiple_of=2)
     """Views that share one mode, lambda and box, and are mixed with each other (DeiT's batch per GPU)."""
     repeats: int = Field(default=3, ge=1, le=16)

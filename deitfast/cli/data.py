@@ -41,6 +41,12 @@ def convert(
         ),
     ] = 0.0,
     val_seed: Annotated[int, typer.Option(min=0, help="Seed of --val-fraction's draw.", rich_help_panel=DATA)] = 0,
+    coarse: Annotated[
+        bool,
+        typer.Option(
+            "--coarse", help="CIFAR-100's 20 coarse classes instead of the 100 fine ones.", rich_help_panel=DATA
+        ),
+    ] = False,
     allow_huge: Annotated[
         bool,
         typer.Option(
@@ -98,7 +104,7 @@ def convert(
         source, output = None, source
     options = ConvertOptions(
         max_side=max_side, quality=quality, allow_huge=allow_huge, val_fraction=val_fraction, val_seed=val_seed,
-        form=named_format(format_, shard_size and shard_size * MB), skip_bad=skip_bad, workers=workers,
+        coarse=coarse, form=named_format(format_, shard_size and shard_size * MB), skip_bad=skip_bad, workers=workers,
     )  # fmt: skip
     spec, folder = convert_dataset(kind, source, output, options, display())
     out.print(describe_dataset(spec, folder))
@@ -126,8 +132,8 @@ def convert_dataset(
     output = output or Path("data") / kind
     with Bars(display) as bars:
         opened = open_source(
-            kind, source, val_fraction=options.val_fraction, val_seed=options.val_seed, scratch=output,
-            progress=bars.reach,
+            kind, source, val_fraction=options.val_fraction, val_seed=options.val_seed, coarse=options.coarse,
+            scratch=output, progress=bars.reach,
         )  # fmt: skip
         with closing(opened):
             for note in opened.notes:

@@ -113,6 +113,11 @@ RULES: tuple[tuple[Callable[[Recipe], object], str], ...] = (
         '"reused" requires a number of views, the other kinds take none',
     ),
     (
+        lambda r: r.distill.targets != "reused" or not r.augment.mixup_off_epoch,
+        "augment.mixup_off_epoch {r.augment.mixup_off_epoch} requires views that do not come round again: "
+        'distill.targets must not be "reused"',
+    ),
+    (
         lambda r: r.distill.targets != "per_image" or r.distill.cache != "none",
         'distill.targets = "per_image" requires a teacher cache: distill.cache must not be "none"',
     ),

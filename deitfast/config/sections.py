@@ -111,9 +111,9 @@ class DistillSpec:
 class OptimSpec:
     """The update."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adamw; adam, whose weight decay is an L2 penalty in the gradient; sgd with Nesterov momentum. All fused where the
-    device has it."""
+    name: Literal["adamw", "adam", "sgd", "lamb"] = "adamw"
+    """adamw; adam, whose weight decay is an L2 penalty in the gradient; sgd with Nesterov momentum: these are fused
+    where the device has it; lamb, which scales an update to its tensor (DeiT III's, there with `clip` 1)."""
     lr: float = Field(default=5e-4, gt=0, le=100)
     """Peak learning rate for a global batch of `lr_batch`; scaled linearly to the run's own."""
     lr_batch: int = Field(default=512, ge=0, le=MOST_IMAGES)
@@ -123,9 +123,9 @@ class OptimSpec:
     decay_dist_token: bool = False
     """Decay the distillation token as the reference does; today's timm does not."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's moments."""
+    """AdamW's, Adam's and LAMB's moments."""
     eps: float = Field(default=1e-8, gt=0, le=1)
-    """AdamW's epsilon."""
+    """AdamW's, Adam's and LAMB's epsilon."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's momentum."""
     clip: float = Field(default=0.0, ge=0, le=1e6)
@@ -167,6 +167,11 @@ class TrainSpec:
     """Global batch in views, over all ranks and accumulation steps."""
     accumulate: int = Field(default=1, ge=1, le=MOST_IMAGES)
     """Parts that each rank's batch is cut into; gradients are summed over them."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """Base loss; bce: binary cross-entropy of each class by itself, the mean over the classes (DeiT III's, timm's)."""
+    bce_threshold: Literal["off"] | Annotated[float, Field(ge=0, lt=1)] = "off"
+    """Of bce: classes whose mixed and smoothed target is above it count fully, the others not at all, as timm's
+    --bce-target-thresh (DeiT III: 0, with smoothing 0); off: the targets as they are."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the base loss."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -16,6 +16,12 @@ UNREAD: tuple[tuple[tuple[str, ...], Reads, str], ...] = (
     ),
     (("augment.erasing_area", "augment.erasing_ratio"), lambda r: r.augment.erasing, "augment.erasing is 0"),
     (
+        ("augment.mixup_off_epoch",),
+        lambda r: r.mixes and r.augment.mixup_off_epoch < r.train.epochs,
+        "nothing is mixed, or the run ends before it",
+    ),
+    (("train.bce_threshold",), lambda r: r.train.loss == "bce", 'it is used with train.loss = "bce" only'),
+    (
         ("augment.mix_group", "augment.mix_probability"),
         lambda r: r.mixes,
         "nothing is mixed: augment.mixup and augment.cutmix are 0",

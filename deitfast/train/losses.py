@@ -1,5 +1,6 @@
 """Losses of label and teacher, in float32 whatever the logits' dtype, each a mean over the batch's valid rows."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,6 +35,33 @@ def mixed_cross_entropy(
     if smoothing:
         expected = expected + smoothing * log_probs.mean(dim=1)
     return _mean(-expected, valid)
+
+
+def mixed_binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    mix_labels: Tensor,
+    lam: Tensor,
+    smoothing: float,
+    valid: Tensor | None = None,
+    *,
+    threshold: float | Literal["off"] = "off",
+) -> Tensor:
+    """Return the binary cross-entropy of logits [B, C] with smoothed targets mixed by `lam`, the mean over the classes.
+
+    As timm's `BinaryCrossEntropy` of a mixture's targets. Arguments are those of `mixed_cross_entropy`, and:
+
+    Args:
+        threshold: targets above it become 1, the others 0; "off": they stay.
+    """
+    targets = torch.full_like(logits, smoothing / logits.shape[1], dtype=torch.float32)
+    share = ((1 - smoothing) * lam)[:, None]
+    targets.scatter_add_(1, labels[:, None], share)
+    targets.scatter_add_(1, mix_labels[:, None], (1 - smoothing) - share)
+    if threshold != "off":
+        targets = (targets > threshold).float()
+    each = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
+    return _mean(each, valid)
 
 
 def hard_distillation(logits: Tensor, teacher_labels: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -79,11 +107,13 @@ def distilled_loss(
     tau: float = 3.0,
     normalization: Literal["batch", "batch_classes"] = "batch",
     smoothing: float = 0.1,
+    labeled_loss: Callable[..., Tensor] = mixed_cross_entropy,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (1 - alpha) x base + alpha x distillation, and its parts for the record.
 
-    The base loss is the mixed cross-entropy of every head that the teacher does not have to itself: the class head,
-    and without a teacher (or with the teacher on the class head) the distillation head as well, in equal parts.
+    The base loss is the mixed cross-entropy (or another `labeled_loss`) of every head that the teacher does not have
+    to itself: the class head, and without a teacher (or with the teacher on the class head) the distillation head as
+    well, in equal parts.
 
     Args:
         heads: (class logits,) or (class logits, distillation logits), each [B, C].
@@ -99,6 +129,7 @@ def distilled_loss(
         tau: temperature of soft distillation.
         normalization: divisor of the soft term, see `soft_distillation`.
         smoothing: label smoothing of the base loss.
+        labeled_loss: the base loss of one head, with the arguments of `mixed_cross_entropy`.
 
     Returns:
         The loss, and "loss", "base" and "distill" as detached float32 scalars ("distill" is 0 without a teacher).
@@ -115,7 +146,7 @@ def distilled_loss(
             remedy="set model.token to auto or on, or distill.head to class",
         )
     labeled = heads[:1] if own_head else heads
-    each = [mixed_cross_entropy(logits, labels, mix_labels, lam, smoothing, valid) for logits in labeled]
+    each = [labeled_loss(logits, labels, mix_labels, lam, smoothing, valid) for logits in labeled]
     base = torch.stack(each).mean()
     if mode == "none":
         return base, {"loss": base.detach(), "base": base.detach(), "distill": torch.zeros_like(base)}

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from deitfast.config.recipe import OptimSpec, ScheduleSpec
+from deitfast.train.lamb import Lamb
 from pipelines.errors import UserError
 
 HEAD = re.compile(r"(^|\.)(head|head_dist|fc)\.(weight|bias)$")
@@ -92,7 +93,7 @@ def layer_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
-    """Return AdamW, Adam, or SGD with Nesterov momentum, over the model's trainable parameters where they are now.
+    """Return the optimizer that the spec names, over the model's trainable parameters where they are now.
 
     Two groups, the decayed parameters first, both at the peak learning rate for a global `batch`. With `layer_decay`
     two for each layer, the heads' first, whose rates are `lr_scale` times that.
@@ -115,6 +116,8 @@ def build_optimizer(model: nn.Module, spec: OptimSpec, batch: int) -> Optimizer:
             return AdamW(groups, lr=lr, betas=spec.betas, eps=spec.eps, fused=fused)
         case "adam":
             return Adam(groups, lr=lr, betas=spec.betas, eps=spec.eps, fused=fused)
+        case "lamb":
+            return Lamb(groups, lr=lr, betas=spec.betas, eps=spec.eps)
         case "sgd":
             return SGD(groups, lr=lr, momentum=spec.momentum, nesterov=spec.momentum > 0, fused=fused)
 

@@ -14,7 +14,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
 from deitfast.train.ema import Ema
-from deitfast.train.losses import PARTS, distilled_loss
+from deitfast.train.losses import PARTS, distilled_loss, mixed_binary_cross_entropy, mixed_cross_entropy
 from deitfast.train.optim import build_optimizer, freeze
 from pipelines.augment.chain import AugmentedBatch
 
@@ -49,10 +49,12 @@ class TrainStep:
         self.optimizer = build_optimizer(self.model, recipe.optim, recipe.train.batch)
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-        distill = recipe.distill
+        distill, train = recipe.distill, recipe.train
+        binary = partial(mixed_binary_cross_entropy, threshold=train.bce_threshold)
         self.loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = partial(
             distilled_loss, mode=distill.mode, head=distill.head, alpha=distill.alpha, tau=distill.tau,
-            normalization=distill.normalization, smoothing=recipe.train.smoothing,
+            normalization=distill.normalization, smoothing=train.smoothing,
+            labeled_loss=mixed_cross_entropy if train.loss == "cross_entropy" else binary,
         )  # fmt: skip
         self.accumulate = recipe.train.accumulate
         """Micro-batches of a step, one after the other, whose gradients are summed."""

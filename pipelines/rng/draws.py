@@ -164,7 +164,7 @@ def mix(group: Ints, number: Ints, spec: PackedSpec, tables: Tables) -> tuple[In
     """
     mixed, switch, size, _ = philox.philox(group, number, philox.MIX, 0, spec.key0, spec.key1)
     y, x, _, _ = philox.philox(group, number, philox.MIX, 1, spec.key0, spec.key1)
-    mixes = mixed < spec.mix
+    mixes = (mixed < spec.mix) & (number < spec.mixed_passes)
     cuts = mixes * (switch < spec.cutmix)
     mixup_lam = distributions.beta(size, tables.mixup)
     side = isqrt(((1 << 30) - distributions.beta(size, tables.cutmix)) * (spec.size * spec.size)) >> 15

@@ -12,6 +12,8 @@ from pipelines.spec import AugmentSpec
 
 RESIZED, PADDED, CENTERED, SQUASHED = range(4)
 """Kinds of window: random resized crop, random crop of the padded image, evaluation's center."""
+EVERY_PASS = 1 << 31
+"""More passes than any run has."""
 UNIT = 1 << 16
 """One, in the Q16 of magnitudes and shares."""
 
@@ -43,6 +45,7 @@ class PackedSpec(NamedTuple):
     erase_aspect_count: int
     mix: int
     cutmix: int
+    mixed_passes: int  # passes in which something is mixed
     autoaugment: int  # 1: operations come from AutoAugment's sub-policies
     jitter_low: int  # factor of color jitter, Q16
     jitter_count: int  # Q16 steps, both ends included; 0: no jitter
@@ -105,6 +108,7 @@ def pack(spec: AugmentSpec, train: bool = True) -> PackedSpec:
         erase_aspect_low=erase_aspect_low, erase_aspect_count=erase_aspect_count,
         mix=philox.threshold(spec.mix_probability if spec.mixup or spec.cutmix else 0),
         cutmix=philox.threshold(spec.mix_switch if spec.mixup and spec.cutmix else spec.cutmix > 0),
+        mixed_passes=-(-spec.mixup_off_epoch // spec.repeats) or EVERY_PASS,
         autoaugment=int(spec.policy == "autoaugment"),
         jitter_low=jitter_low, jitter_count=jitter_count if jitter else 0,
     )  # fmt: skip

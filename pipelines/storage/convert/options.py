@@ -21,6 +21,8 @@ class ConvertOptions:
     """Share of each training class that becomes the split val; 0: the splits are the source's."""
     val_seed: int = 0
     """Seed of that draw."""
+    coarse: bool = False
+    """CIFAR-100's 20 coarse labels instead of the 100 fine ones."""
     skip_bad: bool = False
     """Leave out files that are no whole images and list them in skipped.txt, rather than stop at the first."""
     workers: int = 0

@@ -3,7 +3,7 @@
 import io
 import pickle
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,7 +59,14 @@ class Layout:
     labels_key: str = ""
     """Key of the labels in the python archive's batches."""
     record_head: int = 0
-    """Label bytes before each image of the binary archive; the last of them is the (fine) label."""
+    """Label bytes before each image of the binary archive."""
+    label_byte: int = 0
+    """Which of them is the label."""
+
+    def coarse(self) -> "Layout":
+        """Return CIFAR-100's layout with its 20 coarse labels instead of the 100 fine ones."""
+        names = [text.replace("fine", "coarse") for text in (self.meta, self.names_key, self.labels_key)]
+        return replace(self, meta=names[0], names_key=names[1], labels_key=names[2], label_byte=0)
 
 
 TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -71,12 +78,18 @@ LAYOUTS = (
     Layout("cifar10", "cifar-10-binary", "cifar-10-batches-bin", tuple(f"{name}.bin" for name in TEN),
            "test_batch.bin", "batches.meta.txt", record_head=1),
     Layout("cifar100", "cifar-100-binary", "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt",
-           record_head=2),
+           record_head=2, label_byte=1),
 )  # fmt: skip
 
 
-def open_cifar(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
+def open_cifar(kind: str, path: Path, workspace: Workspace, *, coarse: bool = False) -> OpenedSource:
     """Open CIFAR-10 or CIFAR-100: an official archive, its folder, a folder that holds either, or an image tree.
+
+    Args:
+        kind: cifar10 or cifar100.
+        path: archive, folder or tree.
+        workspace: for what must be unpacked.
+        coarse: CIFAR-100's 20 coarse labels, of an archive, instead of the 100 fine ones.
 
     Raises:
         UserError: none of these, the other CIFAR, or files of the archive are missing.
@@ -86,7 +99,7 @@ def open_cifar(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
     for layout in LAYOUTS:
         folder = _folder(layout, listing)
         if folder is not None and layout.kind == kind:
-            return _open_archive(layout, folder, listing, workspace)
+            return _open_archive(layout.coarse() if coarse else layout, folder, listing, workspace)
         if folder is not None:
             raise UserError(
                 f"{printable(path)} holds {layout.kind}", expected=kind, remedy=f"convert {layout.kind} of it"
@@ -97,6 +110,11 @@ def open_cifar(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
             f"{printable(path)} holds no {kind}",
             expected=f"{archives}, packed or unpacked, or an image tree train/<class>/* and test/<class>/*",
             found=f"{len(listing.files):,} other files",
+        )
+    if coarse:
+        raise UserError(
+            f"{printable(path)} has no coarse labels: an image tree's classes are its folders",
+            expected="cifar-100-python.tar.gz or cifar-100-binary.tar.gz",
         )
     source = open_tree(kind, listing, workspace)
     if "val" not in source.splits and "test" in source.splits:  # as from the archives: their test images are val
@@ -146,7 +164,8 @@ def _open_archive(layout: Layout, folder: str, listing: Listing, workspace: Work
                 Entry(f"{name}#{row}", int(label), image, PIXELS)
                 for row, (label, image) in enumerate(zip(batch.labels, batch.images, strict=True))
             )
-    return OpenedSource(layout.kind, str(listing.origin), classes, splits, tuple(listing.notes), workspace.unpacked)
+    origin = str(listing.origin) + ("" if layout in LAYOUTS else ", coarse labels")
+    return OpenedSource(layout.kind, origin, classes, splits, tuple(listing.notes), workspace.unpacked)
 
 
 def _class_names(layout: Layout, data: bytes, where: str) -> tuple[str, ...]:
@@ -163,7 +182,7 @@ def _read_binary(layout: Layout, name: str, listing: Listing, folder: str, works
     count, rest = divmod(len(data), record)
     if rest or not count:
         raise _damaged(printable(listing.origin), name, f"a multiple of {record} bytes", f"{len(data)} bytes")
-    labels = np.frombuffer(data, np.uint8).reshape(count, record)[:, layout.record_head - 1].astype(np.int64)
+    labels = np.frombuffer(data, np.uint8).reshape(count, record)[:, layout.label_byte].astype(np.int64)
     place = file if isinstance(file, Extent) else _store(data, name, workspace)
     first = place.offset + layout.record_head
     return LabeledImages(labels, [PlanarImage(place.path, first + row * record) for row in range(count)])

@@ -24,6 +24,7 @@ def open_source(
     *,
     val_fraction: float = 0.0,
     val_seed: int = 0,
+    coarse: bool = False,
     scratch: Path | None = None,
     progress: ListingProgress | None = None,
 ) -> OpenedSource:
@@ -35,6 +36,7 @@ def open_source(
         val_fraction: share of each training class that becomes the validation split; the source's own one, if any,
             is then the split test. 0: the splits are the source's.
         val_seed: another seed draws other images.
+        coarse: CIFAR-100's 20 coarse labels instead of the 100 fine ones.
         scratch: output of the conversion, never part of the source, and folder for what compressed archives must be
             unpacked to: their unpacked size, and for CIFAR's python archives 3 KB an image. None: the system's
             temporary folder. `close()` of the source deletes it again.
@@ -52,9 +54,11 @@ def open_source(
         raise UserError(f"{kind} needs a folder or an archive to read", remedy="name it after the kind")
     if val_seed < 0:
         raise UserError("the seed of the validation split is negative", expected="0 or more", found=str(val_seed))
+    if coarse and kind != "cifar100":
+        raise UserError(f"{kind} has no coarse labels", expected="convert cifar100 --coarse")
     workspace = Workspace(scratch, progress or (lambda what, done, total: None))
     try:
-        source = _open(kind, path or Path(), workspace)
+        source = _open(kind, path or Path(), workspace, coarse)
         if val_fraction:
             source = with_validation(source, val_fraction, val_seed)
     except OSError as error:
@@ -68,12 +72,12 @@ def open_source(
     return source
 
 
-def _open(kind: str, path: Path, workspace: Workspace) -> OpenedSource:
+def _open(kind: str, path: Path, workspace: Workspace, coarse: bool) -> OpenedSource:
     match kind:
         case "imagenet":
             return open_imagenet(path, workspace)
         case "cifar10" | "cifar100":
-            return open_cifar(kind, path, workspace)
+            return open_cifar(kind, path, workspace, coarse=coarse)
         case "folder":
             return open_folder(path, workspace)
         case "demo":

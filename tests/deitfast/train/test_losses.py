@@ -8,9 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.mixup import one_hot
+from timm.loss import BinaryCrossEntropy
 from torch.nn import functional as F
 
-from deitfast.train.losses import PARTS, distilled_loss, hard_distillation, mixed_cross_entropy, soft_distillation
+from deitfast.train.losses import (
+    PARTS,
+    distilled_loss,
+    hard_distillation,
+    mixed_binary_cross_entropy,
+    mixed_cross_entropy,
+    soft_distillation,
+)
 from pipelines.augment.chain import AugmentedBatch
 from pipelines.errors import UserError
 from pipelines.rng.view_params import COLUMNS, ViewParams
@@ -81,6 +90,28 @@ def test_mixed_cross_entropy_is_the_dense_formula(seed, smoothing, batch, classe
     ours = mixed_cross_entropy(logits, inputs.labels, inputs.mix_labels, inputs.lam, smoothing)
     assert ours.dtype == torch.float32
     assert_agree(ours, dense_cross_entropy(logits, inputs, smoothing), logits)
+
+
+@pytest.mark.parametrize("threshold", ["off", 0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms_of_the_mixed_targets(smoothing, threshold):
+    case = sample(2, heads=1)
+    logits, inputs = case.logits[0].requires_grad_(), case.inputs
+    ours = mixed_binary_cross_entropy(
+        logits, inputs.labels, inputs.mix_labels, inputs.lam, smoothing, threshold=threshold
+    )
+    theirs = BinaryCrossEntropy(smoothing, None if threshold == "off" else threshold)
+    lam = inputs.lam[:, None]
+    on, off = 1 - smoothing + smoothing / CLASSES, smoothing / CLASSES
+    own, partner = (one_hot(labels, CLASSES, on, off) for labels in (inputs.labels, inputs.mix_labels))
+    assert ours.dtype == torch.float32
+    assert_agree(ours, theirs(logits, (own * lam + partner * (1 - lam)).double()), logits)
+    rows = torch.arange(BATCH) < 4
+    some = mixed_binary_cross_entropy(
+        logits, inputs.labels, inputs.mix_labels, inputs.lam, smoothing, rows, threshold=threshold
+    )
+    alone = [value[:4] for value in (logits, inputs.labels, inputs.mix_labels, inputs.lam)]
+    assert_agree(some, mixed_binary_cross_entropy(*alone, smoothing, threshold=threshold), logits)
 
 
 def test_an_unmixed_row_is_torchs_smoothed_cross_entropy():

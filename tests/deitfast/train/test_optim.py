@@ -1,7 +1,10 @@
 """The optimizer's groups and rates, and the averaged weights."""
 
+from copy import deepcopy
+
 import pytest
 import timm
+import timm.optim
 import timm.utils
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -10,6 +13,8 @@ from torch import nn
 from deitfast.config.recipe import ModelSpec, OptimSpec
 from deitfast.models.vit import build_model
 from deitfast.train.ema import Ema
+from deitfast.train.lamb import Lamb
+from deitfast.train.losses import mixed_binary_cross_entropy
 from deitfast.train.optim import build_optimizer, freeze, peak_lr
 from deitfast.train.step import TrainStep
 from deitfast.weights.layouts import _torchvision_regnet
@@ -90,6 +95,45 @@ def test_adamw_updates_as_its_paper_says():
             weights[name] = weights[name] - 0.01 * (scaled + decay * weights[name])
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_lamb_updates_as_timms(clip: float) -> None:
+    torch.manual_seed(0)
+    ours = deit()
+    theirs = deepcopy(ours)
+    spec = OptimSpec(name="lamb", lr=0.01, lr_batch=0, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, clip=clip)
+    optimizer = build_optimizer(ours, spec, 64)
+    exempt = ["pos_embed", "cls_token", "dist_token"]
+    groups = param_groups_weight_decay(theirs, 0.1, no_weight_decay_list=exempt)
+    expected = timm.optim.Lamb(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-6, max_grad_norm=clip or None)
+    nn.init.zeros_(ours.head.weight)  # a tensor of norm zero has no trust ratio
+    nn.init.zeros_(theirs.head.weight)
+    for _ in range(3):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        if clip:
+            nn.utils.clip_grad_norm_(ours.parameters(), clip)
+        optimizer.step()
+        expected.step()
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_lamb_goes_on_from_its_state() -> None:
+    spec, gradient = OptimSpec(name="lamb", lr=0.01, lr_batch=0), torch.randn(2, 3)
+    whole, half = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    half.load_state_dict(whole.state_dict())
+    one, other = build_optimizer(whole, spec, 64), build_optimizer(half, spec, 64)
+    for step in range(4):
+        if step == 2:
+            state, other = other.state_dict(), build_optimizer(half, spec, 64)
+            other.load_state_dict(state)
+        whole.weight.grad, half.weight.grad = gradient.clone(), gradient.clone()
+        one.step()
+        other.step()
+    assert torch.equal(whole.weight, half.weight)
 
 
 def test_sgd_is_nesterovs():
@@ -196,6 +240,18 @@ def test_rates_follow_the_schedule_layer_by_layer() -> None:
     rates = [group["lr"] for group in step.optimizer.param_groups]
     assert rates[0] == 0.01
     assert min(rates) == pytest.approx(0.01 * 0.5**13)
+
+
+def test_a_step_learns_by_the_loss_and_optimizer_that_are_named() -> None:
+    names_of = ("train.loss=bce", "train.bce_threshold=0.2", "optim.name=lamb", "model.drop_path=0", "train.ema=0")
+    step = TrainStep(tiny_recipe(*names_of), 10, CPU)
+    inputs = inputs_for(step.recipe)
+    with torch.no_grad():
+        (logits,) = step.model(inputs.pixels)
+    rows = (inputs.labels, inputs.mix_labels, inputs.lam, 0.1, inputs.valid)
+    expected = mixed_binary_cross_entropy(logits, *rows, threshold=0.2)
+    assert step.step(inputs, None, 0.01, 0)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert isinstance(step.optimizer, Lamb)
 
 
 @pytest.mark.parametrize("arch", ["deit_ti", "resnet18"])

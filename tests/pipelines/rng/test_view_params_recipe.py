@@ -15,7 +15,8 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
 from pipelines.rng.policies import AUTOAUGMENT, FIRST_JITTER, OPERATIONS, RANDAUGMENT
-from pipelines.rng.view_params import SLICES
+from pipelines.rng.sampler import SamplerSpec, TrainSampler
+from pipelines.rng.view_params import SLICES, draw_train
 from pipelines.spec import AugmentSpec
 from tests.helpers.view_specs import AUTO, DEIT, JITTER, draw, frequencies
 
@@ -187,6 +188,24 @@ def test_modes_are_mixed_as_asked():
     assert (draw(replace(DEIT, mix_probability=0.0), 400).lam == 65536).all()
     half = draw(replace(DEIT, mix_probability=0.5, cutmix=0.0), 8000).lam[::2] < 65536
     assert half.mean() == pytest.approx(0.5, abs=0.035)
+
+
+@pytest.mark.parametrize(("repeats", "first_unmixed"), [(1, 4), (3, 6)])
+def test_nothing_is_mixed_from_an_epoch_on_and_nothing_else_changes(repeats, first_unmixed):
+    spec = replace(DEIT, mixup_off_epoch=4, repeats=repeats)
+    sampler = TrainSampler(SamplerSpec(samples=120, batch=8, seed=1, repeats=repeats, group=4))
+    sizes = np.full(8, 400), np.full(8, 500)
+    for epoch in range(8):
+        rows = sampler.rows(epoch, 1)
+        found, plain = draw_train(spec, rows, *sizes), draw_train(replace(spec, mixup_off_epoch=0), rows, *sizes)
+        mixing = SLICES["lam"].start, SLICES["cutmix_bbox"].stop
+        assert (found.table[:, : mixing[0]] == plain.table[:, : mixing[0]]).all()
+        assert (found.table[:, mixing[1] :] == plain.table[:, mixing[1] :]).all()
+        if epoch < first_unmixed:
+            assert (found.table == plain.table).all()
+        else:
+            assert (found.lam == 65536).all()
+            assert not found.cutmix_bbox.any()
 
 
 def test_mixup_shares_are_beta():

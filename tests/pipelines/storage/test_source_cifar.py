@@ -14,6 +14,7 @@ from pipelines.storage.sources.opened_source import OpenedSource
 from tests.helpers.archives import contents, tar_bytes, write_tree
 
 TEN = [f"data_batch_{number}" for number in range(1, 6)]
+COARSE = tuple(f"kind {number}".replace(" ", "_") for number in range(20))
 NAMES = {"cifar10": ["airplane", "automobile", "bird"], "cifar100": ["apple", "aquarium_fish", "baby", "bear"]}
 
 
@@ -56,6 +57,7 @@ def python_archive(kind: str, dump=old_pickle) -> dict[str, bytes]:
         for name, (images, labels) in drawn(kind).items()
     }
     meta = {"fine_label_names" if fine else "label_names": NAMES[kind], "num_vis": 3072}
+    meta |= {"coarse_label_names": list(COARSE)} if fine else {}
     return files | {"meta" if fine else "batches.meta": dump(meta)}
 
 
@@ -68,7 +70,8 @@ def binary_archive(kind: str) -> dict[str, bytes]:
         for name, (images, labels) in drawn(kind).items()
     }
     names = "\n".join(NAMES[kind]).encode() + b"\n\n"
-    return files | {"fine_label_names.txt" if fine else "batches.meta.txt": names}
+    coarse = {"coarse_label_names.txt": "\n".join(COARSE).encode()} if fine else {}
+    return files | coarse | {"fine_label_names.txt" if fine else "batches.meta.txt": names}
 
 
 FOLDERS = {
@@ -118,6 +121,29 @@ def test_every_official_archive(tmp_path: Path, kind: str, form: str, shape: str
     check(pickle.loads(pickle.dumps(source)), kind)
     source.close()
     assert not any((tmp_path / "scratch").glob("*"))
+
+
+@pytest.mark.parametrize("form", ["python", "binary"])
+def test_coarse_labels(tmp_path: Path, form: str) -> None:
+    path = place("cifar100", form, "tar.gz", tmp_path)
+    source = open_source("cifar100", path, scratch=tmp_path / "scratch", coarse=True)
+    assert source.classes == COARSE
+    assert [entry.label for entry in source.splits["train"]] == [9] * 4
+    assert source.origin.endswith(", coarse labels")
+    fine = open_source("cifar100", path, scratch=tmp_path / "scratch")
+    assert len(fine.classes) == len(NAMES["cifar100"])
+    for one, other in zip(source.splits["train"], fine.splits["train"], strict=True):
+        assert np.array_equal(source.read(one), fine.read(other))
+    source.close()
+    fine.close()
+
+
+def test_coarse_labels_are_an_archives(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cifar10 has no coarse labels"):
+        open_source("cifar10", tmp_path, coarse=True)
+    tree = write_tree(tmp_path, {"train/cat/1.png": b"1", "test/cat/3.png": b"3"})
+    with pytest.raises(UserError, match="has no coarse labels: an image tree"):
+        open_source("cifar100", tree, coarse=True)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 5])
