@@ -9,7 +9,8 @@ from deitfast.config.recipe import Recipe
 
 DEIT: dict[str, Any] = {
     # table 9 of "Training data-efficient image transformers", column "DeiT-B", and main.py's defaults
-    "model.arch": "deit_ti", "model.patch": 16, "model.drop_path": 0.1, "model.dropout": 0.0,
+    "model.arch": "deit_ti", "model.width": 0, "model.depth": 12, "model.heads": 0, "model.mlp_ratio": 4.0,
+    "train.loss": "cross_entropy", "model.patch": 16, "model.drop_path": 0.1, "model.dropout": 0.0,
     "train.epochs": 300, "train.batch": 1024, "train.smoothing": 0.1, "train.ema": 0.99996, "train.accumulate": 1,
     "optim.name": "adamw", "optim.lr": 0.0005, "optim.lr_batch": 512, "optim.weight_decay": 0.05,
     "optim.betas": (0.9, 0.999), "optim.eps": 1e-8, "optim.clip": 0.0, "optim.momentum": 0.9,
