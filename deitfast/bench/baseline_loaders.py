@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ class SkipError(Exception):
 def module(name: str) -> Any:
     """Import a baseline's module, untyped."""
     return import_module(name)
+
+
+def package_version(distribution: str) -> str:
+    """Return the whole name and the version of the first installed distribution whose name starts so."""
+    named = (found for found in metadata.distributions() if found.name.startswith(distribution))
+    return next((f"{found.name} {found.version}" for found in named), "")
 
 
 class StoredImages(TorchDataset):

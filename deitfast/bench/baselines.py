@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -29,12 +28,6 @@ class Opener:
     """The start of its name: DALI's ends in the version of CUDA."""
     open: Callable[[Workbench, ExitStack], BenchCase]
     """Opens it under a stack that closes it; raises `SkipError` with the reason why it cannot be measured here."""
-
-
-def package_version(distribution: str) -> str:
-    """Return the whole name and the version of the first installed distribution whose name starts so."""
-    named = (found for found in metadata.distributions() if found.name.startswith(distribution))
-    return next((f"{found.name} {found.version}" for found in named), "")
 
 
 def timm_step(bench: Workbench, stack: ExitStack) -> BenchCase:

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from deitfast.bench.record import Baseline, BaselineKind, BenchRecord, Change, Measured, Setting, versions
-from deitfast.bench.tables import TITLES, format_rate, headline, ratios, sentences, stages_in_order
+from deitfast.bench.record import Baseline, BenchRecord, Change, LoaderScaling, Measured, Setting, versions
+from deitfast.bench.tables import compared, format_rate, headline, ratios, sentences, stages_in_order
 from deitfast.report.html import render
 
 FAR = 4
@@ -70,10 +69,11 @@ def _charts(record: BenchRecord, setting: Setting) -> list[Chart]:
     charts.append(_stages(record, setting))
     if changes := [*record.suggestions, *record.trials]:
         charts.append(_chart("What a change brings: loader and step together, images/s", _changes(changes)))
-    for kind in get_args(BaselineKind):
-        if baselines := [each for each in record.baselines if each.kind == kind]:
-            bars = [_measured(each.name, each.measured, each.version) for each in baselines if each.measured]
-            charts.append(_chart(f"{TITLES[kind]}, images/s", bars, baselines))
+    if record.loader_scaling:
+        charts.append(_threads(record.loader_scaling))
+    for title, baselines in compared(record):
+        bars = [_measured(each.name, each.measured, _version(each)) for each in baselines if each.measured]
+        charts.append(_chart(f"{title}, images/s", bars, baselines))
     return charts
 
 
@@ -119,6 +119,18 @@ def _measured(name: str, found: Measured, version: str = "") -> Bar:
     note = f"{found.what}{f' ({version})' if version else ''}; {format_rate(low)} to {format_rate(high)} images/s, "
     note += f"{found.cpu_seconds * 1e6:,.0f} us of processor time per image"
     return Bar(name, found.rate, note, low=low, high=high)
+
+
+def _threads(found: LoaderScaling) -> Chart:
+    bars = [Bar(f"{count} threads", rate, limiting=count >= found.bend) for count, rate in found.predicted.items()]
+    bars += [_measured(f"{each.name}, measured", each) for each in found.measured]
+    return _chart("The loader on more threads, a core each, images/s; marked: they wait for Python's lock", bars)
+
+
+def _version(baseline: Baseline) -> str:
+    """Return a baseline's version, and how far its pixels are from Pillow's."""
+    off = baseline.difference
+    return baseline.version + (f"; pixels {off:.2f} of 255 from Pillow's on average" if off is not None else "")
 
 
 def _machine(record: BenchRecord, setting: Setting) -> list[tuple[str, str]]:

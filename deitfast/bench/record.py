@@ -20,14 +20,14 @@ from pipelines.errors import DeitfastError
 from pipelines.files import write_text
 from pipelines.spec import STRICT
 
-FORMAT = 2
+FORMAT = 3
 """Version of the schema."""
 OURS = "deitfast"
 """Our own name among the baselines."""
 Resource = Literal["disk", "loader", "copy", "device"]
 """What a stage occupies. Stages of one resource run one after another; resources work at the same time."""
-BaselineKind = Literal["loader", "step"]
-"""What a baseline replaces."""
+BaselineKind = Literal["loader", "crops", "step"]
+"""What a baseline replaces; crops: a loader's decoding and resizing alone."""
 Unit = Literal["images/s", "crops/s", "ms", "s", "share", "GB", "levels", "count"]
 """Unit of a figure; levels: of 255; share: of 1."""
 Outcome = Literal["done", "failed", "left out"]
@@ -217,6 +217,22 @@ class Scaling:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LoaderScaling:
+    """The cpu loader on more threads, predicted from the time in which it holds Python's lock."""
+
+    python: Measured
+    """The loader with its codec left out: what one thread at a time does, whatever the cores."""
+    measured: tuple[Measured, ...]
+    """On one thread, and on two where there are two cores."""
+    free_seconds: float
+    """Processor time for a view that any number of threads spend at once."""
+    predicted: dict[int, float]
+    """images/s by threads, each on a core of its own."""
+    bend: int
+    """Threads from which a fifth and more of the cores is lost to waiting for the lock."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Baseline:
     """Another project's loader or step on the same work, or the reason why it was not measured."""
 
@@ -226,6 +242,10 @@ class Baseline:
     skipped: str = ""
     version: str = ""
     """Name and version of the package that it comes from."""
+    stored: str = ""
+    """How the images were stored, where a few of them were converted for it (`--sizes`)."""
+    difference: float | None = None
+    """Of crops: mean difference of the pixels from Pillow's, in levels of 255."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -292,6 +312,7 @@ class BenchRecord:
     """The loader's stages at work together, on all its threads."""
     together: Measured | None = None
     """The whole of training: loader, augmentation and step."""
+    loader_scaling: LoaderScaling | None = None
     disk: Disk | None = None
     verdict: Verdict | None = None
     arithmetic: Arithmetic | None = None

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from deitfast.bench.baselines import LOADERS, STEPS, Opener, SkipError, package_version
+from deitfast.bench.baseline_loaders import SkipError, package_version
+from deitfast.bench.baselines import LOADERS, STEPS, Opener
+from deitfast.bench.crop_baselines import compare_crops
 from deitfast.bench.machine import arithmetic, measure_disk
 from deitfast.bench.record import (
     OURS,
@@ -23,7 +25,8 @@ from deitfast.bench.record import (
 )
 from deitfast.bench.scaling import Cluster, gradient_bytes, scale
 from deitfast.bench.stages import all_together, copying, device_stages, loader_stages, step_alone, whole_loader
-from deitfast.bench.suggestions import loader_alone, suggest
+from deitfast.bench.suggestions import QUALITY, loader_alone, shrunk, suggest
+from deitfast.bench.threads import loader_scaling
 from deitfast.bench.timing import BenchCase, TimingOptions, measure
 from deitfast.bench.verdict import (
     Capacity,
@@ -47,6 +50,10 @@ ROUNDS = 5
 """Measurements of each stage, after a warm-up."""
 PARTS = ("all", "loader", "step", "train")
 """What can be measured; train: loader and step together."""
+SIZES = (0, 400, 160, 96)
+"""Longest sides of `--sizes`; 0: as stored."""
+SIZED_IMAGES = 256
+"""Images that are converted for it."""
 LABEL_BYTES = 2
 """Of a teacher's hard label for one view."""
 
@@ -63,6 +70,8 @@ class BenchOptions:
     """Changes to predict and to measure: section.field=value of the recipe, or data=FOLDER."""
     baselines: bool = False
     """Also measure other projects' loaders and steps."""
+    sizes: bool = False
+    """Compare the crops on a few of the images at several sizes as well."""
     cluster: Cluster | None = None
     """More GPUs and nodes to predict for."""
     command: tuple[str, ...] = ()
@@ -72,6 +81,8 @@ class BenchOptions:
         """Refuse what can be refused before anything is opened."""
         if self.part not in PARTS:
             raise UserError(f"bench has no part called {self.part}", expected=", ".join(PARTS))
+        if self.sizes and not (self.baselines and self.part in ("all", "loader")):
+            raise UserError("--sizes compares crops", expected="deitfast bench loader --baselines --sizes")
         if self.tries and self.part != "all":
             raise UserError(f"--try cannot be combined with bench {self.part}", expected="deitfast bench --try CHANGE")
         if self.cluster and self.part != "all":
@@ -124,6 +135,7 @@ def measure_recipe(bench: Workbench, options: BenchOptions, timing: TimingOption
         new_record(part, options.command, bench.setting()),
         stages=stages,
         loader=loader,
+        loader_scaling=loader_scaling(bench, timing) if part == "loader" else None,
         together=together,
         disk=disk,
         verdict=verdict,
@@ -132,7 +144,7 @@ def measure_recipe(bench: Workbench, options: BenchOptions, timing: TimingOption
         suggestions=suggest(bench, costs, capacity, timing) if verdict and loader_bound(costs, verdict) else (),
         scaling=_scaling(bench, costs, capacity, options.cluster) if options.cluster else None,
         trials=tuple(_try(bench, setting, costs, timing) for setting in options.tries),
-        baselines=_baselines(bench, part, timing) if options.baselines else (),
+        baselines=_baselines(bench, options, timing) if options.baselines else (),
         notes=options.notes,
     )
 
@@ -212,12 +224,18 @@ def _try(bench: Workbench, setting: str, costs: list[Cost], timing: TimingOption
     return Change(f"--try {setting}", predict(changed, capacity), basis, found)
 
 
-def _baselines(bench: Workbench, part: str, timing: TimingOptions) -> tuple[Baseline, ...]:
+def _baselines(bench: Workbench, options: BenchOptions, timing: TimingOptions) -> tuple[Baseline, ...]:
     found: tuple[Baseline, ...] = ()
-    if part in ("all", "loader"):
+    if options.part in ("all", "loader"):
         with closing(bench.changed(["augment.repeats=1"])) as once:  # no other loader decodes once for three views
             found += _compare("loader", once, whole_loader(once), LOADERS, timing)
-    if part in ("all", "step"):
+        found += compare_crops(bench, timing)
+        if options.sizes:
+            with ExitStack() as stack:
+                for side, small in zip(SIZES, shrunk(bench, SIZES, SIZED_IMAGES, stack), strict=True):
+                    stored = f"at most {side} px, quality {QUALITY}" if side else "as stored"
+                    found += tuple(replace(each, stored=stored) for each in compare_crops(small, timing))
+    if options.part in ("all", "step"):
         found += _compare("step", bench, step_alone(bench), STEPS, timing)
     return found
 

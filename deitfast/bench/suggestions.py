@@ -1,6 +1,7 @@
 """What would make the loader keep up: more cores, another loader, smaller images; predicted from measured parts."""
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -76,24 +77,31 @@ def shrinking(bench: Workbench, sides: list[int], timing: TimingOptions) -> dict
 
     A few images are converted into a temporary folder, as they are and shrunk, and measured round by round.
     """
-    reader = bench.reader
-    chosen = np.linspace(0, reader.num_samples - 1, min(SHRUNK_IMAGES, reader.num_samples)).astype(int)
-    files = [reader.sample(index).tobytes() for index in chosen]
-    entries = [Entry(f"image {index}", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]
-    source = InMemory("folder", f"a few images of {reader.path}", ("any",), {"train": entries})
-    batch = [f"train.batch={len(chosen) // 2 * 2}", "train.accumulate=1", "train.fraction=1.0"]
-    plain = ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.repeats=1", f"loader.name={bench.loader.name}"]
-    with tempfile.TemporaryDirectory(prefix="deitfast-bench-") as folder, ExitStack() as stack:
-        cases = []
-        for side in (0, *sides):
-            path = Path(folder) / str(side)
-            convert(source, path, ConvertOptions(max_side=side, quality=QUALITY if side else None, workers=1))
-            dataset = stack.enter_context(closing(Dataset.open(path)))
-            cases += loader_stages(stack.enter_context(closing(bench.changed([*batch, *plain], dataset))))
-        found = measure(cases, bench.clock, timing)
-    stages = len(found) // (1 + len(sides))
+    with ExitStack() as stack:
+        benches = shrunk(bench, (0, *sides), SHRUNK_IMAGES, stack)
+        found = measure([case for each in benches for case in loader_stages(each)], bench.clock, timing)
+    stages = len(found) // len(benches)
     stored = {stage.name: stage.seconds for stage in found[:stages]}
     return {
         side: {stage.name: stage.seconds / stored[stage.name] for stage in found[stages * place : stages * (place + 1)]}
         for place, side in enumerate(sides, start=1)
     }
+
+
+def shrunk(bench: Workbench, sides: Sequence[int], most: int, stack: ExitStack) -> list[Workbench]:
+    """Return a workbench on a few of the images for each longest side (0: as stored), one view each, in one batch."""
+    reader = bench.reader
+    chosen = np.linspace(0, reader.num_samples - 1, min(most, reader.num_samples)).astype(int)
+    files = [reader.sample(index).tobytes() for index in chosen]
+    entries = [Entry(f"image {index}", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]
+    source = InMemory("folder", f"a few images of {reader.path}", ("any",), {"train": entries})
+    batch = [f"train.batch={len(chosen) // 2 * 2}", "train.accumulate=1", "train.fraction=1.0"]
+    plain = ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.repeats=1", f"loader.name={bench.loader.name}"]
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deitfast-bench-"))
+    benches = []
+    for side in sides:
+        path = Path(folder) / str(side)
+        convert(source, path, ConvertOptions(max_side=side, quality=QUALITY if side else None, workers=1))
+        dataset = stack.enter_context(closing(Dataset.open(path)))
+        benches.append(stack.enter_context(closing(bench.changed([*batch, *plain], dataset))))
+    return benches

@@ -15,6 +15,7 @@ from deitfast.bench.record import (
     BenchRecord,
     Change,
     Figure,
+    LoaderScaling,
     Measured,
     Section,
     Setting,
@@ -22,7 +23,11 @@ from deitfast.bench.record import (
 )
 from deitfast.progress import duration, volume
 
-TITLES: dict[BaselineKind, str] = {"loader": "Loaders compared, one view per image", "step": "Training steps compared"}
+TITLES: dict[BaselineKind, str] = {
+    "loader": "Loaders compared, one view per image",
+    "crops": "The same crops by other libraries, decoded and resized on one thread",
+    "step": "Training steps compared",
+}
 """Of the tables of baselines."""
 
 
@@ -32,11 +37,20 @@ def show(record: BenchRecord) -> RenderableType:
     parts: list[RenderableType] = [_stages(record, record.setting), *sentences(record)]
     if changes := (*record.suggestions, *record.trials):
         parts.append(_changes(changes))
-    for kind in get_args(BaselineKind):
-        if baselines := [each for each in record.baselines if each.kind == kind]:
-            parts.append(_baselines(TITLES[kind], baselines))
-            parts += [f"not measured: {each.name} ({each.skipped})" for each in baselines if not each.measured]
+    if record.loader_scaling:
+        parts.append(_threads(record.loader_scaling))
+    for title, baselines in compared(record):
+        parts.append(_baselines(title, baselines))
+        parts += [f"not measured: {each.name} ({each.skipped})" for each in baselines if not each.measured]
     return Group(*parts, *ratios(record), *record.notes)
+
+
+def compared(record: BenchRecord) -> Iterator[tuple[str, list[Baseline]]]:
+    """Yield what was compared with each other, with a title: by kind, and by how the images were stored."""
+    for kind in get_args(BaselineKind):
+        for stored in dict.fromkeys(each.stored for each in record.baselines if each.kind == kind):
+            title = f"{TITLES[kind]}{f'; images {stored}' if stored else ''}"
+            yield title, [each for each in record.baselines if (each.kind, each.stored) == (kind, stored)]
 
 
 def headline(setting: Setting) -> str:
@@ -87,6 +101,12 @@ def sentences(record: BenchRecord) -> Iterator[str]:
             f"The recipe's {run.epochs:,} epochs of {run.images / run.epochs:,.0f} images would take "
             f"{duration(run.seconds)}; {data}a teacher's hard labels {volume(run.cache_bytes)} of disk."
         )
+    if threads := record.loader_scaling:
+        python, whole = threads.python.cpu_seconds, threads.python.cpu_seconds + threads.free_seconds
+        yield (
+            f"Of the {whole * 1e6:,.0f} us that a view takes the loader, {python * 1e6:.1f} are Python, whose lock "
+            f"all threads share: at most {1 / python:,.0f} images/s; the curve bends at {threads.bend:,} threads."
+        )
     if scaling := record.scaling:
         unit = "process" if record.setting and record.setting.device == "cpu" else "GPU"
         size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, unit)} each"
@@ -102,15 +122,18 @@ def sentences(record: BenchRecord) -> Iterator[str]:
 
 def ratios(record: BenchRecord) -> Iterator[str]:
     """Yield what other loaders cost in processor time compared with ours."""
-    loaders = [each for each in record.baselines if each.kind == "loader" and each.measured]
-    ours = next((each.measured for each in loaders if each.name == OURS), None)
-    for each in loaders:
-        if ours and each.measured and each.measured is not ours:
-            theirs = each.measured.cpu_seconds
-            yield (
-                f"Processor time per image: {each.name} {theirs * 1e6:,.0f} us, {OURS} {ours.cpu_seconds * 1e6:,.0f} "
-                f"us: {theirs / ours.cpu_seconds:.2f} times as much."
-            )
+    for _, baselines in compared(record):
+        ours = next((each.measured for each in baselines if each.name == OURS), None)
+        for each in baselines:
+            if ours and each.measured and each.measured is not ours and each.kind != "step":
+                theirs = each.measured.cpu_seconds
+                made = ", crops alone" if each.kind == "crops" else ""
+                stored = f", images {each.stored}" if each.stored else ""
+                yield (
+                    f"Processor time per image{made}{stored}: "
+                    f"{each.name} {theirs * 1e6:,.0f} us, {OURS} {ours.cpu_seconds * 1e6:,.0f} "
+                    f"us: {theirs / ours.cpu_seconds:.2f} times as much."
+                )
 
 
 def section_table(section: Section) -> RenderableType:
@@ -214,12 +237,26 @@ def _changes(changes: Sequence[Change]) -> Table:
     return table
 
 
+def _threads(found: LoaderScaling) -> Table:
+    table = _table("The loader on more threads, each on a core of its own", "threads", ("images/s", "measured"), "")
+    measured = {each.name.partition(" ")[0]: each for each in found.measured}
+    for threads, rate in found.predicted.items():
+        here = format_rate(measured[str(threads)].rate) if str(threads) in measured else ""
+        bent = "the curve has bent: threads wait for Python's lock" if threads >= found.bend else ""
+        table.add_row(str(threads), format_rate(rate), here, _line(bent))
+    return table
+
+
 def _baselines(title: str, baselines: Sequence[Baseline]) -> Table:
-    table = _table(title, "", ("images/s", "lowest", "highest", "CPU us"), "what")
+    pixels = ("from Pillow",) if any(each.difference is not None for each in baselines) else ()
+    table = _table(title, "", ("images/s", "lowest", "highest", "CPU us", *pixels), "what")
     for each in baselines:
         if found := each.measured:
             what = _line(f"{found.what} ({each.version})")
-            table.add_row(each.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", what)
+            off = [f"{each.difference:.2f}"] if each.difference is not None else []
+            table.add_row(each.name, *_rates(found), f"{found.cpu_seconds * 1e6:,.0f}", *off, what)
+    if pixels:
+        table.caption, table.caption_justify = "from Pillow: mean difference of the pixels, of 255", "left"
     return table
 
 

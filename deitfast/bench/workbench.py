@@ -128,7 +128,7 @@ class Workbench:
     def batches(self) -> Generator[Batch]:
         """Return the loader's batches, epoch after epoch: always the same iteration."""
         if self._batches is None:
-            self._batches = _endless(self.loader)
+            self._batches = endless(self.loader)
         return self._batches
 
     @property
@@ -241,6 +241,7 @@ def describe_targets(recipe: Recipe, targets: Targets) -> str:
     return f"{recipe.distill.mode}, looked up as in a full teacher cache"
 
 
-def _endless(loader: Loader) -> Generator[Batch]:
+def endless(loader: Loader) -> Generator[Batch]:
+    """Yield a loader's batches, epoch after epoch."""
     for epoch in itertools.count():
         yield from loader.epoch(epoch)

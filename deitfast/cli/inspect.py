@@ -61,8 +61,14 @@ def bench(
     ] = None,
     baselines: Annotated[
         bool,
+        typer.Option("--baselines", help="Also measure other libraries on the same files.", rich_help_panel=MEASURING),
+    ] = False,
+    sizes: Annotated[
+        bool,
         typer.Option(
-            "--baselines", help="Also measure timm, FFCV and DALI on the same files.", rich_help_panel=MEASURING
+            "--sizes",
+            help="With --baselines: crops also of a few images as stored and at most 400, 160, 96 px.",
+            rich_help_panel=MEASURING,
         ),
     ] = False,
     nodes: Annotated[
@@ -105,7 +111,9 @@ def bench(
     shown, folder = display(), data_folder(data)
     cluster = Cluster(nodes, gpus, network) if nodes > 1 or gpus > 1 else None
     tries, command = tuple(try_ or ()), ("deitfast", *sys.argv[1:])
-    wanted = BenchOptions(part, seconds, tries=tries, baselines=baselines, cluster=cluster, command=command)
+    wanted = BenchOptions(
+        part, seconds, tries=tries, baselines=baselines, sizes=sizes, cluster=cluster, command=command
+    )
     options = RecipeOptions.of(arch=arch, batch=batch, settings=settings)
     slow = choose_device(device, 0).type == "cpu" and part != "loader"
     recipe, notes = make_recipe(options, data_facts(folder), None, largest_batch=CPU_BATCH if slow else None)

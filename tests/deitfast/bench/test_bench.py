@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from deitfast.bench import baseline_loaders, baselines, machine
+from deitfast.bench import baseline_loaders, baselines, crop_baselines, machine
 from deitfast.bench.page import page
 from deitfast.bench.record import FORMAT, BenchRecord, Change, load, save
 from deitfast.bench.run import BenchOptions, benchmark
@@ -245,11 +245,12 @@ def test_baselines_that_are_not_installed_are_named(tiny_dataset: Path, monkeypa
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 
     monkeypatch.setattr(baseline_loaders, "module", missing)
+    monkeypatch.setattr(crop_baselines, "module", missing)
     found = bench(tiny_dataset, replace(QUICK, part="loader", rounds=1, baselines=True))
     absent = {each.name: each.skipped for each in found.baselines if not each.measured}
     assert absent[baselines.DATALOADER] == "timm is not installed"
-    assert absent.keys() == baselines.LOADERS.keys()
-    assert [each.name for each in found.baselines if each.measured] == ["deitfast"]
+    assert absent.keys() == {*baselines.LOADERS, *crop_baselines.PEERS} - {"Pillow"}
+    assert {each.name for each in found.baselines if each.measured} <= {"deitfast", "Pillow"}
 
 
 def test_stock_pipelines_that_crop_are_skipped_where_the_recipe_pads(bench_of_crops: Workbench) -> None:
