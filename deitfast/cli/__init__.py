@@ -7,13 +7,13 @@ import sys
 
 import typer
 
-from deitfast.cli import data, evaluate, inspect, train
+from deitfast.cli import data, evaluate, inspect, study, train
 from deitfast.cli.app import app, err
 from deitfast.cli.arguments import check_launcher, expand_home
 from pipelines.errors import DeitfastError
 from pipelines.files import DISK_FULL, TOO_MANY_FILES, os_remedy
 
-__all__ = ["data", "evaluate", "inspect", "main", "train"]  # importing them is what gives the app its commands
+__all__ = ["data", "evaluate", "inspect", "main", "study", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
 INTERRUPTED = 130
 

@@ -45,6 +45,13 @@ def complete_ablation(incomplete: str) -> Iterable[str]:
     return (name for name in ablations.names() if name.startswith(incomplete))
 
 
+def complete_study(incomplete: str) -> Iterable[str]:
+    """Return the built-in studies that begin so."""
+    from deitfast.config.builtin import study_names
+
+    return (name for name in study_names() if name.startswith(incomplete))
+
+
 def complete_device(incomplete: str) -> Iterable[str]:
     """Return the devices that begin so."""
     return (name for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(incomplete))

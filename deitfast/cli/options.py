@@ -1,7 +1,6 @@
 """From what the user typed to what runs: one table of flags, pure steps, one validation of the recipe at the end."""
 
 import logging
-import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from deitfast.cli.demo import DEMO_DATA, DEMO_TEACHER
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
 from deitfast.config.choices import Arch, MethodName
-from deitfast.config.fit_to_data import ADAPTABLE, fit_to_data
+from deitfast.config.fit_to_data import ADAPTABLE, DataFacts, fit_to_data
 from deitfast.config.methods import method_fields
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
 from deitfast.config.unused import unchanged, unused
@@ -110,24 +109,6 @@ def _absolute(key: str, value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """What planning knows of a data set."""
-
-    name: str
-    """Kind of its source."""
-    side: int
-    """Median of the shorter sides of the training images, in pixels."""
-    counts: tuple[int, ...]
-    """Training images of each class."""
-    fingerprint: str
-    """"": not made yet."""
-
-    def images(self, fraction: float) -> int:
-        """Return the training images that a share of every class comes to, as `stratified_subset` takes them."""
-        return sum(max(math.floor(count * fraction + 0.5), 1) for count in self.counts if count)
-
-
 def data_folder(data: Path | None) -> Path:
     """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set (a line says so)."""
     if data:
@@ -143,11 +124,12 @@ def data_facts(data: Path) -> DataFacts:
     """Return what planning needs to know of the data set in `data`; of the demo set also before it is made."""
     if data == DEMO_DATA and not (data / SPEC_FILE).exists():
         labels = [entry.label for entry in open_demo().splits["train"]]
-        return DataFacts("demo", sum(SIDES) // 2, tuple(labels.count(label) for label in sorted(set(labels))), "")
+        counts = tuple(labels.count(label) for label in sorted(set(labels)))
+        return DataFacts("demo", sum(SIDES) // 2, counts, "", validated=True)
     with closing(Dataset.open(data)) as dataset:
         spec = dataset.spec
         counts = spec.splits["train"].counts if "train" in spec.splits else ()
-        return DataFacts(spec.name, typical_side(dataset), counts, spec.fingerprint)
+        return DataFacts(spec.name, typical_side(dataset), counts, spec.fingerprint, "val" in spec.splits)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ setting that does.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipelines.errors import UserError
@@ -21,6 +22,26 @@ ADAPTABLE = (
     "schedule.warmup_lr", "schedule.min_lr",
 )  # fmt: skip
 """Fields that may be fitted."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What planning knows of a data set."""
+
+    name: str
+    """Kind of its source."""
+    side: int
+    """Median of the shorter sides of the training images, in pixels."""
+    counts: tuple[int, ...]
+    """Training images of each class."""
+    fingerprint: str
+    """"": not made yet."""
+    validated: bool
+    """Whether it has a validation split."""
+
+    def images(self, fraction: float) -> int:
+        """Return the training images that a share of every class comes to, as `stratified_subset` takes them."""
+        return sum(max(math.floor(count * fraction + 0.5), 1) for count in self.counts if count)
 
 
 class Batching(NamedTuple):

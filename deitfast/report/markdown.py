@@ -11,26 +11,28 @@ SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\|`*<>[]
 
 def markdown(runs: list[RunRecord]) -> str:
     """Return the report's words and tables."""
-    parts = [f"# {_plain(summary.title(runs))}"]
-    parts += [_plain(summary.lead(run)) for run in runs if len(runs) == 1]
+    parts = [f"# {plain(summary.title(runs))}"]
+    parts += [plain(summary.lead(run)) for run in runs if len(runs) == 1]
     if notes := notes_of(runs):
-        parts.append("\n".join(f"- {_plain(note)}" for note in notes))
-    parts.append(_table(summary.runs_table(runs)))
-    parts += ["## Every head, on the validation split", _table(summary.heads_table(runs))]
+        parts.append("\n".join(f"- {plain(note)}" for note in notes))
+    parts.append(markdown_table(summary.runs_table(runs)))
+    parts += ["## Every head, on the validation split", markdown_table(summary.heads_table(runs))]
     if len(runs) > 1:
-        parts += ["## What differs between the recipes", _table(summary.differences_table(runs))]
+        parts += ["## What differs between the recipes", markdown_table(summary.differences_table(runs))]
     if pairs := distillation_pairs(runs):
-        parts += ["## Teachers", _table(summary.teachers_table(pairs))]
+        parts += ["## Teachers", markdown_table(summary.teachers_table(pairs))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: TextTable) -> str:
+def markdown_table(table: TextTable) -> str:
+    """Return a table in Markdown, numbers to the right."""
     if not table.rows:
         return "Nothing is recorded." if table.head[0] != "field" else "Nothing."
     rule = ["---:" if right else "---" for right in table.numeric]
-    rows = [[_plain(cell) for cell in row] for row in (table.head, *table.rows)]
+    rows = [[plain(cell) for cell in row] for row in (table.head, *table.rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return text in which nothing is markup."""
     return text.translate(SPECIAL)

@@ -1,0 +1,294 @@
+"""A study trains its rows once, goes on where it stopped, and claims no more than its runs show."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deitfast.cli.options import data_facts
+from deitfast.config.builtin import study_names
+from deitfast.config.fit_to_data import DataFacts
+from deitfast.report.live import LiveReport
+from deitfast.report.read import read_run
+from deitfast.run_folder import RunFolder
+from deitfast.study import run as run_module
+from deitfast.study.plan import StudyOptions, StudyPlan, disk_bytes, plan_study
+from deitfast.study.results import Measurements, RowResult, judge
+from deitfast.study.spec import Claim, load_study
+from pipelines.errors import DeitfastError, UserError
+from tests.helpers.command_line import call
+
+CIFAR = DataFacts("cifar10", 32, (5000,) * 10, "", validated=True)
+IMAGENET = DataFacts("imagenet", 400, (1300,) * 1000, "", validated=True)
+TINY = """
+# Where it comes from.
+title = "Small"
+columns = ["top1", "f1", "minutes"]
+[base]
+arch = "deit_ti"
+set = ["model.patch=16", "train.batch=16", "augment.mix_group=8", "train.ema=0"]
+[[rows]]
+name = "plain"
+[[rows]]
+name = "class head"
+method = "class-embedding"
+teacher = "small"
+[[rows]]
+name = "both heads"
+method = "class+distillation"
+teacher = "small"
+published = { top1 = 74.5 }
+[teachers.small]
+arch = "vit_ti"
+set = ["model.patch=32", "train.batch=16", "train.ema=0", "augment.mixup=0", "augment.cutmix=0"]
+[[claims]]
+better = "both heads"
+than = "plain"
+"""
+
+
+def plan_of(text_or_name: str, facts: DataFacts, tmp_path: Path, **options) -> StudyPlan:
+    chosen = StudyOptions(**{"data": tmp_path, "out": tmp_path / "out", "scale": "cpu", **options})
+    return plan_study(load_study(text_or_name)[0], chosen, lambda folder: facts, tmp_path / "demo")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    return lambda *arguments: Ended(*call(capsys, *arguments))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_built_in_study_plans_at_every_scale(name: str, tmp_path: Path) -> None:
+    study, comment = load_study(name)
+    assert comment
+    assert study.title
+    for scale in study.scales or ("cpu",):
+        facts = IMAGENET if scale == "paper" or study.kind == "throughput" else CIFAR
+        plan = plan_of(name, facts, tmp_path, scale=scale)
+        trained = {run.name: run for run in plan.runs}
+        assert all(needed in trained for run in plan.runs for needed in run.needs)
+        done: set[str] = set()
+        for run in plan.runs:
+            assert set(run.needs) <= done  # in an order that works
+            done.add(run.name)
+        shown = [(row.runs, row.head, row.row.weights) for row in plan.rows]
+        assert len(set(shown)) == len(shown)  # no two rows are the same figures
+        assert disk_bytes(plan.runs) > 0
+
+
+def test_rows_that_are_trained_alike_share_a_run_and_a_teacher_is_a_row(tmp_path: Path) -> None:
+    plan = plan_of("methods", CIFAR, tmp_path)
+    runs = {row.row.name: row.runs for row in plan.rows}
+    assert runs["class embedding"] == runs["distillation embedding"] == runs["class + distillation"]
+    assert len(runs["class embedding"]) == 3
+    assert [row.head for row in plan.rows[3:]] == ["class", "distillation", "joint"]
+    course = plan_of("course", CIFAR, tmp_path)
+    assert [row.runs for row in course.rows if row.row.name == "CNN"] == [("cnn",)]
+
+
+def test_settings_of_the_scale_give_way_to_the_rows_and_those_of_the_user_to_nothing(tmp_path: Path) -> None:
+    ablation = {run.name: run.recipe for run in plan_of("ablation", CIFAR, tmp_path).runs}
+    assert ablation["deit"].train.ema == 0
+    assert ablation["ema"].train.ema == 0.99996
+    assert ablation["no-repeated-augmentation"].augment.repeats == 1
+    assert ablation["deit"].augment.repeats == 3
+    forced = plan_of("ablation", CIFAR, tmp_path, settings=("train.epochs=1",))
+    assert {run.recipe.train.epochs for run in forced.runs} == {1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('teacher = "small"', 'teacher = "smal"', "unknown teacher 'smal' (did you mean small?)"),
+        ('than = "plain"', 'than = "plane"', "unknown row 'plane' (did you mean plain?)"),
+        ('name = "both heads"', 'name = "Plain"', "two rows are called 'plain'"),
+        ('"f1", "minutes"', '"f2", "minutes"', "columns.1: must be 'top1'"),
+        ('title = "Small"', 'tittle = "Small"', "unknown key tittle"),
+        ('"train.ema=0"]\n[[rows]]', '"train.ema"]\n[[rows]]', "--set train.ema has no value"),
+        ("[[rows]]\nname", "[[rows]\nname", "is not TOML"),
+        ('column = "top1"', "", ""),
+        ("[[claims]]", '[[claims]]\ncolumn = "auc"', "column is not shown: 'auc'"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(TINY.replace(old, new, 1))
+    if not said:
+        load_study(str(file))
+        return
+    with pytest.raises(UserError) as error:
+        load_study(str(file))
+    assert said in str(error.value)
+
+
+def test_what_cannot_work_is_refused_before_anything_trains(tiny: str, tmp_path: Path, tiny_small: Path, cli) -> None:
+    file = Path(tiny)
+    file.write_text(TINY.replace('teacher = "small"\n', "", 1))
+    with pytest.raises(UserError, match=r"class-head .*distills and has no teacher"):
+        plan_of(tiny, CIFAR, tmp_path)
+    file.write_text(TINY)
+    with pytest.raises(UserError, match="no validation split"):
+        plan_of(tiny, DataFacts("folder", 32, (40, 40), "", validated=False), tmp_path)
+    with pytest.raises(UserError, match=r"unknown field optim\.rate"):
+        plan_of(tiny, CIFAR, tmp_path, settings=("optim.rate=1",))
+    with pytest.raises(UserError, match=r"no row 'clas head' \(did you mean class head\?\)"):
+        plan_of(tiny, CIFAR, tmp_path, only=("clas head",))
+    with pytest.raises(UserError, match="no scale paper"):
+        plan_of("teachers", CIFAR, tmp_path, scale="paper")
+    result = cli("study", "nonesuch", "--data", tiny_small)
+    assert result.exit_code == 2
+    assert "study not found" in result.stderr
+    assert data_facts(tiny_small).validated
+
+
+def test_a_study_is_trained_once_stopped_and_gone_on_with(
+    tiny: str, tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LiveReport, "write", lambda self, **options: None)  # twice the time of these runs
+    arguments = ["study", tiny, "--data", tiny_small, "--out", "whole", "--set", "train.epochs=1"]
+    assert cli(*arguments).exit_code == 0
+    whole = json.loads((tmp_path / "whole" / "study.json").read_text())
+    assert [row["name"] for row in whole["rows"]] == ["plain", "class head", "both heads", "small"]
+    assert all(row["done"] == row["planned"] == 1 for row in whole["rows"])
+    runs = sorted(path.name for path in (tmp_path / "whole" / "runs").iterdir())
+    assert runs == ["class-head", "plain", "small"]
+    heads = read_run(tmp_path / "whole" / "runs" / "class-head").final()[1]["val"]
+    figures = {row["name"]: row["figures"]["top1"] for row in whole["rows"]}
+    assert figures["class head"] == [heads["class"]["top1"]]
+    assert figures["both heads"] == [heads["joint"]["top1"]]
+    assert whole["claims"][0]["verdict"] == "not decided"  # one run of each
+    for name in ("study.html", "study.md"):
+        text = (tmp_path / "whole" / name).read_text()
+        assert "74.50" in text
+        assert f"{100 * heads['joint']['top1']:.2f}" in text
+        assert "deitfast train --recipe whole/recipes/plain.toml" in text
+
+    # stopped in its second run, and started again: the same figures, and nothing is trained twice
+    original, begun = run_module.train, []
+
+    def stopped_at_the_second(job, *rest):
+        begun.append(job.out.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return original(job, *rest)
+
+    arguments[5] = "stopped"
+    monkeypatch.setattr(run_module, "train", stopped_at_the_second)
+    assert cli(*arguments).exit_code == 130
+    assert json.loads((tmp_path / "stopped" / "study.json").read_text())["rows"][0]["done"] == 1
+    assert cli(*arguments).exit_code == 0
+    assert begun == ["plain", "small", "small", "class-head"]
+    again = json.loads((tmp_path / "stopped" / "study.json").read_text())
+    for one, other in zip(whole["rows"], again["rows"], strict=True):
+        assert one["figures"]["top1"] == other["figures"]["top1"]
+        assert one["figures"]["f1"] == other["figures"]["f1"]
+    assert cli(*arguments).exit_code == 0
+    assert len(begun) == 4
+
+    refused = cli(*arguments[:-1], "optim.lr=0.5")
+    assert refused.exit_code == 2
+    assert "holds this study with other settings" in refused.stderr
+
+
+def test_a_row_that_fails_is_reported_and_does_not_stop_the_others(
+    tiny: str, tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    trained = []
+
+    def train(job, *rest):
+        if job.out.name == "small":
+            raise DeitfastError("the disk is full")
+        trained.append(job.out.name)
+
+    monkeypatch.setattr(run_module, "train", train)
+    result = cli("study", tiny, "--data", tiny_small, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert trained == ["plain"]
+    assert "2 of 3 runs failed" in result.stderr or "runs failed" in result.stderr
+    assert "class-head: small failed, which it needs" in (tmp_path / "out" / "study.md").read_text()
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_learn_the_same(
+    tiny: str, tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(run_module.__file__).parents[2])]))
+    common = ["study", tiny, "--data", tiny_small, "--set", "train.epochs=1", "--out"]
+    assert cli(*common, "one").exit_code == 0
+    shutil.rmtree(tmp_path / "caches", ignore_errors=True)
+    assert cli(*common, "two", "--jobs", "2").exit_code == 0
+    found = [json.loads((tmp_path / out / "study.json").read_text())["rows"] for out in ("one", "two")]
+    assert [row["figures"]["top1"] for row in found[0]] == [row["figures"]["top1"] for row in found[1]]
+
+
+def test_a_dry_run_prints_the_commands_and_trains_nothing(tiny: str, tiny_small: Path, tmp_path: Path, cli) -> None:
+    result = cli("study", tiny, "--data", tiny_small, "--out", tmp_path / "out", "--dry-run", "--only", "plain")
+    assert result.exit_code == 0
+    assert f"--out {tmp_path}/out/runs/plain --resume" in result.stdout
+    assert "1 of 1 runs are to be trained" in result.stdout
+    assert not RunFolder(tmp_path / "out" / "runs" / "plain").exists()
+
+
+def rows_of(better: tuple[float, ...], than: tuple[float, ...], column: str = "top1") -> tuple[RowResult, ...]:
+    return tuple(
+        RowResult(name, {column: Measurements(values)} if values else {}, {})
+        for name, values in (("a", better), ("b", than))
+    )
+
+
+@pytest.mark.parametrize(
+    ("better", "than", "column", "verdict"),
+    [
+        ((0.7, 0.71, 0.72), (0.6, 0.65, 0.69), "top1", "shown"),
+        ((0.6, 0.65, 0.69), (0.7, 0.71, 0.72), "top1", "contradicted"),
+        ((0.7, 0.71, 0.72), (0.6, 0.65, 0.7), "top1", "not decided"),  # inside the spread, if by one run
+        ((0.72,), (0.6,), "top1", "not decided"),
+        ((0.72, 0.73), (), "top1", "not measured"),
+        ((1.0, 1.1), (1.2, 1.3), "loss", "shown"),
+    ],
+)
+def test_a_difference_inside_the_spread_is_never_called_one(better, than, column, verdict) -> None:
+    found = judge(Claim(better="a", than="b", column=column), rows_of(better, than, column))
+    assert found.verdict == verdict
+    assert found.reason
+
+
+def test_throughput_times_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
+    from deitfast.study import throughput
+
+    monkeypatch.setattr(throughput, "ROUNDS", 1)
+    monkeypatch.setattr(throughput, "BATCH", {"cpu": 1})
+    file = tmp_path / "speed.toml"
+    file.write_text(
+        'title = "Speed"\nkind = "throughput"\ncolumns = ["parameters", "size", "eager"]\n'
+        '[[rows]]\nname = "Ti"\nrecipe = "deit_ti_imagenet"\nset = ["augment.size=32"]\npublished = { eager = 2536 }\n'
+    )
+    result = cli("study", file, "--out", tmp_path / "out", "--set", "model.patch=16")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
+    assert row["figures"]["parameters"][0] == pytest.approx(5.68e6, rel=0.01)
+    assert row["figures"]["size"] == [32]
+    assert min(row["figures"]["eager"]) > 0
+    assert "2,536" in (tmp_path / "out" / "study.md").read_text()
