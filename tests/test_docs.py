@@ -26,8 +26,8 @@ ELSEWHERE = ("tools/", "source ", "export ", "docker ")
 """Lines that are not this program's."""
 
 
-OTHERS = {"--network", "--nproc-per-node", "--signal", "--requeue"}
-"""Options of torchrun, Docker and SLURM that the text speaks of."""
+OTHERS = {"--mixup-off-epoch", "--network", "--nproc-per-node", "--signal", "--requeue"}
+"""Options of timm, torchrun, Docker and SLURM that the text speaks of."""
 
 
 def blocks(language: str) -> list[Any]:

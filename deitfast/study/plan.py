@@ -18,7 +18,7 @@ from deitfast.run_folder import RunFolder
 from deitfast.study.spec import Row, Scale, Study, Training, chosen_rows, slug
 from pipelines.errors import UserError
 
-TRANSFORMER_FIELDS = ("token", "patch", "drop_path", "dropout")
+TRANSFORMER_FIELDS = ("token", "width", "depth", "heads", "mlp_ratio", "patch", "drop_path", "dropout")
 """Fields of a model that a CNN does not read."""
 SHARED = ("recipe", "teacher", "finetune")
 """What a row has from the base unless it says otherwise."""
