@@ -70,14 +70,15 @@ def timm_step(bench: Workbench, stack: ExitStack) -> BenchCase:
 
 def online_teacher(bench: Workbench, stack: ExitStack) -> BenchCase:
     """Open our step with a teacher run on every batch: the recipe's own, or one with random weights."""
-    inputs, train_step, targets = bench.augmented_to(bench.batch), bench.student.train_step, bench.student.targets
+    train_step, targets = bench.student.train_step, bench.student.targets
+    inputs = train_step.prepare(bench.augmented_to(bench.batch), 0)
     own = targets if targets and targets.needs_teacher else None
     teacher, what = (own, bench.recipe.distill.teacher) if own else random_teacher(bench)
     known = targets.get(inputs) if targets else None
 
     def step() -> None:
         found = teacher.get(inputs)
-        train_step.step(inputs, found if own else known, LEARNING_RATE, 0)
+        train_step.step(inputs, found if own else known, LEARNING_RATE)
 
     return BenchCase("", f"{what}, then our step", None, len(inputs.labels), step, on_device=True)
 

@@ -37,7 +37,7 @@ def flops_per_image(recipe: Recipe, classes: int) -> float:
     """
     images = 2
     with torch.device("meta"):
-        model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled).train()
+        model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled).eval()
         pixels = torch.empty(images, 3, recipe.augment.size, recipe.augment.size)
     with FlopCounterMode(display=False) as counter:
         torch.stack([head.sum() for head in model(pixels)]).sum().backward()

@@ -100,19 +100,19 @@ def copying(bench: Workbench) -> list[BenchCase]:
 def device_stages(bench: Workbench) -> list[BenchCase]:
     """Return what keeps the device busy for each batch, one after the other."""
     recipe, batch, train_step = bench.recipe, bench.batch, bench.student.train_step
-    inputs = bench.augmented(batch)
+    inputs = bench.inputs(batch)
 
     def stage(name: str, what: str, call: Callable[[], object]) -> BenchCase:
         return BenchCase(name, what, "device", len(batch.labels), call, on_device=True)
 
-    stages = [stage("augmentation", "flip, operations, normalize, erase, mix", lambda: bench.augmented(batch))]
+    stages = [stage("augmentation", "flip, operations, normalize, erase, mix", lambda: bench.inputs(batch))]
     found = None
     if targets := bench.student.targets:
         found = targets.get(inputs)
         name = "teacher" if targets.needs_teacher else "targets"
         stages.append(stage(name, describe_targets(recipe, targets), lambda: targets.get(inputs)))
     what = f"{recipe.model.arch}: forward, loss, backward, {recipe.optim.name}"
-    return [*stages, stage("step", what, lambda: train_step.step(inputs, found, LEARNING_RATE, 0))]
+    return [*stages, stage("step", what, lambda: train_step.step(inputs, found, LEARNING_RATE))]
 
 
 def step_alone(bench: Workbench) -> BenchCase:

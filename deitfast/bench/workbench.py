@@ -21,7 +21,7 @@ from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.environment import environment
 from deitfast.runtime import Runtime
 from deitfast.train.loop import TrainLoop
-from deitfast.train.step import TrainStep
+from deitfast.train.step import StepInputs, TrainStep
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.batch import Batch, Loader
 from pipelines.storage.dataset import Dataset
@@ -139,9 +139,9 @@ class Workbench:
             self._loop = TrainLoop(self.recipe, self.runtime, BenchLoader(self), student.train_step, student.targets)
         return self._loop
 
-    def augmented(self, batch: Batch) -> AugmentedBatch:
+    def inputs(self, batch: Batch) -> StepInputs:
         """Return a batch as the step takes it."""
-        return self.augmented_to(batch, self.loop.patch)
+        return self.loop.inputs(batch, 0)
 
     def augmented_to(self, batch: Batch, patch: int = 0) -> AugmentedBatch:
         """Return a batch augmented, in patches of that side, or as pixels."""

@@ -62,16 +62,14 @@ def joint(heads: tuple[Tensor, ...]) -> Tensor:
     return sum(heads[1:], start=heads[0]) / len(heads)
 
 
-def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero whole samples of a residual branch [B, ...] with `probability` and scale the others by 1 / (1 - p).
+def drop_path(branch: Tensor, probability: float, kept: Tensor | None) -> Tensor:
+    """Zero the rows of a residual branch [B, N, width] that are not `kept`, bool [B]; scale the others by 1 / (1 - p).
 
-    Stochastic depth (Huang et al., 2016), drawn per sample.
+    Stochastic depth (Huang et al., 2016), per sample as timm has it. None: the branch as it is.
     """
-    if probability == 0 or not training:
+    if probability == 0 or kept is None:
         return branch
-    kept = 1 - probability
-    mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(kept)
-    return branch * (mask / kept)
+    return branch * (kept.to(branch.dtype) / (1 - probability)).view(-1, 1, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -148,11 +146,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
         self.mlp = MLP(shape.width, shape.hidden, dropout)
 
-    def forward(self, tokens: Tensor, rows: int | None = None) -> Tensor:
-        """Map [B, N, width] to [B, N, width], or to its first `rows` tokens [B, rows, width]."""
+    def forward(self, tokens: Tensor, rows: int | None = None, kept: Tensor | None = None) -> Tensor:
+        """Map [B, N, width] to [B, N, width], or to its first `rows` tokens [B, rows, width].
+
+        `kept`: which rows keep the block's two branches, bool [B, 2]; None: all.
+        """
+        attends, transforms = (None, None) if kept is None else kept.unbind(1)
         attended = self.attn(self.norm1(tokens), rows)
-        tokens = tokens[:, :rows] + drop_path(attended, self.drop_path, self.training)
-        return tokens + drop_path(self.mlp(self.norm2(tokens)), self.drop_path, self.training)
+        tokens = tokens[:, :rows] + drop_path(attended, self.drop_path, attends)
+        return tokens + drop_path(self.mlp(self.norm2(tokens)), self.drop_path, transforms)
 
 
 class VisionTransformer(nn.Module):
@@ -200,15 +202,29 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map pixels [B, 3, S, S], or in patches [B, N, 3 p p], to the heads' logits, each [B, classes]."""
+    def drop_rates(self) -> list[float]:
+        """Return the probability with which each residual branch is dropped in training, two for each block."""
+        return [block.drop_path for block in self.blocks for _ in range(2)]  # pyright: ignore
+
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Map pixels [B, 3, S, S], or in patches [B, N, 3 p p], to the heads' logits, each [B, classes].
+
+        `kept`: which rows keep which residual branches, bool [B, 2 x blocks] (`train.stochastic_depth.draw_kept`). An
+        argument, so that what a compiled model or a CUDA graph drops is new in every step; None: all are kept.
+
+        Raises:
+            ValueError: the model trains with stochastic depth, and `kept` is missing.
+        """
+        if kept is None and self.training and any(self.drop_rates()):
+            raise ValueError("with drop_path > 0, training takes `kept`: see train.stochastic_depth.draw_kept")
         patches = self.patch_embed(pixels)
         prefix = self.cls_token if self.dist_token is None else torch.cat((self.cls_token, self.dist_token), dim=1)
         tokens = torch.cat((prefix.expand(pixels.shape[0], -1, -1), patches), dim=1)
         tokens = self.pos_drop(tokens + self.pos_embed)
         for index, block in enumerate(self.blocks):
             # Nothing reads the patches behind the last block: it gives the prefix tokens only, 6 % less work.
-            tokens = block(tokens, self.prefix if index == self.shape.depth - 1 else None)
+            branches = None if kept is None else kept[:, 2 * index : 2 * index + 2]
+            tokens = block(tokens, self.prefix if index == self.shape.depth - 1 else None, branches)
         tokens = self.norm(tokens)
         if self.head_dist is None:
             return (self.head(tokens[:, 0]),)

@@ -15,9 +15,9 @@ from deitfast.runtime import Runtime
 from deitfast.train.monitor import Observation, StepMonitor
 from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.train.state import DivergedError, TrainState
-from deitfast.train.step import TrainStep
-from pipelines.augment.chain import AugmentedBatch, augment
-from pipelines.batch import Loader
+from deitfast.train.step import StepInputs, TrainStep
+from pipelines.augment.chain import augment
+from pipelines.batch import Batch, Loader
 from pipelines.device import explain_oom
 
 log = logging.getLogger("deitfast")
@@ -62,10 +62,7 @@ class TrainLoop:
                     return
                 state.waited += time.monotonic() - began
                 with explain_oom(*STEP_MEMORY), stop.interruptible(self.first_step_pending):
-                    inputs = augment(
-                        batch, recipe.augment, dtype=self.runtime.input_dtype, train=True, patch=self.patch,
-                        kernels=train.kernels,
-                    )  # fmt: skip
+                    inputs = self.inputs(batch, state.epoch)
                     targets = None
                     if self.targets:
                         before = self.targets.teacher_views
@@ -74,9 +71,7 @@ class TrainLoop:
                     if self.first_step_pending:
                         self.fit_memory(inputs, targets)
                     lr = learning_rate(recipe.schedule, peak, train.epochs, steps, state.epoch, state.steps)
-                    state.losses += self.train_step.step(
-                        inputs, targets, lr, state.step_seed(train.seed, self.runtime.rank)
-                    )
+                    state.losses += self.train_step.step(inputs, targets, lr)
                 self.first_step_pending = False
                 state.steps += 1
                 state.skipped += batch.skipped
@@ -91,7 +86,15 @@ class TrainLoop:
                     raise Interrupted(seen.signal)
                 stop.check()
 
-    def fit_memory(self, inputs: AugmentedBatch, targets: Tensor | None) -> None:
+    def inputs(self, batch: Batch, epoch: int) -> StepInputs:
+        """Return a batch of `epoch` as the step takes it."""
+        recipe, dtype = self.recipe, self.runtime.input_dtype
+        augmented = augment(
+            batch, recipe.augment, dtype=dtype, train=True, patch=self.patch, kernels=recipe.train.kernels
+        )
+        return self.train_step.prepare(augmented, epoch)
+
+    def fit_memory(self, inputs: StepInputs, targets: Tensor | None) -> None:
         """Cut the batch into micro-batches until a step fits the GPU's memory, on all ranks alike.
 
         What is learned stays the same up to rounding; a CNN normalizes over smaller batches then. Where

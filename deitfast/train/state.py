@@ -1,6 +1,5 @@
 """How far a run is: what a checkpoint holds besides what was learned."""
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -77,8 +76,3 @@ class TrainState:
         if not all(map(math.isfinite, values)):
             raise DivergedError(self.epoch, self.steps)
         return dict(zip(PARTS, values, strict=True))
-
-    def step_seed(self, seed: int, rank: int) -> int:
-        """Return 63 bits for this step's stochastic depth and dropout: a function of where the run is."""
-        key = f"{seed},{self.epoch},{self.steps},{rank}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deitfast.config.recipe import Recipe
-from deitfast.models.vit import build_model
+from deitfast.models.vit import VisionTransformer, build_model
 from deitfast.runtime import Runtime
 from deitfast.train.ema import Ema
 from deitfast.train.losses import PARTS, distilled_loss, mixed_binary_cross_entropy, mixed_cross_entropy
 from deitfast.train.optim import build_optimizer, freeze
+from deitfast.train.stochastic_depth import draw_kept, dropout_seed
 from pipelines.augment.chain import AugmentedBatch
+from pipelines.device import to_device
 
 LARGEST_GRAPHED_SIDE = 64
 """Side of the input in pixels up to which `train.compile` auto takes CUDA graphs: larger steps keep the GPU busy."""
+
+
+@dataclass(frozen=True)
+class StepInputs(AugmentedBatch):
+    """What a step takes: an augmented batch, and what is drawn of what the model drops on it."""
+
+    kept: Tensor | None = None
+    """Which rows keep which residual branches, bool [B, branches], on the device; None: nothing is dropped."""
+    dropout_seed: int = 0
+    """What dropout draws from."""
 
 
 class TrainStep:
@@ -74,14 +86,24 @@ class TrainStep:
             self.ema.model.compile(**how)
         self.loss = torch.compile(self.loss, **how)
 
-    def step(self, inputs: AugmentedBatch, teacher: Tensor | None, lr: float, seed: int) -> Tensor:
+    def prepare(self, inputs: AugmentedBatch, epoch: int) -> StepInputs:
+        """Draw what the model drops on a batch in an epoch (from 0): a function of its samples and views.
+
+        May be called in the thread that makes batches.
+        """
+        kept, seed = None, self.recipe.train.seed
+        if isinstance(self.model, VisionTransformer) and any(rates := self.model.drop_rates()):
+            drawn = torch.from_numpy(draw_kept(rates, inputs.params, epoch, seed))
+            kept = to_device(drawn, self.runtime.device)
+        return StepInputs(**vars(inputs), kept=kept, dropout_seed=dropout_seed(inputs.params, epoch, seed))
+
+    def step(self, inputs: StepInputs, teacher: Tensor | None, lr: float) -> Tensor:
         """Update the model on one rank's batch.
 
         Args:
-            inputs: the augmented batch.
+            inputs: what `prepare` returned.
             teacher: int64 [B] labels (hard) or float [B, C] logits (soft); None without distillation.
             lr: learning rate of this update.
-            seed: of this step's stochastic depth and dropout, so that a resumed run draws what it would have drawn.
 
         Returns:
             float32 [3] on the device, detached: total, base and distillation loss, averaged over the batch.
@@ -91,14 +113,15 @@ class TrainStep:
             norm.eval()
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(seed)
+        if self.recipe.model.dropout:
+            torch.manual_seed(inputs.dropout_seed)
         micro_batches = split_batch(inputs, teacher, self.accumulate)
         losses = torch.zeros(len(PARTS), device=self.runtime.device)
         for number, (micro, target) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with nullcontext() if last or self.ddp_model is self.model else self.ddp_model.no_sync():  # pyright: ignore
                 with self.runtime.autocast():
-                    heads = self.ddp_model(micro.pixels)
+                    heads = self.ddp_model(*model_inputs(micro))
                 total, parts = self.loss(heads, micro.labels, micro.mix_labels, micro.lam, target, micro.valid)
                 self.scaler.scale(total / len(micro_batches)).backward()
             losses += torch.stack([parts[name] for name in PARTS]) / len(micro_batches)
@@ -114,7 +137,7 @@ class TrainStep:
             self.ema.update(self.model)
         return losses
 
-    def fits(self, inputs: AugmentedBatch, teacher: Tensor | None) -> bool:
+    def fits(self, inputs: StepInputs, teacher: Tensor | None) -> bool:
         """Return whether a step on such a batch fits the device's memory, by trying one that changes nothing.
 
         Forward and backward of one micro-batch, with room for what the first update will allocate: two moments of
@@ -128,7 +151,7 @@ class TrainStep:
             if self.graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             with self.runtime.autocast():
-                heads = self.model(micro.pixels)
+                heads = self.model(*model_inputs(micro))
             total, _ = self.loss(heads, micro.labels, micro.mix_labels, micro.lam, target, micro.valid)
             self.scaler.scale(total).backward()
             del reserve
@@ -168,17 +191,22 @@ def takes_graphs(recipe: Recipe, runtime: Runtime) -> bool:
     return train.compile == "graphs" or (train.compile == "auto" and small and alone)
 
 
-def split_batch(
-    inputs: AugmentedBatch, teacher: Tensor | None, count: int
-) -> list[tuple[AugmentedBatch, Tensor | None]]:
+def model_inputs(inputs: StepInputs) -> tuple[Tensor, ...]:
+    """Return what a model's `forward` takes of a batch."""
+    return (inputs.pixels,) if inputs.kept is None else (inputs.pixels, inputs.kept)
+
+
+def split_batch(inputs: StepInputs, teacher: Tensor | None, count: int) -> list[tuple[StepInputs, Tensor | None]]:
     """Return a batch and its targets as `count` micro-batches of equal size, in order, as views of the same memory."""
     if count == 1:
         return [(inputs, teacher)]
     rows = len(inputs.labels) // count
-    tensors = ("pixels", "labels", "mix_labels", "lam", "valid")
+    tensors = {
+        field.name: value for field in fields(inputs) if isinstance(value := getattr(inputs, field.name), Tensor)
+    }
     return [
         (
-            replace(inputs, **{name: getattr(inputs, name)[cut] for name in tensors}),
+            replace(inputs, **{name: value[cut] for name, value in tensors.items()}),
             None if teacher is None else teacher[cut],
         )
         for cut in (slice(number * rows, (number + 1) * rows) for number in range(count))

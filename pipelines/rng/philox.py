@@ -5,7 +5,8 @@ Randomness here is a function, not a state. Every draw of deitfast is
     philox(counter = (c0, c1, stream, block), key = seed) -> four 32-bit words
 
 so any of them can be made again by another loader, on another number of ranks, after a crash, or for a teacher. The key
-is the augmentation seed, low word first. The stream says what is drawn, and what the counter's first words mean:
+is the augmentation seed, low word first; DEPTH and DROPOUT have the training's. The stream says what is drawn, and what
+the counter's first words mean:
 
 | stream | c0, c1 | block: its words |
 | --- | --- | --- |
@@ -19,6 +20,8 @@ is the augmentation seed, low word first. The stream says what is drawn, and wha
 | BLOCKS | block of the pass, epoch | 0: the epoch's sort key |
 | SUBSET | sample, 0 | 0: the subset's sort key |
 | JITTER | sample, view | 0: order, brightness, contrast, saturation |
+| DEPTH | sample, view | epoch x blocks + b: which of the residual branches 4 b to 4 b + 3 are dropped |
+| DROPOUT | first row's sample, view | epoch: the seed of a step's dropout |
 
 The functions below use nothing but Python's operators on integers. So one source runs on numpy int64 arrays, on torch
 int64 tensors of any device (erasing's noise), and on plain Python integers. Three traps are avoided: a product of two
@@ -40,7 +43,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-CROP, FLIP, OPERATION, ERASE, NOISE, MIX, ORDER, BLOCKS, SUBSET, JITTER = range(1, 11)
+CROP, FLIP, OPERATION, ERASE, NOISE, MIX, ORDER, BLOCKS, SUBSET, JITTER, DEPTH, DROPOUT = range(1, 13)
 """Streams: the counter's third word. Their numbers decide what a seed means and never change."""
 
 

@@ -1,6 +1,5 @@
 """facebookresearch/deit's training loop (main.py, engine.py and losses.py), of timm's parts; batches are deitfast's."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import open_split, open_training
+from deitfast.train.stochastic_depth import draw_kept
 from pipelines.augment.chain import AugmentedBatch, augment
+from pipelines.rng.view_params import ViewParams
 from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import CPU
 
@@ -104,9 +105,9 @@ def train_as_deit(dataset: Dataset, recipe: Recipe, start: dict[str, Tensor], te
         )
         loss_scaler, updates = NativeScaler(device="cpu"), 0
         for epoch in range(train.epochs):
-            for samples, targets in batches(loader, recipe, epoch):
+            for samples, targets, params in batches(loader, recipe, epoch):
                 model.train()
-                torch.manual_seed(step_seed(train.seed, epoch, updates % steps))
+                drop_as_drawn(model, params, epoch, train.seed)
                 loss = criterion(samples, model(samples), targets)
                 found.losses.append(loss.item())
                 found.rates.append(rates_of(model, optimizer))
@@ -137,11 +138,12 @@ def base_loss(recipe: Recipe) -> nn.Module:
     return LabelSmoothingCrossEntropy(recipe.train.smoothing) if recipe.train.smoothing else nn.CrossEntropyLoss()
 
 
-def batches(loader: Any, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's pixels [B, 3, S, S] and targets, as timm's Mixup writes them."""
+def batches(loader: Any, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor, ViewParams]]:
+    """Yield an epoch's pixels [B, 3, S, S] and targets, as timm's Mixup writes them, and the rows' draws."""
     for batch in loader.epoch(epoch):
         inputs = augment(batch, recipe.augment, dtype=torch.float32, train=True)
-        yield inputs.pixels, mixed_target(inputs, recipe.train.smoothing) if recipe.mixes else inputs.labels
+        targets = mixed_target(inputs, recipe.train.smoothing) if recipe.mixes else inputs.labels
+        yield inputs.pixels, targets, inputs.params
 
 
 def mixed_target(inputs: AugmentedBatch, smoothing: float) -> Tensor:
@@ -152,9 +154,15 @@ def mixed_target(inputs: AugmentedBatch, smoothing: float) -> Tensor:
     return own * lam + partner * (1 - lam)
 
 
-def step_seed(seed: int, epoch: int, step: int) -> int:
-    """Seed of a step's stochastic depth on rank 0, by the rule that runs state; deit's own never seeds a step."""
-    return int.from_bytes(hashlib.blake2b(f"{seed},{epoch},{step},0".encode(), digest_size=8).digest(), "big") >> 1
+def drop_as_drawn(model: Any, params: ViewParams, epoch: int, seed: int) -> None:
+    """Have timm's stochastic depth drop in the next step what a run of ours draws for it; the rest is timm's."""
+    branches = [branch for block in model.blocks for branch in (block.drop_path1, block.drop_path2)]
+    rates = [getattr(branch, "drop_prob", 0.0) for branch in branches]
+    kept = torch.from_numpy(draw_kept(rates, params, epoch, seed))
+    for branch, rate, rows in zip(branches, rates, kept.unbind(1), strict=True):
+        if rate:
+            factors = (rows / (1 - rate)).view(-1, 1, 1)
+            branch.forward = lambda x, own=branch, factors=factors: x * factors if own.training else x
 
 
 def rates_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

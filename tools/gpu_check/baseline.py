@@ -39,7 +39,8 @@ def end_to_end(context: Context, loaded: WorkerBatches) -> BenchCase:
 
     bench, device = context.bench, context.runtime.device
     model, name = context.teacher
-    like, size = bench.augmented_to(bench.batch), bench.recipe.train.batch
+    train_step, size = bench.student.train_step, bench.recipe.train.batch
+    like = train_step.prepare(bench.augmented_to(bench.batch), 0)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(bench.dataset.spec.classes))
 
     def train() -> None:
@@ -48,7 +49,7 @@ def end_to_end(context: Context, loaded: WorkerBatches) -> BenchCase:
         mixed, _ = mixup(images, labels)
         pixels = mixed.to(bench.runtime.input_dtype).contiguous(memory_format=torch.channels_last)
         inputs = replace(like, pixels=pixels, labels=labels, mix_labels=labels)
-        bench.student.train_step.step(inputs, model.get(inputs), LEARNING_RATE, 0)
+        train_step.step(inputs, model.get(inputs), LEARNING_RATE)
 
     what = f"{loaded.what}; Mixup, {name}, our step"
     prefetched = -(-loaded.prefetched * loaded.size // size)

@@ -123,10 +123,10 @@ def test_a_compiled_step_learns_what_an_eager_one_does(compiled: str, monkeypatc
         recipe = tiny_recipe("model.drop_path=0.0", f"train.compile={how}", "distill.mode=hard", "distill.teacher=x")
         learner = TrainStep(recipe, 10, HERE.with_precision(replace(recipe.train, amp="off")))
         total = torch.zeros(3, device=GPU)
-        for seed in range(6):
-            inputs, teacher = inputs_on(recipe, GPU), targets("hard")
+        for epoch in range(6):
+            inputs, teacher = learner.prepare(inputs_on(recipe, GPU), epoch), targets("hard")
             assert teacher is not None
-            total += learner.step(inputs, teacher.to(GPU), 1e-4, seed)
+            total += learner.step(inputs, teacher.to(GPU), 1e-4)
         sums.append(total)
         weights.append(torch.cat([weight.flatten() for weight in learner.model.parameters()]))
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=1e-3)
@@ -144,7 +144,7 @@ def test_training_never_makes_the_host_wait(tiny_small: Path) -> None:
         def train(epoch: int) -> None:
             for batch in loader.epoch(epoch):
                 inputs = augment(batch, recipe.augment, dtype=torch.float32, train=True, patch=16)
-                learner.step(inputs, None, 1e-4, 0)
+                learner.step(learner.prepare(inputs, epoch), None, 1e-4)
 
         train(0)
         torch.cuda.set_sync_debug_mode("error")
@@ -152,3 +152,17 @@ def test_training_never_makes_the_host_wait(tiny_small: Path) -> None:
             train(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", ["off", "graphs"])
+def test_a_step_drops_what_it_is_given_also_in_a_graph(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same epoch twice is the same loss, another epoch is another: a graph that captured a draw would repeat it."""
+    monkeypatch.setattr("deitfast.models.vit.DEPTH", 2)
+    torch.compiler.reset()
+    recipe = tiny_recipe("model.drop_path=0.5", "train.ema=0", "optim.name=sgd", f"train.compile={compiled}")
+    learner = TrainStep(recipe, 10, HERE.with_precision(replace(recipe.train, amp="off")))
+    inputs = inputs_on(recipe, GPU)
+    losses = [learner.step(learner.prepare(inputs, epoch), None, 0.0)[0].item() for epoch in (0, 1, 2, 3, 1, 0)]
+    assert losses[4:] == [losses[1], losses[0]]
+    assert len(set(losses)) == 4
+    torch.compiler.reset()

@@ -11,6 +11,7 @@ from deitfast.train import monitor as monitor_module
 from deitfast.train.loop import TrainLoop
 from deitfast.train.monitor import StepMonitor
 from deitfast.train.state import DivergedError, TrainState
+from pipelines.augment.chain import AugmentedBatch
 from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import NoWaiting, batch_for
 
@@ -52,6 +53,9 @@ class Step:
 
     def __init__(self, losses: dict[int, float] | None = None) -> None:
         self.model, self.losses, self.done = torch.nn.Identity(), losses or {}, 0
+
+    def prepare(self, inputs: AugmentedBatch, epoch: int) -> AugmentedBatch:
+        return inputs
 
     def step(self, *arguments: object) -> torch.Tensor:
         self.done += 1

@@ -236,7 +236,7 @@ def test_layer_decay_gives_timms_rates(arch: str) -> None:
 def test_rates_follow_the_schedule_layer_by_layer() -> None:
     recipe = tiny_recipe("optim.layer_decay=0.5", "train.ema=0")
     step = TrainStep(recipe, 10, CPU)
-    step.step(inputs_for(recipe), None, 0.01, 0)
+    step.step(step.prepare(inputs_for(recipe), 0), None, 0.01)
     rates = [group["lr"] for group in step.optimizer.param_groups]
     assert rates[0] == 0.01
     assert min(rates) == pytest.approx(0.01 * 0.5**13)
@@ -259,7 +259,7 @@ def test_a_linear_probe_changes_the_heads_alone(arch: str) -> None:
     recipe = tiny_recipe(f"model.arch={arch}", 'optim.freeze=["backbone"]', "train.ema=0")
     step = TrainStep(recipe, 10, CPU)
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
-    step.step(inputs_for(recipe), None, 0.01, 0)
+    step.step(step.prepare(inputs_for(recipe), 0), None, 0.01)
     changed = {name for name, value in step.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == ({"fc.weight", "fc.bias"} if arch == "resnet18" else {"head.weight", "head.bias"})
 

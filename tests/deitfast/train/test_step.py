@@ -40,6 +40,10 @@ def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -
     return augment(batch_for(recipe), recipe.augment, dtype=dtype, train=True, patch=patch)
 
 
+def step(learner: TrainStep, inputs: AugmentedBatch, teacher: torch.Tensor | None, epoch: int = 0) -> torch.Tensor:
+    return learner.step(learner.prepare(inputs, epoch), teacher, 1e-3)
+
+
 class Batches:
     """A loader of two evaluation batches."""
 
@@ -61,7 +65,7 @@ def test_patches_teach_what_pixels_teach() -> None:
         assert patch == 16
         inputs = inputs_for(recipe, patch if read else 0)
         assert inputs.pixels.shape == ((ROWS, 4, 768) if read else (ROWS, 3, 32, 32))
-        losses.append(learner.step(inputs, None, 1e-3, 0))
+        losses.append(step(learner, inputs, None))
         learned.append(learner.model.patch_embed.proj.weight)
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(learned[0], learned[1])
@@ -76,9 +80,9 @@ def test_forward_and_loss_are_one_graph_each(mode: str, monkeypatch: pytest.Monk
     plain, compiled = (TrainStep(recipe, CLASSES, replace(CPU, compile=on)) for on in (False, True))
     assert compiled.loss is not plain.loss
     inputs, teacher = inputs_for(recipe, 16), targets(mode)
-    for seed in range(2):
+    for epoch in range(2):
         torch.testing.assert_close(
-            compiled.step(inputs, teacher, 1e-3, seed), plain.step(inputs, teacher, 1e-3, seed), rtol=1e-5, atol=1e-6
+            step(compiled, inputs, teacher, epoch), step(plain, inputs, teacher, epoch), rtol=1e-5, atol=1e-6
         )
     for one, other in ((compiled.model, plain.model), (compiled.ema.model, plain.ema.model)):
         ours, *_ = predict(one, Batches(recipe), recipe, CPU)
@@ -109,7 +113,7 @@ def test_other_networks_are_one_graph(arch: str, monkeypatch: pytest.MonkeyPatch
     recipe = recipe_of("none", f"model.arch={arch}")
     learner = TrainStep(recipe, CLASSES, replace(CPU, compile=True))
     inputs = inputs_for(recipe, reads_patches(learner.model))
-    assert learner.step(inputs, None, 1e-3, 0).isfinite().all()
+    assert step(learner, inputs, None).isfinite().all()
 
 
 @pytest.mark.parametrize(("mode", "amp"), [("none", None), ("soft", None), ("hard", torch.float16)])
@@ -118,9 +122,9 @@ def test_a_step_never_waits_for_the_device(mode: str, amp: torch.dtype | None) -
     runtime = replace(CPU, amp=amp)
     learner, batch, teacher = TrainStep(recipe, CLASSES, runtime), batch_for(recipe), targets(mode)
     with NoWaiting():
-        for seed in range(2):
+        for epoch in range(2):
             inputs = augment(batch, recipe.augment, dtype=runtime.input_dtype, train=True, patch=16)
-            learner.step(inputs, teacher, 1e-3, seed)
+            step(learner, inputs, teacher, epoch)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_cut(caplog: pytest.LogCaptureFi
     loop.runtime = replace(CPU, device=torch.device("cuda"))
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     with caplog.at_level("INFO", "deitfast"):
-        loop.fit_memory(inputs, None)
+        loop.fit_memory(learner.prepare(inputs, 0), None)
     assert learner.accumulate == 4
     assert f"{ROWS} = 4 x 4" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
@@ -173,5 +177,5 @@ def test_a_batch_that_does_not_fit_the_memory_is_cut(caplog: pytest.LogCaptureFi
     asked = recipe_of("none", "train.accumulate=2")
     loop = TrainLoop(asked, CPU, Batches(recipe), TrainStep(asked, CLASSES, CPU), None)  # pyright: ignore
     loop.runtime = replace(CPU, device=torch.device("cuda"))
-    loop.fit_memory(inputs, None)
+    loop.fit_memory(learner.prepare(inputs, 0), None)
     assert loop.train_step.accumulate == 2

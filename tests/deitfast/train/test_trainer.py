@@ -75,7 +75,7 @@ def test_distillation_learns_from_the_teacher(tiny_small: Path, tmp_path: Path, 
 
 
 def test_accumulation_changes_memory_not_what_is_learned(tiny_small: Path, tmp_path: Path) -> None:
-    plain = ("train.epochs=1", "model.drop_path=0.0", "optim.name=sgd", "optim.lr=0.1")
+    plain = ("train.epochs=1", "model.drop_path=0.5", "optim.name=sgd", "optim.lr=0.1")
     run(tiny_small, tmp_path / "one", tiny_recipe(*plain))
     run(tiny_small, tmp_path / "four", tiny_recipe(*plain, "train.accumulate=4"))
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")

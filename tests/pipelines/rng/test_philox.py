@@ -68,8 +68,9 @@ def test_words_are_uniform_and_independent_between_streams(words):
 
 
 def test_streams_have_numbers_of_their_own_that_never_change():
-    names = ("CROP", "FLIP", "OPERATION", "ERASE", "NOISE", "MIX", "ORDER", "BLOCKS", "SUBSET", "JITTER")
-    assert [getattr(philox, name) for name in names] == list(range(1, 11))
+    names = ("CROP", "FLIP", "OPERATION", "ERASE", "NOISE", "MIX", "ORDER", "BLOCKS", "SUBSET", "JITTER",
+             "DEPTH", "DROPOUT")  # fmt: skip
+    assert [getattr(philox, name) for name in names] == list(range(1, 13))
 
 
 def test_bounded_draws_are_even_and_stay_inside(words):
