@@ -122,12 +122,12 @@ def step_alone(bench: Workbench) -> BenchCase:
 
 def all_together(bench: Workbench) -> BenchCase:
     """Return the loop that `train` runs, one step a call; each call says how long the device had nothing to work on."""
-    loop, batches = bench.loop, bench.batches()
-    steps = training_steps(loop)
+    loader, steps = bench.loop.loader, training_steps(bench.loop)
+    assert isinstance(loader, BenchLoader)
 
     def train() -> Stall | None:
         next(steps)
-        return loop.loader.stall if isinstance(loop.loader, BenchLoader) else None
+        return loader.stall
 
     return BenchCase(
         "all together",
@@ -136,7 +136,7 @@ def all_together(bench: Workbench) -> BenchCase:
         bench.recipe.train.batch,
         train,
         prefetched=bench.recipe.loader.prefetch + 1,
-        drop_prefetched=lambda: next(batches),
+        drop_prefetched=loader.drop,
         on_device=True,
     )
 

@@ -2,8 +2,9 @@
 
 import gc
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -165,6 +166,8 @@ class Workbench:
         """Close the loader, and the student where it is this workbench's own."""
         if self._batches is not None:
             self._batches.close()
+        if self._loop is not None:
+            self._loop.loader.close()
         if self._loader is not None:
             self._loader.close()
         self._batches = self._loader = self._batch = self._loop = None
@@ -195,25 +198,38 @@ class Workbench:
 
 
 class BenchLoader:
-    """A workbench's batches for `TrainLoop`, which says when the device had none to work on."""
+    """A workbench's loader for `TrainLoop`, which says when the device had no batch to work on."""
 
     def __init__(self, bench: Workbench) -> None:
         self.name, self.steps_per_epoch = bench.loader.name, bench.loader.steps_per_epoch
         self.stall: Stall | None = None
         """The wait for the batch that came last."""
         self._bench = bench
+        self._epochs: Generator[Any] | None = None
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield as many batches as an epoch has."""
-        batches, clock = self._bench.batches(), self._bench.clock
+    def epoch(
+        self, epoch: int, start_step: int = 0, *, then: Callable[[Batch], Any] = lambda batch: batch
+    ) -> Iterator[Any]:
+        """Yield as many batches as an epoch has, of one iteration that goes on: an epoch's start is not measured."""
+        if self._epochs is None:
+            self._epochs = endless(self._bench.loader, then)
         for _ in range(start_step, self.steps_per_epoch):
-            start = clock.mark()
-            batch = next(batches)
-            self.stall = Stall(start, clock.mark())  # on CUDA the second mark stands behind the batch's copy
-            yield batch
+            start = self._bench.clock.mark()
+            made = next(self._epochs)
+            self.stall = Stall(
+                start, self._bench.clock.mark()
+            )  # on CUDA the second mark stands behind the batch's copy
+            yield made
+
+    def drop(self) -> None:
+        """Take one of the batches that were made ahead."""
+        if self._epochs is not None:
+            next(self._epochs)
 
     def close(self) -> None:
-        """Nothing: the workbench closes its loader."""
+        """End the iteration; the workbench closes its loader."""
+        if self._epochs is not None:
+            self._epochs.close()
 
 
 def bench_targets(recipe: Recipe, dataset: Dataset, runtime: Runtime) -> Targets | None:
@@ -241,7 +257,7 @@ def describe_targets(recipe: Recipe, targets: Targets) -> str:
     return f"{recipe.distill.mode}, looked up as in a full teacher cache"
 
 
-def endless(loader: Loader) -> Generator[Batch]:
-    """Yield a loader's batches, epoch after epoch."""
+def endless(loader: Loader, then: Callable[[Batch], Any] = lambda batch: batch) -> Generator[Any]:
+    """Yield what `then` makes of a loader's batches, epoch after epoch."""
     for epoch in itertools.count():
-        yield from loader.epoch(epoch)
+        yield from loader.epoch(epoch, then=then)

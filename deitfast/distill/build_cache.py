@@ -110,16 +110,16 @@ def _build_epoch(
     first = next((step for step in range(sampler.steps_per_epoch) if missing(step).any()), None)
     if first is None:
         return
-    batches = loader.epoch(epoch, first)
+    batches = loader.epoch(epoch, first, then=views.augmented)
     try:
         for step in range(first, sampler.steps_per_epoch):
             with stop.interruptible():
-                batch = next(batches)
+                inputs = next(batches)
             wanted = missing(step)
-            if batch.skipped:
-                wanted &= batch.valid.cpu().numpy()
+            if inputs.skipped:
+                wanted &= inputs.valid.cpu().numpy()
             if wanted.any():
-                teacher.compute(views.augmented(batch), wanted)
+                teacher.compute(inputs, wanted)
                 bar.advance(int(wanted.sum()) * views.runtime.world, f"{bar.rate():,.0f} images/s")
             if stop.signal:
                 break  # several ranks agree on it after the epoch
@@ -144,8 +144,8 @@ def spot_check(cache: TeacherCache, teacher: CachedTeacher, views: TeacherViews)
             rows = sampler.rows(epoch, step)
             known = rows.valid & ~teacher.missing(rows.views, rows.samples)
             if known.any():
-                with closing(loader.epoch(epoch, step)) as batches:  # pyright: ignore
-                    inputs = views.augmented(next(batches))
+                with closing(loader.epoch(epoch, step, then=views.augmented)) as batches:  # pyright: ignore
+                    inputs = next(batches)
                 _compare(cache, teacher, inputs, known, views.runtime)
                 checked += int(known.sum())
     if checked:

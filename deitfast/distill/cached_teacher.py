@@ -38,19 +38,16 @@ class CachedTeacher:
             self._teacher = self._load()
         return self._teacher
 
-    def targets(self, inputs: AugmentedBatch, skipped: int = 0) -> TeacherTargets:
+    def targets(self, inputs: AugmentedBatch) -> TeacherTargets:
         """Return a batch's targets: one gather on the host and a copy that the host does not wait for.
 
-        Which targets are missing is known on the host, so a complete cache costs no synchronization.
-
-        Args:
-            inputs: the batch.
-            skipped: rows whose image cannot be read (`Batch.skipped`). What the teacher says of the black picture in
-                its place is not stored: the image may be readable another time.
+        Which targets are missing is known on the host, so a complete cache costs no synchronization. What the teacher
+        says of the black picture in the place of an image that cannot be read is not stored: the image may be readable
+        another time.
         """
         records = self._records(inputs.params.view, inputs.params.sample)
         missing = ~is_present(records)
-        if skipped and missing.any():
+        if inputs.skipped and missing.any():
             records[missing] = 0
             missing &= inputs.valid.cpu().numpy()
         return self.compute(inputs, missing) if missing.any() else from_records(records, self._device)

@@ -47,12 +47,11 @@ class Targets(Protocol):
         """Whether `get` may run the teacher, which reads the batch's pixels (not patches)."""
         ...
 
-    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch) -> Tensor:
         """Return the targets of a batch, on its device: int64 [B] or [B, 2] (hard), float32 [B, C] (soft).
 
-        Args:
-            inputs: the batch as the step sees it.
-            skipped: rows whose image cannot be read (`Batch.skipped`); nothing learns from them, whatever their target.
+        `inputs` is the batch as the step sees it. Nothing learns from rows whose image cannot be read, whatever their
+        target.
         """
         ...
 
@@ -86,7 +85,7 @@ class OnlineTeacher:
         """Use `teacher` in a run of `recipe`."""
         self._teacher, self._recipe, self.teacher_views = teacher, recipe, 0
 
-    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch) -> Tensor:
         """See `Targets`."""
         self.teacher_views += len(inputs.labels)
         logits = self._teacher.logits(inputs.pixels)
@@ -121,10 +120,10 @@ class CachedTargets:
         """See `Targets`."""
         return not self.cache.complete
 
-    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch) -> Tensor:
         """See `Targets`."""
         classes, tau = len(self._views.dataset.spec.classes), self._views.recipe.distill.tau
-        return decode(self._teacher.targets(inputs, skipped), self.cache.spec, classes, tau)
+        return decode(self._teacher.targets(inputs), self.cache.spec, classes, tau)
 
     def save(self) -> None:
         """See `Targets`."""
@@ -157,7 +156,7 @@ class PerImageTargets:
         self._rows[~is_present(self._rows)] = 0  # images that cannot be read, from which nothing learns
         self._recipe, self._classes, self._device = recipe, classes, device
 
-    def get(self, inputs: AugmentedBatch, skipped: int = 0) -> Tensor:
+    def get(self, inputs: AugmentedBatch) -> Tensor:
         """Return both images' labels, int64 [B, 2], or logits whose softmax at tau is the mixed distribution."""
         samples, tau = inputs.params.sample, self._recipe.distill.tau
         pair = np.stack([samples, samples[inputs.params.mix_index]], 1)

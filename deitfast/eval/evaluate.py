@@ -13,8 +13,8 @@ from deitfast.config.recipe import Recipe
 from deitfast.eval.metrics import Metrics, measure
 from deitfast.models.vit import joint, reads_patches
 from deitfast.runtime import Runtime
-from pipelines.augment.chain import augment
-from pipelines.batch import Loader
+from pipelines.augment.chain import AugmentedBatch, augment
+from pipelines.batch import Batch, Loader
 from pipelines.device import explain_oom
 from pipelines.errors import DeitfastError, UserError
 
@@ -182,9 +182,12 @@ def _predict(
     labels: list[Tensor] = []
     samples: list[Tensor] = []
     valid: list[Tensor] = []
-    for done, batch in enumerate(loader.epoch(0), start=1):
-        patch, kernels = reads_patches(model), recipe.train.kernels
-        inputs = augment(batch, recipe.augment, dtype=runtime.input_dtype, train=False, patch=patch, kernels=kernels)
+    patch, kernels = reads_patches(model), recipe.train.kernels
+
+    def augmented(batch: Batch) -> AugmentedBatch:
+        return augment(batch, recipe.augment, dtype=runtime.input_dtype, train=False, patch=patch, kernels=kernels)
+
+    for done, inputs in enumerate(loader.epoch(0, then=augmented), start=1):
         with runtime.autocast():
             heads = model(inputs.pixels)
         if outputs is not None:
@@ -193,7 +196,7 @@ def _predict(
         logits.append(tuple(head.to(torch.float32, copy=True) for head in heads))
         del heads  # what is still held when the next batch comes, CUDA graphs record another graph behind
         labels.append(inputs.labels)
-        samples.append(torch.from_numpy(batch.params.sample.astype(np.int64)))
+        samples.append(torch.from_numpy(inputs.params.sample.astype(np.int64)))
         valid.append(inputs.valid)
         if progress:
             progress(done, loader.steps_per_epoch)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from pipelines.errors import UserError
 log = logging.getLogger("deitfast")
 DRIVERS = {13: "580", 12: "525", 11: "450"}
 """Oldest NVIDIA driver for each generation of CUDA (NVIDIA's table of minor version compatibility)."""
+STEP_PRIORITY = -1
+"""Of the step's CUDA stream; the loader's, DALI's and torch's other streams have 0, and lower numbers go first."""
 DRIVER_FILE, DEVICE_FILE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
 
 
@@ -104,6 +107,17 @@ def _runs(architecture: str, major: int, minor: int) -> bool:
     digits = "".join(filter(str.isdigit, version))
     built = int(digits[:-1] or 0), int(digits[-1:] or 0)
     return built <= (major, minor) and (kind == "compute" or built[0] == major)
+
+
+def step_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a process's main thread works on its device: on CUDA, on a stream of high priority.
+
+    Where its kernels and those of the loader's streams are both ready, its go first: the loader works ahead, and
+    nothing waits for the step's kernels but the run.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device, priority=STEP_PRIORITY))
 
 
 def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from deitfast.config.recipe import TrainSpec
-from deitfast.runtime.device import choose_amp, choose_compile, choose_device
+from deitfast.runtime.device import choose_amp, choose_compile, choose_device, step_stream
 from deitfast.runtime.ranks import RankWatch, failures_named
 
 T = TypeVar("T")
@@ -110,13 +110,14 @@ def start(train: TrainSpec, device: str = "auto") -> Iterator[Runtime]:
         torch.cuda.set_device(chosen)
     amp, compiled = choose_amp(train.amp, chosen), choose_compile(train.compile, chosen)
     if world == 1:
-        yield Runtime(chosen, rank, world, amp, compiled)
+        with step_stream(chosen):
+            yield Runtime(chosen, rank, world, amp, compiled)
         return
     store, rank, world = next(rendezvous("env://", rank, world))
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     # the watch, not this, ends a rank that waits in vain: evaluation and compiling may take long
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
     watch = RankWatch(PrefixStore("deitfast", store), rank, world)
-    with watch, failures_named(watch):
+    with step_stream(chosen), watch, failures_named(watch):
         yield Runtime(chosen, rank, world, amp, compiled, cast(dist.ProcessGroup, dist.new_group(backend="gloo")))
         dist.destroy_process_group()

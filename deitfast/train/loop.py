@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 
 from torch import Tensor
 
@@ -54,19 +55,19 @@ class TrainLoop:
         recipe, train, steps = self.recipe, self.recipe.train, self.loader.steps_per_epoch
         peak = peak_lr(recipe.optim, train.batch)
         began = time.monotonic()
-        with closing(self.loader.epoch(state.epoch, state.steps)) as batches:  # pyright: ignore
+        made = self.loader.epoch(state.epoch, state.steps, then=partial(self.inputs, epoch=state.epoch))
+        with closing(made) as batches:  # pyright: ignore
             while True:
                 with stop.interruptible():
-                    batch = next(batches, None)
-                if batch is None:
+                    inputs = next(batches, None)
+                if inputs is None:
                     return
                 state.waited += time.monotonic() - began
                 with explain_oom(*STEP_MEMORY), stop.interruptible(self.first_step_pending):
-                    inputs = self.inputs(batch, state.epoch)
                     targets = None
                     if self.targets:
                         before = self.targets.teacher_views
-                        targets = self.targets.get(inputs, batch.skipped)
+                        targets = self.targets.get(inputs)
                         state.teacher_views += self.targets.teacher_views - before
                     if self.first_step_pending:
                         self.fit_memory(inputs, targets)
@@ -74,7 +75,7 @@ class TrainLoop:
                     state.losses += self.train_step.step(inputs, targets, lr)
                 self.first_step_pending = False
                 state.steps += 1
-                state.skipped += batch.skipped
+                state.skipped += inputs.skipped
                 seen = self.monitor.after_step(state, stop.signal, save_due())
                 now = time.monotonic()
                 state.seconds += now - began
@@ -87,7 +88,7 @@ class TrainLoop:
                 stop.check()
 
     def inputs(self, batch: Batch, epoch: int) -> StepInputs:
-        """Return a batch of `epoch` as the step takes it."""
+        """Return a batch of `epoch` as the step takes it. Called where batches are made: beside the step, not in it."""
         recipe, dtype = self.recipe, self.runtime.input_dtype
         augmented = augment(
             batch, recipe.augment, dtype=dtype, train=True, patch=self.patch, kernels=recipe.train.kernels

@@ -49,6 +49,8 @@ class AugmentedBatch:
     """bool [B]: False for rows that do not count, see `Batch`."""
     params: ViewParams
     """What was drawn for each row, on the host; its samples and views identify the rows."""
+    skipped: int = 0
+    """Rows whose image cannot be read, see `Batch`."""
 
 
 def augment(
@@ -126,9 +128,10 @@ def _in_kernels(batch: Batch, spec: AugmentSpec, dtype: torch.dtype, train: bool
     pixels = launch.write_batch(images, sent, scales, seed=spec.seed, patch=patch, dtype=dtype)
     if sent is None:
         lam = torch.ones_like(batch.labels, dtype=torch.float32)
-        return AugmentedBatch(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params)
+        return AugmentedBatch(pixels, batch.labels, batch.labels, lam, batch.valid, batch.params, batch.skipped)
     partners, lam = sent.rows[:, SLICES["mix_index"].start].long(), sent.rows[:, SLICES["lam"].start].float() / UNIT
-    return AugmentedBatch(pixels, batch.labels, batch.labels[partners], lam, batch.valid, batch.params)
+    mix_labels = batch.labels[partners]
+    return AugmentedBatch(pixels, batch.labels, mix_labels, lam, batch.valid, batch.params, batch.skipped)
 
 
 def _planes(batch: Batch, train: bool, device: torch.device) -> Tensor:
@@ -231,7 +234,7 @@ def _input(
     """NHWC pixels as an NCHW view in `dtype`, which is channels-last, or cut into patches."""
     cast = pixels.to(dtype).permute(0, 3, 1, 2)
     cut = cut_patches(cast, patch) if patch else cast
-    return AugmentedBatch(cut, batch.labels, mix_labels, lam, batch.valid, batch.params)
+    return AugmentedBatch(cut, batch.labels, mix_labels, lam, batch.valid, batch.params, batch.skipped)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Batch, and the contract of every loader."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from pipelines.rng.view_params import ViewParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,19 @@ class Loader(Protocol):
     steps_per_epoch: int
     """Batches in one epoch."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    @overload
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+
+    @overload
+    def epoch(self, epoch: int, start_step: int = 0, *, then: Callable[[Batch], T]) -> Iterator[T]: ...
+
+    def epoch(
+        self, epoch: int, start_step: int = 0, *, then: Callable[[Batch], T] | None = None
+    ) -> Iterator[Batch | T]:
         """Yield the batches of `epoch` from `start_step` on. A yielded batch stays valid while its caller holds it.
+
+        `then` is called with each batch where batches are made: in another thread, and on CUDA on another stream than
+        the caller's. What it returns, a dataclass with tensors among its fields, is yielded instead.
 
         Raises:
             DeitfastError: a sample's bytes are damaged; the message names it. With `skip_bad` its rows are black

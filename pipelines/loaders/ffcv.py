@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from queue import Empty
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numba
@@ -21,7 +21,7 @@ from pipelines.batch import Batch
 from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.batch_plan import BatchPlan, diagnose_rejected
 from pipelines.loaders.geometry import Geometry
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import PrefetchingLoader
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
 from pipelines.storage.formats.beton import BetonReader
@@ -77,7 +77,7 @@ ONE_AT_A_TIME = Lock()
 """Where numba has neither TBB nor OpenMP, two threads in its parallel loops at once end the process."""
 
 
-class FfcvLoader:
+class FfcvLoader(PrefetchingLoader):
     """FFCV's Loader behind our contract.
 
     FFCV takes an order of sample numbers and has its decoders draw at random. Here every step's table (sample, window,
@@ -107,20 +107,16 @@ class FfcvLoader:
                 order=OrderOption.SEQUENTIAL,
                 indices=[0],
                 pipelines=wanted,
-                batches_ahead=1,  # ours are made ahead in `prefetched`
+                batches_ahead=1,  # ours are made ahead by `PrefetchingLoader`
             )
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
-        if self._loader is None:
-            raise RuntimeError("this loader is closed")
-        return prefetched(lambda stop: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
 
     def close(self) -> None:
         """Let go of FFCV's buffers and its map of the file."""
         self._loader = None
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start_step: int, stop: Event) -> Iterator[Batch]:
+        if self._loader is None:
+            raise RuntimeError("this loader is closed")
         if start_step >= self.steps_per_epoch:
             return
         run = _Run(self._loader, self.plan, self.reader, epoch, start_step)

@@ -14,7 +14,7 @@ from pipelines.errors import DeitfastError
 from pipelines.loaders.batch_plan import CHUNK, BatchPlan, undecodable_error
 from pipelines.loaders.codecs.turbo import TurboCodec
 from pipelines.loaders.geometry import Crop, CropTable, Geometry, ImageCrops, by_image
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import PrefetchingLoader
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
 from pipelines.storage.reader import RAW, Reader
@@ -36,7 +36,7 @@ class Codec(Protocol):
         ...
 
 
-class HostLoader:
+class HostLoader(PrefetchingLoader):
     """Decodes on the host with worker threads, each image once a batch however many of its views the batch holds."""
 
     def __init__(self, name: str, plan: BatchPlan, codec: Callable[[], Codec]) -> None:
@@ -45,12 +45,6 @@ class HostLoader:
         self._codecs: SimpleQueue[Codec] = SimpleQueue()  # a worker borrows one for the time of a chunk
         for _ in range(plan.workers):
             self._codecs.put(codec())
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
-        return prefetched(
-            lambda stop: self._batches(epoch, start_step, stop), self.plan.spec.prefetch, self.plan.device
-        )
 
     def close(self) -> None:
         """Nothing outlives an iteration: each one joins its own threads."""

@@ -1,20 +1,23 @@
 """Batches made ahead of their consumer by one background thread, copied to the device while the step runs."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.device import explain_oom, to_device
+from pipelines.loaders.batch_plan import BatchPlan
+from pipelines.loaders.streams import Mark, Streams, streams_of
 
+T = TypeVar("T")
 BUFFER = "the batches that the loader makes ahead"
 REMEDY = "lower loader.prefetch or train.batch"
 QUEUED = 4
@@ -23,11 +26,48 @@ POLL_SECONDS = 0.001
 """Seconds between two queries of the GPU's progress."""
 
 
-def prefetched(make: Callable[[Event], Iterator[Batch]], ahead: int, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of `make(stop)` on `device`, produced in a background thread at most `ahead` of the consumer.
+class PrefetchingLoader(ABC):
+    """What loaders have in common: one thread makes their batches ahead. See `pipelines.batch.Loader`."""
+
+    plan: BatchPlan
+    steps_per_epoch: int
+
+    @overload
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+
+    @overload
+    def epoch(self, epoch: int, start_step: int = 0, *, then: Callable[[Batch], T]) -> Iterator[T]: ...
+
+    def epoch(self, epoch: int, start_step: int = 0, *, then: Callable[[Batch], Any] | None = None) -> Iterator[Any]:
+        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
+        return prefetched(
+            lambda stop: self._batches(epoch, start_step, stop), self._ahead(), self.plan.device, then or _as_it_is
+        )
+
+    def _ahead(self) -> int:
+        """Return the most batches that are made and not consumed."""
+        return self.plan.spec.prefetch
+
+    @abstractmethod
+    def _batches(self, epoch: int, start_step: int, stop: Event) -> Iterator[Batch]:
+        """Make the batches, on whatever device; called and consumed in the thread. End early where `stop` is set."""
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def prefetched(
+    make: Callable[[Event], Iterator[Batch]],
+    ahead: int,
+    device: torch.device,
+    then: Callable[[Batch], T],
+    streams: Streams | None = None,
+) -> Iterator[T]:
+    """Yield what `then` makes of each batch of `make(stop)`, in a background thread, at most `ahead` of the consumer.
 
     The iterator that `make` returns is created, advanced and closed in that thread alone, so it may hold worker
-    threads of its own. On CUDA it runs under a side stream, and the copy to the device overlaps with the step.
+    threads of its own. On CUDA that, the copy to the device and `then` run under a side stream, beside the step.
 
     A host that never waits for its GPU would run further and further ahead of it, and the memory of the batches that
     the GPU has not finished would grow without bound. So the producer waits while `QUEUED` of them are unfinished.
@@ -39,12 +79,15 @@ def prefetched(make: Callable[[Event], Iterator[Batch]], ahead: int, device: tor
         make: starts making batches; its argument is set as soon as no more of them will be consumed.
         ahead: most batches made but not consumed.
         device: where the batches go.
+        then: called with each batch, whose copy to the device has begun; returns a dataclass, whose tensors the
+            consumer's stream may use.
+        streams: the device's; None: as they are.
 
     Raises:
-        Exception: whatever `make` or its iterator raised, after the batches before it.
+        Exception: whatever `make`, its iterator or `then` raised, after the batches before it.
         DeitfastError: there is no GPU memory for the batches.
     """
-    transfer = Transfer(device)
+    transfer = Transfer(device, then, streams or streams_of(device))
     finished: SimpleQueue[InFlight | BaseException | None] = SimpleQueue()
     slots, stop = Semaphore(ahead), Event()
     arguments = (make, transfer, finished, slots, stop)
@@ -74,7 +117,7 @@ def _produce(
     stop: Event,
 ) -> None:
     try:
-        with transfer.context(), explain_oom(BUFFER, REMEDY):
+        with transfer.streams.making(), explain_oom(BUFFER, REMEDY):
             batches = make(stop)
             try:
                 while True:
@@ -93,71 +136,47 @@ def _produce(
         finished.put(error)
 
 
-@cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream that batches are made on: torch's allocator caches memory by stream."""
-    return torch.cuda.Stream(device)
-
-
 class Transfer:
-    """Copies batches to a device: on CUDA on a side stream, so that copies overlap with the step; else plainly."""
+    """Takes batches to a device in one thread and hands them to the stream of another."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = side_stream(device) if device.type == "cuda" else None
-        self._received: deque[torch.cuda.Event] = deque()
-        """For each batch received, an event behind everything that was enqueued before it (CUDA)."""
-
-    def context(self) -> AbstractContextManager:
-        """Return the context in which the producer works: the side stream on CUDA."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    def __init__(self, device: torch.device, then: Callable[[Batch], Any], streams: Streams) -> None:
+        self.device, self.then, self.streams = device, then, streams
+        self._taken: deque[Mark] = deque()
+        """For each batch received, a mark behind everything that was enqueued before it."""
 
     def send(self, batch: Batch) -> "InFlight":
-        """Start a batch's copy to the device (producer)."""
-        batch = _map_tensors(batch, lambda tensor: to_device(tensor, self.device))
-        if self.stream is None:
-            return InFlight(batch, None)
-        copied = torch.cuda.Event()
-        copied.record(self.stream)
-        return InFlight(batch, copied)
+        """Start a batch's copy to the device, and what comes after it (producer)."""
+        tensors = {name: to_device(tensor, self.device) for name, tensor in _tensors(batch).items()}
+        return InFlight(self.then(replace(batch, **tensors)), self.streams.mark_made())
 
-    def receive(self, item: "InFlight") -> Batch:
-        """Return the batch, for use on the consumer's current stream (consumer)."""
-        if item.copied is not None:
-            consumer = torch.cuda.current_stream(self.device)
-            before = torch.cuda.Event()
-            before.record(consumer)
-            self._received.append(before)
-            consumer.wait_event(item.copied)
-            _map_tensors(item.batch, lambda tensor: _record_stream(tensor, consumer))
-        return item.batch
+    def receive(self, item: "InFlight") -> Any:
+        """Return what was made of a batch, for use on the consumer's current stream (consumer)."""
+        self._taken.append(self.streams.mark_taken())
+        self.streams.hand_over(item.made, _tensors(item.content).values())
+        return item.content
 
     def wait_for_gpu(self, stop: Event) -> None:
         """Wait until the GPU has fewer than `QUEUED` unfinished batches, or `stop` is set (producer).
 
         Polls, as `Event.synchronize` would not notice `stop`: a GPU may wait for other ranks for ever.
         """
-        while len(self._received) >= QUEUED:  # an event tells of the batches before its own
-            if self._received[0].query():
-                self._received.popleft()
+        while len(self._taken) >= QUEUED:  # a mark tells of the batches before its own
+            if self._taken[0].query():
+                self._taken.popleft()
             elif stop.wait(POLL_SECONDS):
                 return
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A batch on its way to the consumer, and the event at the end of its copy to the device (CUDA)."""
+    """What was made of a batch, on its way to the consumer."""
 
-    batch: Batch
-    copied: torch.cuda.Event | None
-
-
-def _record_stream(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """Keep torch's allocator from reusing the memory before `stream` is done with it."""
-    tensor.record_stream(stream)
-    return tensor
+    content: Any
+    made: Mark
+    """Behind its copy to the device and what was done there."""
 
 
-def _map_tensors(batch: Batch, apply: Callable[[Tensor], Tensor]) -> Batch:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: apply(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """Return the tensors among a dataclass's fields."""
+    values = {field.name: getattr(content, field.name) for field in fields(content)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

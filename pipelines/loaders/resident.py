@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from pipelines.errors import DeitfastError, UserError
 from pipelines.loaders.batch_plan import CHUNK, BatchPlan
 from pipelines.loaders.geometry import Geometry
 from pipelines.loaders.host import Codec, decode_window
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import PrefetchingLoader
 from pipelines.loaders.resample import resample
 from pipelines.rng.sampler import Rows
 from pipelines.storage.reader import Reader
@@ -22,7 +23,7 @@ OUTSIDE = 1 << 20
 """Offset of a frame that lies outside of every image."""
 
 
-class ResidentLoader:
+class ResidentLoader(PrefetchingLoader):
     """Holds the split as uint8 [N, H, W, 3] on the device (CIFAR-10's 50,000 images: 154 MB).
 
     Its pixels are `reference`'s bit for bit: crops are copies, and `resample` rounds as PIL does.
@@ -36,15 +37,11 @@ class ResidentLoader:
         with explain_oom("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
             self.images: Tensor = images.to(plan.device)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
-        return prefetched(lambda stop: self._batches(epoch, start_step), self.plan.spec.prefetch, self.plan.device)
-
     def close(self) -> None:
         """Release the images' memory."""
         self.images = self.images.new_empty((0, *self.images.shape[1:]))  # a slice would keep all of them alive
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start_step: int, stop: Event) -> Iterator[Batch]:
         for rows, params in self.plan.draws(epoch, start_step):
             size, interpolation = self.plan.augment.size, self.plan.interpolation
             crops = gather(self.images, rows, Geometry.of(params), size, interpolation)

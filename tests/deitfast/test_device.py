@@ -1,13 +1,17 @@
 """The probe at the start: a GPU that is there and cannot be used is named, with what it would need."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from deitfast.runtime import choose_compile, choose_device, device
+from deitfast.config.recipe import TrainSpec
+from deitfast.runtime import choose_compile, choose_device, device, start
 from pipelines.errors import UserError
+from pipelines.loaders.streams import side_stream
 from tests.helpers.command_line import call
 
 VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15 \nGCC version: 12.2.0\n"
@@ -81,3 +85,30 @@ def test_doctor_says_so_too(old_driver: None, capsys: pytest.CaptureFixture[str]
     code, shown, _ = call(capsys, "doctor")
     assert code == 0
     assert "a GPU that PyTorch cannot use: needs a driver from 580 on" in re.sub(r"[│\s]+", " ", shown)
+
+
+def test_a_run_works_on_a_stream_that_goes_before_the_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, made = [], []
+
+    class Stream:
+        def __init__(self, device: torch.device, priority: int = 0) -> None:
+            made.append((device, priority))
+
+    @contextmanager
+    def entering(stream: Stream) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
+    gpu = torch.device("cuda", 0)
+    for name in ("choose_device", "choose_amp", "choose_compile"):
+        monkeypatch.setattr(f"deitfast.runtime.process.{name}", lambda *arguments: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", entering)
+    with start(TrainSpec(), "cuda"):
+        assert made == [(gpu, -1)]
+        assert len(entered) == 1
+        assert isinstance(side_stream.__wrapped__(torch.device("cuda", 1)), Stream)  # not what is cached
+    assert made[1:] == [(torch.device("cuda", 1), 0)]
+    assert not entered

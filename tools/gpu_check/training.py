@@ -35,8 +35,6 @@ SETTINGS = {
 }
 """What `alternatives` changes, by the loader that it needs: the hardware decoder's share next to the step, which may
 not be the best one alone; more batches under way; decoding on the host, which leaves the GPU to the step."""
-URGENT = -1
-"""Priority of a CUDA stream whose kernels go before those of the others; torch's and DALI's streams have 0."""
 
 
 def step(context: Context) -> Iterator[Figure | Note]:
@@ -197,15 +195,17 @@ def alternatives(context: Context) -> Iterator[Figure | Note]:
             for setting in settings if not why_not(loader) else ():
                 cases[setting] = all_together(stack.enter_context(closing(bench.changed([setting]))))
         if context.cuda:
-            cases["the step on a stream of high priority"] = urgent(cases["as it is"], context.runtime.device)
+            cases["the step on a stream of the loader's priority"] = unhurried(
+                cases["as it is"], context.runtime.device
+            )
         alone, *found = measure([step_alone(bench), *cases.values()], bench.clock, context.timing)
     for name, each in zip(cases, found, strict=True):
         yield ratio(f"of the step alone: {name}", each, alone)
 
 
-def urgent(case: BenchCase, device: torch.device) -> BenchCase:
-    """Return the same work on a stream whose kernels go before the loader's."""
-    stream = torch.cuda.Stream(device, priority=URGENT)
+def unhurried(case: BenchCase, device: torch.device) -> BenchCase:
+    """Return the same work on a stream of the usual priority, the loader's (see `runtime.device.step_stream`)."""
+    stream = torch.cuda.Stream(device)
 
     def call() -> object:
         usual = torch.cuda.current_stream(device)

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import torch
@@ -22,18 +23,18 @@ from pipelines.loaders.dali.decode_once import DecodeRun, decode_once
 from pipelines.loaders.dali.graph import Graph, GraphSpec, release_memory
 from pipelines.loaders.dali.setup import graph_spec, memory
 from pipelines.loaders.dali.source import EncodedImages
-from pipelines.loaders.prefetch import prefetched
+from pipelines.loaders.prefetch import PrefetchingLoader
 
 log = logging.getLogger(__name__)
 BUFFER = "the images that the dali loader decodes"
 REMEDY = "lower loader.prefetch, loader.workers or train.batch"
 
 
-class DaliLoader:
+class DaliLoader(PrefetchingLoader):
     """Feeds stored images to DALI's graph, and assembles batches from the crops that it returns.
 
     DALI keeps `loader.prefetch` runs in flight on threads and streams of its own; besides, one batch waits for the
-    step. Everything here happens in the thread of `prefetched` and on its stream. Memory: see `setup.memory`.
+    step. Everything here happens in the thread that makes batches and on its stream. Memory: see `setup.memory`.
     """
 
     name = "dali"
@@ -45,16 +46,15 @@ class DaliLoader:
         self._idle: list[Graph] = []
         """Graphs that no iteration uses now; building one takes a second on a GPU."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from `start_step` on; see `pipelines.batch.Loader`."""
-        return prefetched(lambda stop: self._batches(epoch, start_step), 1, self.plan.device)
-
     def close(self) -> None:
         """End DALI's threads, and return the memory that DALI caches to the device."""
         self._idle.clear()
         release_memory()
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _ahead(self) -> int:
+        return 1  # DALI's runs are made ahead as well
+
+    def _batches(self, epoch: int, start_step: int, stop: Event) -> Iterator[Batch]:
         step, retried = start_step, -1
         while step < self.steps_per_epoch:
             try:

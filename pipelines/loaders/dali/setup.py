@@ -65,8 +65,9 @@ def memory(plan: BatchPlan, spec: GraphSpec, *, largest: bool) -> dict[str, int]
 
     With D runs under way, n images of R views in each and crops of S x S x 3 bytes: D x n decoded images (`largest`:
     the n largest of the split, which bounds it; else n average ones); the n x R crops of D + 1 runs, one of them being
-    gathered; R batches begun, `QUEUED` before the GPU (without one, the one at the step) and one just let go of; and
-    on CUDA 16 MiB for each decoding thread, with as much again in page-locked host memory.
+    gathered; R batches begun and one that is being augmented; what augmentation has made of one batch that waits and,
+    before a GPU, of `QUEUED` (without one, of the one at the step), in bfloat16 (float32); and on CUDA 16 MiB for each
+    decoding thread, with as much again in page-locked host memory.
     """
     sizes = plan.reader.heights.astype(np.int64) * plan.reader.widths * 3
     images = np.sort(sizes)[-spec.images :].sum() if largest else sizes.mean() * spec.images
@@ -74,7 +75,8 @@ def memory(plan: BatchPlan, spec: GraphSpec, *, largest: bool) -> dict[str, int]
     return {
         "decoded images": spec.depth * int(images),
         "crops": (spec.depth + 1) * spec.images * spec.views * crop,
-        "batches": (spec.views + (QUEUED if cuda else 1) + 1) * rows * crop,
+        "batches": (spec.views + 1) * rows * crop,
+        "augmented": (1 + QUEUED) * rows * crop * 2 if cuda else 2 * rows * crop * 4,
         "decoder": spec.threads * DEVICE_PADDING if cuda else 0,
     }
 

@@ -169,13 +169,13 @@ class Images:
         self.mine = torch.arange(rank, count, world)
         self.steps_per_epoch = math.ceil(math.ceil(count / world) / self.batch)
 
-    def epoch(self, epoch, start_step=0):
+    def epoch(self, epoch, start_step=0, *, then):
         for step in range(start_step, self.steps_per_epoch):
             mine = self.mine[step * self.batch : (step + 1) * self.batch]
             rows = torch.cat([mine, torch.zeros(self.batch - len(mine), dtype=torch.int64)])
             table = np.zeros((self.batch, sum(COLUMNS.values())), np.int32)
             valid = torch.arange(self.batch) < len(mine)
-            yield Batch(self.images[rows], self.labels[rows], valid, ViewParams(table))
+            yield then(Batch(self.images[rows], self.labels[rows], valid, ViewParams(table)))
 
     def close(self):
         pass
@@ -219,7 +219,7 @@ def test_models_of_other_widths_and_empty_splits_are_refused():
     with pytest.raises(UserError, match="the model has 7 classes, the data set 10"):
         run(TwoHeads(), Images(), classes=10)
     with pytest.raises(DeitfastError, match="no image"):
-        run(TwoHeads(), SimpleNamespace(epoch=lambda epoch: iter(()), steps_per_epoch=0))
+        run(TwoHeads(), SimpleNamespace(epoch=lambda epoch, then: iter(()), steps_per_epoch=0))
 
 
 def _evaluate_as_rank(rank, world, folder):

@@ -53,7 +53,7 @@ def test_batches_arrive_whole_though_the_gpu_is_busy() -> None:
     count = 24
     batches = [replace(one, images=torch.full_like(one.images, number)) for number in range(count)]
     found = []
-    for batch in prefetched(lambda stop: iter(batches), 2, GPU):
+    for batch in prefetched(lambda stop: iter(batches), 2, GPU, lambda batch: batch):
         torch.cuda._sleep(BUSY // 20)
         found.append(batch.images.float().mean())
         del batch

@@ -40,9 +40,9 @@ class Batches:
     def __init__(self, steps: int) -> None:
         self.steps_per_epoch, self.batch = steps, batch_for(tiny_recipe())
 
-    def epoch(self, epoch: int, start_step: int = 0):
+    def epoch(self, epoch: int, start_step: int = 0, *, then):
         for _ in range(start_step, self.steps_per_epoch):
-            yield self.batch
+            yield then(self.batch)
 
     def close(self) -> None:
         """Nothing is open."""

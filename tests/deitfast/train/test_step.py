@@ -52,8 +52,8 @@ class Batches:
     def __init__(self, recipe: Recipe) -> None:
         self.batch = batch_for(recipe)
 
-    def epoch(self, epoch: int, start_step: int = 0):
-        yield from (self.batch, self.batch)
+    def epoch(self, epoch: int, start_step: int = 0, *, then):
+        yield from (then(self.batch), then(self.batch))
 
 
 def test_patches_teach_what_pixels_teach() -> None:

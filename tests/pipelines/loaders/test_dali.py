@@ -274,9 +274,10 @@ def test_memory_is_bounded_by_what_a_run_can_hold(photos: Reader) -> None:
     assert bound["decoded images"] == spec.depth * sum(sizes[-4:])
     assert setup.memory(plan, spec, largest=False)["decoded images"] < bound["decoded images"]
     assert bound["crops"] == 3 * 12 * 32 * 32 * 3
-    assert bound["batches"] == 5 * 12 * 32 * 32 * 3
+    assert bound["batches"] == 4 * 12 * 32 * 32 * 3
+    assert bound["augmented"] == 2 * 12 * 32 * 32 * 3 * 4  # float32
     on_gpu = setup.memory(plan, replace(spec, device=torch.device("cuda", 0)), largest=True)
-    assert on_gpu["batches"] == (3 + QUEUED + 1) * 12 * 32 * 32 * 3
+    assert on_gpu["augmented"] == (1 + QUEUED) * 12 * 32 * 32 * 3 * 2
 
 
 def test_the_rate_of_a_graph_can_be_measured(photos: Reader) -> None:

@@ -3,15 +3,16 @@
 import itertools
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pipelines.batch import Batch
-from pipelines.loaders import prefetch
 from pipelines.loaders.batch_plan import CHUNK
 from pipelines.loaders.codecs.pillow import PillowCodec
 from pipelines.loaders.prefetch import QUEUED, prefetched
@@ -20,6 +21,10 @@ from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import BATCH, RESIZED, open_eval
 
 CPU = torch.device("cpu")
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def one_batch() -> Batch:
@@ -35,7 +40,7 @@ def test_prefetching_stays_within_its_bound() -> None:
             made.append(step)
             yield one_batch()
 
-    batches = prefetched(source, 3, CPU)
+    batches = prefetched(source, 3, CPU, as_it_is)
     for taken in range(1, 6):
         next(batches)
         time.sleep(0.05)
@@ -48,7 +53,7 @@ def test_prefetching_hands_on_what_came_before_an_exception() -> None:
         yield one_batch()
         raise ValueError("third")
 
-    batches = prefetched(source, 4, CPU)
+    batches = prefetched(source, 4, CPU, as_it_is)
     assert [next(batches).images.item() for _ in range(2)] == [0, 0]
     with pytest.raises(ValueError, match="third"):
         next(batches)
@@ -82,7 +87,7 @@ def test_the_source_is_closed_in_its_own_thread() -> None:
             ended.append(threading.current_thread().name)
 
     before = threading.active_count()
-    batches = prefetched(source, 2, CPU)
+    batches = prefetched(source, 2, CPU, as_it_is)
     next(batches)
     del batches
     assert ended == ["deitfast-prefetch"]
@@ -91,10 +96,38 @@ def test_the_source_is_closed_in_its_own_thread() -> None:
 
 @dataclass
 class Gpu:
-    """Done with so many batches."""
+    """Done with so many batches; on its streams, an event behind a batch is one more to be done."""
 
     done: int = 0
     received: int = 0
+    enqueued: list[tuple[str, Any]] = field(default_factory=list)
+    """What was enqueued on both streams, in the order of the calls: (stream, what)."""
+    current: threading.local = field(default_factory=threading.local)
+    """A thread's current stream."""
+
+    def put(self, what: Any) -> None:
+        """Enqueue something on the thread's current stream."""
+        self.enqueued.append((getattr(self.current, "stream", "step"), what))
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        self.current.stream = "side"
+        yield
+        self.current.stream = "step"
+
+    def mark_made(self) -> object:
+        mark = object()
+        self.put(("mark", mark))
+        return mark
+
+    def mark_taken(self) -> "Mark":
+        self.received += 1
+        return Mark(self, self.received - 1)
+
+    def hand_over(self, made: object, tensors: Iterable[torch.Tensor]) -> None:
+        self.put(("wait", made))
+        for tensor in tensors:
+            self.put(("keep", tensor.data_ptr()))
 
 
 @dataclass
@@ -108,30 +141,16 @@ class Mark:
         return self.gpu.done >= self.before
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """A GPU that only goes on when told to."""
-    gpu = Gpu()
-    receive = prefetch.Transfer.receive
-
-    def marked(transfer: prefetch.Transfer, item: prefetch.InFlight) -> Batch:
-        transfer._received.append(Mark(gpu, gpu.received))  # type: ignore[arg-type]
-        gpu.received += 1
-        return receive(transfer, item)
-
-    monkeypatch.setattr(prefetch.Transfer, "receive", marked)
-    return gpu
-
-
-def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu(gpu: Gpu) -> None:
+def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu() -> None:
     made: list[int] = []
+    gpu = Gpu()
 
     def source(stop: threading.Event) -> Iterator[Batch]:
         for _ in range(20):
             made.append(gpu.received - gpu.done)
             yield one_batch()
 
-    batches = prefetched(source, 1, CPU)
+    batches = prefetched(source, 1, CPU, as_it_is, gpu)
     for step in range(20):
         if step > QUEUED:
             time.sleep(0.01)
@@ -143,10 +162,60 @@ def test_no_batch_is_begun_for_a_host_that_is_far_ahead_of_its_gpu(gpu: Gpu) -> 
     assert max(made) == QUEUED
 
 
-def test_breaking_off_does_not_wait_for_the_gpu(gpu: Gpu) -> None:
-    batches = prefetched(lambda stop: iter([one_batch()] * 20), 1, CPU)
+def test_breaking_off_does_not_wait_for_the_gpu() -> None:
+    batches = prefetched(lambda stop: iter([one_batch()] * 20), 1, CPU, as_it_is, Gpu())
     for _ in range(QUEUED + 1):
         next(batches)
     before = threading.active_count()
     del batches
     assert threading.active_count() == before - 1
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """What `then` makes of a batch: two tensors of its own, and something that is none."""
+
+    pixels: torch.Tensor
+    valid: torch.Tensor
+    params: ViewParams
+
+
+def test_what_is_made_of_a_batch_is_enqueued_beside_the_step_which_waits_for_it_and_keeps_its_memory() -> None:
+    """On one stream: a batch, what is made of it, a mark. On the step's: the wait for that mark, then what uses it."""
+    gpu, threads = Gpu(), set()
+
+    def augment(batch: Batch) -> Augmented:
+        threads.add(threading.current_thread().name)
+        gpu.put("augment")
+        return Augmented(batch.images + 1, batch.valid.clone(), batch.params)
+
+    def source(stop: threading.Event) -> Iterator[Batch]:
+        for _ in range(3):
+            gpu.put("copy")
+            yield one_batch()
+
+    kept = []
+    for made in prefetched(source, 1, CPU, augment, gpu):
+        assert made.pixels.item() == 1
+        gpu.put("step")
+        kept.append({made.pixels.data_ptr(), made.valid.data_ptr()})
+        gpu.done = gpu.received
+    assert threads == {"deitfast-prefetch"}
+    side, step = ([what for stream, what in gpu.enqueued if stream == name] for name in ("side", "step"))
+    marks = [what for what in side if what[0] == "mark"]
+    assert side == [what for mark in marks for what in ("copy", "augment", mark)]
+    assert len(marks) == 3
+    for number, (_, mark) in enumerate(marks):
+        wait, *keeping, used = step[4 * number : 4 * number + 4]
+        assert (wait, used) == (("wait", mark), "step")
+        assert {address for _, address in keeping} == kept[number]
+        enqueued = gpu.enqueued.index
+        assert enqueued(("side", ("mark", mark))) < enqueued(("step", wait))
+
+
+def test_an_error_of_what_is_made_of_a_batch_reaches_the_consumer() -> None:
+    def fails(batch: Batch) -> Batch:
+        raise ValueError("no kernels")
+
+    with pytest.raises(ValueError, match="no kernels"):
+        next(prefetched(lambda stop: iter([one_batch()]), 1, CPU, fails))
