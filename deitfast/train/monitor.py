@@ -15,6 +15,8 @@ LOOK_SECONDS = 1.0
 """Time between two looks."""
 MOST_STEPS = 10_000
 """Steps between two looks, at most."""
+MOST_STEPS_OF_AN_EPOCH = 1 << 32
+"""Epoch and step as one number, which is exact in float64."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Observation:
 
     means: dict[str, float] | None
     """Mean of every part of this rank's loss over the epoch, as of an earlier look; None: not known yet."""
+    finite_at: tuple[int, int] | None
+    """Epoch, and its steps, up to which the loss is known to be finite on every rank; None: not known yet."""
     diverged: bool
     """Whether any rank's loss is not finite."""
     signal: int
@@ -47,6 +51,7 @@ class StepMonitor:
         self._copied = torch.cuda.Event() if pinned else None
         self._copy_of: tuple[int, int] | None = None  # epoch and steps whose sums `_host` holds, or will
         self._means: dict[str, float] | None = None
+        self._read_at: tuple[int, int] | None = None  # epoch and steps of the sums that were read last
         self._interval, self._since, self._looked = 1, 0, time.monotonic()
         self._votes: tuple[dist.Work | None, torch.Tensor] | None = None
 
@@ -70,20 +75,22 @@ class StepMonitor:
             self._copy(state)
             self._read(state)
         diverged = self._means is not None and not all(map(math.isfinite, self._means.values()))
-        if self._runtime.world == 1:
-            found = [float(diverged), float(signal), float(save_due), pace]
-        else:
-            found = self._agreed([float(diverged), float(signal), float(save_due), pace])
+        epoch, steps = self._read_at or (-1, 0)
+        # the ranks' largest of each; of the places that they have read, which may differ, the earliest
+        votes = [float(diverged), float(signal), float(save_due), pace, -float(epoch * MOST_STEPS_OF_AN_EPOCH + steps)]
+        found = votes if self._runtime.world == 1 else self._agreed(votes)
         if found is None:
             return None
         self._interval = min(max(1, round(LOOK_SECONDS / max(found[3], 1e-9))), MOST_STEPS)
-        return Observation(self._means, bool(found[0]), int(found[1]), bool(found[2]))
+        place = divmod(round(-found[4]), MOST_STEPS_OF_AN_EPOCH)
+        finite_at = None if found[0] or place[0] < 0 else place
+        return Observation(self._means, finite_at, bool(found[0]), int(found[1]), bool(found[2]))
 
     def reset(self) -> None:
         """Forget what is under way, before the run goes back to a checkpoint. Every rank must call it."""
         if self._votes and self._votes[0]:
             self._votes[0].wait()
-        self._votes = self._copy_of = self._means = None
+        self._votes = self._copy_of = self._means = self._read_at = None
         self._interval, self._since, self._looked = 1, 0, time.monotonic()
 
     def close(self) -> None:
@@ -102,7 +109,8 @@ class StepMonitor:
         """Take what was copied, if the device got that far; of an epoch that is over, nothing is taken."""
         if self._copy_of is None or (self._copied and not self._copied.query()):
             return
-        (epoch, steps), self._copy_of = self._copy_of, None
+        self._read_at, self._copy_of = self._copy_of, None
+        epoch, steps = self._read_at
         values = self._host.tolist()
         if epoch == state.epoch or not all(map(math.isfinite, values)):
             self._means = {name: value / max(steps, 1) for name, value in zip(PARTS, values, strict=True)}

@@ -149,6 +149,8 @@ class Trainer:
                                 if seen is None or seen.diverged:  # what diverged proves no checkpoint
                                     bar.reach(self.state.steps)
                                     continue
+                                if seen.finite_at:
+                                    self.checkpoints.prove(*seen.finite_at)
                                 self._show(bar, seen.means)
                                 if seen.save:
                                     self._save()
@@ -203,7 +205,6 @@ class Trainer:
         loss = f"loss {means['loss']:.3f}, " if means else ""
         bar.reach(state.steps, f"{loss}{rate:,.0f} images/s, waiting {waiting:.0%}, run ends in {left}")
         if means and state.steps < self.loop.loader.steps_per_epoch:  # the epoch's last figures are those of its row
-            self.checkpoints.prove(state.epoch, state.steps)
             self.callbacks.log_step(done, loss=means["loss"], images_per_second=rate, waiting=waiting)
 
     def _steps_done(self) -> int:
@@ -230,6 +231,7 @@ class Trainer:
         """Return where the run stands over all ranks, and what was learned; raises as `_save`."""
         state, learned = self.state.over_ranks(self.runtime), self.step.state()
         state.means()
+        self.checkpoints.prove(state.epoch, state.steps)
         if any(self.runtime.max_over_ranks([not all_finite(learned)])):
             raise DivergedError(state.epoch, state.steps, "a weight")
         return state, learned

@@ -118,3 +118,58 @@ def test_a_finished_epochs_means_are_not_the_next_ones() -> None:
     monitor._copy_of = 0, 2  # as where the device had not done the copy by then
     monitor._read(TrainState.start(CPU.device, epoch=1))
     assert monitor._means is None
+
+
+class Late:
+    """An event behind a copy, which the device has done when told so."""
+
+    done = False
+
+    def record(self) -> None:
+        """It is behind what comes now."""
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_look_says_up_to_which_step_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is the step of an earlier look, however many steps were enqueued since."""
+    monkeypatch.setattr(monitor_module, "LOOK_SECONDS", 0.0)
+    monitor, state, copied = StepMonitor(CPU), TrainState.start(CPU.device, epoch=3), Late()
+    monkeypatch.setattr(monitor, "_copied", copied)
+    places = []
+    for state.steps in range(1, 7):
+        copied.done = state.steps in (4, 5)
+        seen = monitor.after_step(state, 0, False)
+        assert seen
+        places.append(seen.finite_at)
+    assert places == [None, None, None, (3, 1), (3, 4), (3, 4)]
+    state.losses += math.nan
+    copied.done = True
+    state.steps = 7
+    assert monitor.after_step(state, 0, False).finite_at == (3, 5)  # pyright: ignore
+    state.steps = 8
+    seen = monitor.after_step(state, 0, False)
+    assert seen
+    assert seen.diverged
+    assert seen.finite_at is None
+
+
+@pytest.mark.parametrize(("theirs", "expected"), [((0, 1), (0, 1)), ((1, 2), (1, 1)), (None, None)])
+def test_ranks_agree_on_the_earliest_place_that_one_of_them_has_seen(
+    monkeypatch: pytest.MonkeyPatch, theirs: tuple[int, int] | None, expected: tuple[int, int] | None
+) -> None:
+    votes: list[list[float]] = []
+
+    def agreed(own: list[float]) -> list[float]:
+        votes.append(own)
+        return [max(all_ranks) for all_ranks in zip(*votes, strict=True)]
+
+    found = []
+    for place in (theirs, (1, 1)):
+        rank = StepMonitor(replace(CPU, world=2))
+        monkeypatch.setattr(rank, "_agreed", agreed)
+        monkeypatch.setattr(rank, "_read_at", place)
+        monkeypatch.setattr(rank, "_copy", lambda state: None)  # the device has done no later copy
+        found.append(rank.after_step(TrainState.start(CPU.device, epoch=1), 0, False))
+    assert found[-1].finite_at == expected

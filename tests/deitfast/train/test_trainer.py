@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from deitfast.progress import LOGGERS
 from deitfast.run_folder import RunFolder
 from deitfast.train import step as step_module
+from deitfast.train.checkpointer import Checkpointer
+from deitfast.train.monitor import StepMonitor
 from deitfast.weights.load import load_model
 from pipelines.errors import DeitfastError, UserError
 from tests.helpers.small_runs import EVERY_STEP, CrashError, crash_after, run, tiny_recipe, weights
@@ -186,3 +189,27 @@ def test_a_gradient_that_is_not_finite_once_costs_no_run(
     good, bad = weights(tmp_path / "good"), weights(tmp_path / "bad")
     assert all(torch.equal(good[name], bad[name]) for name in good)
     assert len(calls) > 10
+
+
+def test_a_look_proves_the_checkpoint_before_the_step_that_it_has_seen(
+    tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the step at which it looks: on a GPU the sums that it reads are those of an earlier look."""
+    proved: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    after_step, prove = StepMonitor.after_step, Checkpointer.prove
+    now = [(0, 0)]
+
+    def late(self, state, *arguments):
+        seen, now[0] = after_step(self, state, *arguments), (state.epoch, state.steps)
+        return replace(seen, finite_at=(state.epoch, state.steps - 1)) if seen else None
+
+    def watched(self, epoch, steps):
+        proved.append((now[0], (epoch, steps)))
+        prove(self, epoch, steps)
+
+    monkeypatch.setattr("deitfast.train.monitor.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(StepMonitor, "after_step", late)
+    monkeypatch.setattr(Checkpointer, "prove", watched)
+    run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "train.ema=0"))
+    ahead = [(looked[1], seen[1]) for looked, seen in proved]
+    assert ahead == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (5, 5)]  # the epoch's end waits for all of it
