@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +60,12 @@ def open_loader(
         DeitfastError: a sample is damaged (resident only; the others raise it from `epoch`).
     """
     plan = BatchPlan(reader, augment, spec, sampler, train, device, BadSamples(spec.skip_bad))
-    match choose(reader, device) if spec.name == "auto" else spec.name:
+    name = spec.name
+    if name == "auto":
+        name = choose(reader, device)
+        if slower := slower_for_want_of(name, device):
+            _warn_once(slower)
+    match name:
         case "resident":
             from pipelines.loaders.resident import ResidentLoader
 
@@ -80,7 +85,7 @@ def open_loader(
             return FfcvLoader(plan)
         case "reference":
             return HostLoader("reference", plan, _pillow_codec(plan))
-        case name:
+        case _:
             raise UserError(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
 
 
@@ -99,6 +104,23 @@ def choose(reader: Reader, device: torch.device) -> str:
     if device.type == "cuda" and not why_not("dali"):
         return "dali"
     return "reference" if why_not("cpu") else "cpu"
+
+
+def slower_for_want_of(name: str, device: torch.device) -> str:
+    """Return in one line what `auto` would rather have taken than `name`, and what that lacks; "": nothing."""
+    lacking = []
+    if device.type == "cuda" and name in ("cpu", "reference") and (reason := why_not("dali")):
+        lacking.append(f"dali ({reason}; {INSTALL['dali']})")
+    if name == "reference" and (reason := why_not("cpu")):
+        lacking.append(f"cpu ({turbo.unavailable()}, and {reason}; apt install gcc, or {INSTALL['cpu']})")
+    if not lacking:
+        return ""
+    return f"loader auto: {name} reads the images, more slowly than {' or '.join(lacking)} would"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)  # of a run's training and validation split alike
 
 
 def free_memory(device: torch.device) -> int:

@@ -295,6 +295,26 @@ def test_auto_is_resident_for_small_images_that_fit(
     assert choose(small, CPU) == "reference"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_says_in_one_line_what_a_slower_loader_takes_the_place_of(
+    photos: Reader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    factory._warn_once.cache_clear()
+    for _ in range(2):  # a run opens two splits
+        open_train("auto", photos, PADDED)
+    assert caplog.text.count("loader auto") == bool(REASONS["cpu"])
+    for name in ("cpu", "dali"):
+        monkeypatch.setitem(factory.NEEDS, name, (f"no_{name}", ""))
+    monkeypatch.setattr(turbo, "unavailable", lambda: "there is no C compiler")
+    said = factory.slower_for_want_of("reference", torch.device(device))
+    assert "there is no C compiler, and no_cpu is not installed; apt install gcc, or pip install" in said
+    assert ("dali (no_dali is not installed; pip install" in said) == (device == "cuda")
+    assert not factory.slower_for_want_of("dali", torch.device(device))
+    for _ in range(2):
+        assert open_train("auto", photos, PADDED).name == "reference"
+    assert caplog.text.count("loader auto: reference reads the images, more slowly than cpu") == 1
+
+
 def test_a_loader_that_does_not_work_says_why(small: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(factory.NEEDS, "ffcv", ("no_such_package", ""))
     assert available()["ffcv"] == "no_such_package is not installed"
