@@ -18,6 +18,8 @@ from deitfast.train.trainer import TrainJob, train
 CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
 EVERY_STEP = "train.checkpoint_minutes=0"
 """Setting of runs that crash and go on: a checkpoint after each step, which takes as long as the step."""
+SHALLOW = "model.depth=2"
+"""Setting of two blocks instead of twelve, for speed."""
 SOON = 30.0
 """Seconds in which a run must have ended; its own work here takes one or two, on a loaded machine ten."""
 

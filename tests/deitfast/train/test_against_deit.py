@@ -28,8 +28,8 @@ SGD = ("optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0.0005", "schedule
 BY_EPOCH = ("schedule.per=epoch", "schedule.warmup_lr=0.0002")
 """The reference's own schedule: a rate for each epoch."""
 SETTINGS = (
-    "model.patch=16", "augment.mix_group=4", "optim.lr_batch=16", "schedule.warmup_epochs=1",
-    "distill.normalization=batch_classes", "train.amp=off",
+    "model.patch=16", f"model.depth={deit.DEPTH}", "augment.mix_group=4", "optim.lr_batch=16",
+    "schedule.warmup_epochs=1", "distill.normalization=batch_classes", "train.amp=off",
 )  # fmt: skip
 """Batches of 8, a rate for 16; the reference's divisor of the soft term, its only one."""
 
@@ -37,8 +37,7 @@ SETTINGS = (
 @pytest.fixture(autouse=True)
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks instead of twelve, for speed; no report, which is no part of this."""
-    for module in ("models.vit", "weights.layouts"):
-        monkeypatch.setattr(f"deitfast.{module}.DEPTH", deit.DEPTH)
+    monkeypatch.setattr("deitfast.weights.read.STANDARD_DEPTH", deit.DEPTH)
     monkeypatch.setattr("deitfast.report.live.LiveReport.write", lambda self, **options: None)
 
 

@@ -16,7 +16,7 @@ from deitfast.train.loop import TrainLoop
 from deitfast.train.step import TrainStep, takes_graphs
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import UserError
-from tests.helpers.small_runs import CPU, tiny_recipe
+from tests.helpers.small_runs import CPU, SHALLOW, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, ROWS, NoWaiting, batch_for, targets
 
 # Dynamo looks at the logits' .grad under a filter of its own, which pytest's turning of warnings into errors precedes.
@@ -25,15 +25,14 @@ MODES = ("none", "soft", "hard")
 
 
 @pytest.fixture(autouse=True)
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks instead of twelve, for speed."""
-    monkeypatch.setattr("deitfast.models.vit.DEPTH", 2)
+def uncompiled() -> None:
+    """Nothing that an earlier test compiled."""
     torch._dynamo.reset()
 
 
 def recipe_of(mode: str, *settings: str) -> Recipe:
     distill = [f"distill.mode={mode}", "distill.teacher=somewhere"] if mode != "none" else []
-    return tiny_recipe(*distill, *settings)
+    return tiny_recipe(SHALLOW, *distill, *settings)
 
 
 def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -> AugmentedBatch:
