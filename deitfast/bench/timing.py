@@ -15,7 +15,9 @@ from deitfast.bench.record import Measured, Measurement, Resource
 
 IDLE_SECONDS = 0.05
 """Time without work in the background that counts as idle."""
-PATIENCE_SECONDS = 5.0
+IDLE_SHARE = 0.02
+"""Share of a core that idle programs use at most; a busy thread on a machine that others keep busy may get a tenth."""
+PATIENCE_SECONDS = 10.0
 """Longest wait for that."""
 LEAST_WORKER_BATCHES = 4
 """Batches of each worker process in one measurement, at least: what is half done at either end would count in fewer."""
@@ -129,7 +131,7 @@ def wait_idle(worker_pids: Callable[[], list[int]] = list) -> None:
     while time.monotonic() < last:
         before = processor_seconds(worker_pids())
         time.sleep(IDLE_SECONDS)
-        if processor_seconds(worker_pids()) - before < IDLE_SECONDS / 5:
+        if processor_seconds(worker_pids()) - before < IDLE_SHARE * IDLE_SECONDS:
             return
 
 
