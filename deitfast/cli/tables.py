@@ -185,7 +185,7 @@ def describe_machine() -> Table:
 
     from deitfast.runtime.device import unusable_gpu
     from pipelines.batch.place import kernels_missing
-    from pipelines.loaders.factory import available, free_memory
+    from pipelines.loaders.factory import available, cpu_codec, free_memory
 
     table = Table(title="deitfast doctor", title_justify="left", show_header=False)
     found = environment()
@@ -206,7 +206,8 @@ def describe_machine() -> Table:
         table.add_row("cuda", f"no device (PyTorch is built {built})")
     table.add_row("cpu", _precision(torch.device("cpu")))
     for name, reason in available().items():
-        table.add_row(f"loader {name}", f"no: {reason}" if reason else "works")
+        works = f"works: {cpu_codec()}" if name == "cpu" else "works"
+        table.add_row(f"loader {name}", f"no: {reason}" if reason else works)
     versions = (f"{name} {version or 'not installed'}" for name, version in found["libraries"].items())
     table.add_row("libraries", ", ".join(versions))
     return table

@@ -143,6 +143,11 @@ def exact(name: str) -> bool:
     return name in ("reference", "resident") or (name == "cpu" and not turbo.unavailable())
 
 
+def cpu_codec() -> str:
+    """Return in a few words what the cpu loader decodes with on this machine."""
+    return f"nvImageCodec, as {turbo.unavailable()}" if turbo.unavailable() else "compiled code, with Pillow's pixels"
+
+
 def why_not(name: str) -> str:
     """Return the reason why a loader does not work on this machine, "" where it does."""
     if name not in NEEDS or exact(name):
