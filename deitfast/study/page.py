@@ -85,9 +85,14 @@ def markdown(result: StudyResult, comment: str) -> str:
 def as_json(result: StudyResult) -> dict[str, Any]:
     """Return everything that was found as plain values; shares are in [0, 1]."""
     plan = result.plan
+    scale = plan.study.scales.get(plan.options.scale)  # pyright: ignore
     return {
         "study": plan.study.name,
+        "title": plan.study.title,
+        "command": plan.typed(),
         "scale": plan.options.scale,
+        "about": scale.about if scale else "",
+        "columns": list(plan.study.columns),
         "seeds": plan.seeds,
         "deitfast": __version__,
         "machine": result.machine,

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ class StudyPlan:
         """Return the words of the command that trains a run, or goes on with it."""
         return ("deitfast", "train", "--recipe", str(self.recipe_file(run.name)), "--data", str(run.data),
                 "--out", str(self.folder(run.name)), "--resume")  # fmt: skip
+
+    def typed(self) -> str:
+        """Return the command that trains all of it, or goes on with it."""
+        options = self.options
+        more = [f"--scale {options.scale}", f"--seeds {self.seeds}"] if self.study.kind == "training" else []
+        more += [f"--data {shlex.quote(str(options.data))}"] if self.study.kind == "training" else []
+        more += [f"--only {shlex.quote(name)}" for name in options.only]
+        more += [f"--set {shlex.quote(setting)}" for setting in options.settings]
+        return " ".join(["deitfast study", self.study.name, *more, f"--out {shlex.quote(str(options.out))}"])
 
     def commands(self) -> Iterator[str]:
         """Yield every command, as it is to be typed."""
@@ -251,9 +261,14 @@ def _check_folders(plan: StudyPlan) -> None:
 
 def parameters(recipe: Recipe, classes: int) -> int:
     """Return the parameters of a recipe's network."""
+    return _parameters(recipe.model, recipe.augment.size, classes, recipe.distilled)
+
+
+@cache
+def _parameters(model: ModelSpec, size: int, classes: int, distilled: bool) -> int:
     with torch.device("meta"):
-        model = build_model(recipe.model, size=recipe.augment.size, classes=classes, distilled=recipe.distilled)
-    return sum(parameter.numel() for parameter in model.parameters())
+        built = build_model(model, size=size, classes=classes, distilled=distilled)
+    return sum(parameter.numel() for parameter in built.parameters())
 
 
 def disk_bytes(runs: Sequence[PlannedRun]) -> int:

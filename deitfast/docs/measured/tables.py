@@ -1,12 +1,14 @@
 """Write the measured figures into README and docs, and draw the chart: `python -m deitfast.docs.measured.tables`.
 
 Each NAME.json here is one measurement with its command, machine, versions and commit. A document shows it between
-`<!-- measured: NAME -->` and `<!-- end -->`; what stands there is replaced, so that no figure is typed twice. It lives
+`<!-- measured: NAME -->` and `<!-- end -->`; what stands there is replaced, so that no figure is typed twice.
+study_NAME.json is the study.json of `deitfast study`, with the hardware and the commit added by hand. The script lives
 beside the records, and not in tools/, because it is shipped with them: who measures again has all in one folder.
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEADINGS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "f1": "F1", "auc": "AUC", "minutes": "minutes"}
 CHART = HERE / "peers.svg"
 
 
@@ -38,9 +41,49 @@ def table(name: str) -> str:
     return f"\n{rows}\n{where}\nAgain: `{record['command']}`\n\n"
 
 
+def study_table(name: str) -> str:
+    """Return a study's record, as `deitfast study` wrote it, as a Markdown table with the claims under it."""
+    record = read(name)
+    published = [column for column in record["columns"] if any(column in row["published"] for row in record["rows"])]
+    head = ["row", "runs"]
+    for column in record["columns"]:
+        head += [HEADINGS.get(column, column), *["published"] * (column in published)]
+    lines = []
+    for row in record["rows"]:
+        line = [row["name"], str(row["done"])]
+        for column in record["columns"]:
+            line.append(spread(column, row["figures"].get(column, [])))
+            if column in published:
+                line.append(str(row["published"].get(column, "–")))  # noqa: RUF001
+        lines.append(line)
+    rows = "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
+    claims = "".join(
+        f"- {each['better']} better than {each['than']}: **{each['verdict']}**; {each['reason']}.\n"
+        for each in record["claims"]
+    )
+    libraries = ", ".join(
+        f"{library} {version}" for library, version in record["machine"]["libraries"].items() if version
+    )
+    return (
+        f"\n{rows}\n{claims}\n{record['about'][:1].upper()}{record['about'][1:]}. {record['hardware']}; deitfast "
+        f"{record['deitfast']}, commit {record['commit']}; {libraries}.\nAgain: `{record['command']}`\n\n"
+    )
+
+
+def spread(column: str, values: list[float]) -> str:
+    """Return the mean of some runs' figures, and their standard deviation where there are several."""
+    if not values:
+        return "–"  # noqa: RUF001
+    scale, digits = (100, 2) if column in ("top1", "top5") else (1, 1 if column == "minutes" else 3)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
 def filled(text: str) -> str:
     """Return a document with every block's table as the records have it."""
-    return BLOCK.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+    return BLOCK.sub(
+        lambda found: found[1] + (study_table if found[2].startswith("study_") else table)(found[2]) + found[3], text
+    )
 
 
 def chart() -> str:
