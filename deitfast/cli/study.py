@@ -1,6 +1,7 @@
 """The command `deitfast study`: many runs, one table."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -92,7 +93,8 @@ def study(
     for folder in {run.data for run in plan.runs if not timed}:
         make_demo_data(folder, shown)
     result = _measured(plan, shown) if timed else _trained(plan, comment, jobs, shown)
-    _show(result, comment)
+    if result:
+        _show(result, comment)
 
 
 def _list_studies() -> Table:
@@ -106,14 +108,22 @@ def _list_studies() -> Table:
     return table
 
 
-def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "StudyResult":
-    """Train what is not finished, and write the files anew after each run."""
+def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "StudyResult | None":
+    """Train what is not finished, and write the files anew after each run; None on ranks other than 0."""
     import torch
 
     from deitfast.runtime import start
     from deitfast.study.page import write_study
     from deitfast.study.results import gather
-    from deitfast.study.run import Failures, study_held, train_all, train_here, train_side_by_side, write_recipes
+    from deitfast.study.run import (
+        Failures,
+        study_held,
+        train_all,
+        train_here,
+        train_side_by_side,
+        unfinished,
+        write_recipes,
+    )
 
     _check_disk(plan)
 
@@ -121,15 +131,16 @@ def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "S
         write_study(gather(plan, failures), comment)
 
     with start(plan.runs[0].recipe.train, plan.options.device) as runtime:
-        if not runtime.is_main_process:
-            return gather(plan, train_all(plan, train_here(plan, runtime, shown), lambda failures: None))
-        with study_held(plan):
-            write_recipes(plan)
+        main = runtime.is_main_process
+        with study_held(plan) if main else nullcontext():
+            if main:
+                write_recipes(plan)
             if jobs > 1:
                 failures = train_side_by_side(plan, jobs, torch.cuda.device_count(), told)
             else:
-                failures = train_all(plan, train_here(plan, runtime, shown), told)
-    return gather(plan, failures)
+                left = runtime.broadcast_from_rank0([run.name for run in unfinished(plan)])
+                failures = train_all(plan, left, train_here(plan, runtime, shown), told if main else lambda _: None)
+    return gather(plan, failures) if main else None
 
 
 def _measured(plan: "StudyPlan", shown: "Display") -> "StudyResult":
@@ -176,9 +187,9 @@ def _check_disk(plan: "StudyPlan") -> None:
 
     from deitfast.progress import volume
     from deitfast.study.plan import disk_bytes
-    from deitfast.study.run import finished
+    from deitfast.study.run import unfinished
 
-    left = [run for run in plan.runs if not finished(plan, run)]
+    left = unfinished(plan)
     needed = disk_bytes(left)
     folder = next(path for path in (plan.options.out, *plan.options.out.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
@@ -195,11 +206,11 @@ def _predict(plan: "StudyPlan", shown: "Display") -> None:
     from deitfast.runtime import start
     from deitfast.study.plan import disk_bytes
     from deitfast.study.predict import predict_runs
-    from deitfast.study.run import finished
+    from deitfast.study.run import unfinished
 
     for command in plan.commands():
         out.print(command, highlight=False, soft_wrap=True)
-    left = [run for run in plan.runs if not finished(plan, run)]
+    left = unfinished(plan)
     if plan.study.kind == "throughput" or not left:
         return
     if missing := next((run.data for run in left if not run.data.exists()), None):

@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Queue
@@ -31,10 +31,10 @@ def write_recipes(plan: StudyPlan) -> None:
         write_text(path, recipes.dump(run.recipe))
 
 
-def finished(plan: StudyPlan, run: PlannedRun) -> bool:
-    """Whether a run is done."""
-    folder = RunFolder(plan.folder(run.name))
-    return folder.exists() and folder.finished()
+def unfinished(plan: StudyPlan) -> list[PlannedRun]:
+    """Return the runs that are not done, in order."""
+    folders = {run.name: RunFolder(plan.folder(run.name)) for run in plan.runs}
+    return [run for run in plan.runs if not (folders[run.name].exists() and folders[run.name].finished())]
 
 
 @contextmanager
@@ -44,17 +44,20 @@ def study_held(plan: StudyPlan) -> Iterator[None]:
         yield
 
 
-def train_all(plan: StudyPlan, train_one: Callable[[PlannedRun], str], told: Callable[[Failures], None]) -> Failures:
-    """Train every run that is not finished, one after the other.
+def train_all(
+    plan: StudyPlan, left: Collection[str], train_one: Callable[[PlannedRun], str], told: Callable[[Failures], None]
+) -> Failures:
+    """Train the runs that are left, one after the other.
 
     Args:
         plan: the study.
+        left: names of the runs to train, the same on every rank; the others are finished.
         train_one: trains a run; returns why it failed, "" if it did not.
         told: called with what failed so far after each run.
     """
     failures: Failures = {}
     for number, run in enumerate(plan.runs, 1):
-        if finished(plan, run):
+        if run.name not in left:
             log.info("%s is finished (%d of %d)", run.name, number, len(plan.runs))
             continue
         log.info("%s (%d of %d)", run.name, number, len(plan.runs))
@@ -107,7 +110,7 @@ def train_side_by_side(plan: StudyPlan, jobs: int, devices: int, told: Callable[
         finally:
             places.put(place)
 
-    left = [run for run in plan.runs if not finished(plan, run)]
+    left = unfinished(plan)
     while left:
         waiting = {run.name for run in left}
         ready = [run for run in left if not waiting & set(run.needs)]
