@@ -157,7 +157,9 @@ def _show(result: "StudyResult", comment: str) -> None:
     from deitfast.study.page import write_study
 
     files = write_study(result, comment)
-    out.print(_rich(tables.rows_table(result)))
+    out.print(_rich(tables.terminal_table(result)))
+    if any(row.published for row in result.rows):
+        out.print("In parentheses: what was published.", highlight=False)
     out.print(tables.spread_note(result), highlight=False)
     for claim in result.claims:
         out.print(
@@ -175,7 +177,7 @@ def _show(result: "StudyResult", comment: str) -> None:
 def _rich(table: "TextTable") -> Table:
     shown = Table()
     for heading, right in zip(table.head, table.numeric or [False] * len(table.head), strict=True):
-        shown.add_column(heading, justify="right" if right else "left")
+        shown.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     return shown

@@ -1,5 +1,6 @@
 """What a study's TOML file holds: rows, their teachers, scales, columns, published figures and claims."""
 
+import itertools
 import re
 import tomllib
 from difflib import get_close_matches
@@ -146,7 +147,7 @@ _ADAPTER = TypeAdapter(Study)
 
 
 def load_study(name: str) -> tuple[Study, str]:
-    """Return the built-in study of that name, or the one in the TOML file of that path; and its head's comment.
+    """Return the built-in study of that name, or the one in the TOML file of that path; and the comment at its head.
 
     Raises:
         UserError: no such study or file, unreadable TOML, or unknown keys, values, rows or teachers: all of them named.
@@ -170,8 +171,8 @@ def load_study(name: str) -> tuple[Study, str]:
     except ValidationError as error:
         _refuse(origin, [_explain(each) for each in error.errors()])
     _refuse(origin, [*_problems(study)])
-    comment = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
-    return study, "\n".join(comment)
+    head = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), text.splitlines())
+    return study, " ".join(" ".join(line.removeprefix("#") for line in head).split())
 
 
 def slug(name: str) -> str:

@@ -9,7 +9,7 @@ from deitfast.study.spec import SHARES
 NONE = "–"  # noqa: RUF001  an en dash stands for no value
 HEADINGS = {
     "top1": "top-1 (%)", "top5": "top-5 (%)", "f1": "F1", "auc": "AUC", "images_per_second": "images/s",
-    "minutes": "minutes of training", "size": "px", "eager": "eager, images/s", "compiled": "compiled, images/s",
+    "minutes": "minutes", "size": "px", "eager": "eager, images/s", "compiled": "compiled, images/s",
 }  # fmt: skip
 
 
@@ -21,7 +21,8 @@ def lead(result: StudyResult) -> str:
     about = plan.study.scales.get(plan.options.scale)  # pyright: ignore
     scale = f"Scale {plan.options.scale}" + (f": {about.about}" if about and about.about else "")
     state = "" if done == planned else f" {done} of {planned} runs are finished; the others do not count yet."
-    return f"{len(result.rows)} rows, {seeds} each. {scale.rstrip('.')}.{state}"
+    rows = f"{len(result.rows)} row{'s' * (len(result.rows) > 1)}"
+    return f"{rows}, {seeds} each. {scale.rstrip('.')}.{state}"
 
 
 def spread_note(result: StudyResult) -> str:
@@ -50,6 +51,17 @@ def rows_table(result: StudyResult, rows: tuple[RowResult, ...] | None = None) -
                 line.append(_published(row, column))
         cells.append(line)
     return TextTable(head, cells)
+
+
+def terminal_table(result: StudyResult) -> TextTable:
+    """Return the same table for a terminal: what was published stands in parentheses under ours."""
+    head = ["row", *(HEADINGS.get(column, column) for column in result.plan.study.columns)]
+    lines = []
+    for row in result.rows:
+        cells = [_cell(row, column) for column in result.plan.study.columns]
+        beside = [_published(row, column) for column in result.plan.study.columns]
+        lines.append([row.name, *(a if b == NONE else f"{a}\n({b})" for a, b in zip(cells, beside, strict=True))])
+    return TextTable(head, lines)
 
 
 def _cell(row: RowResult, column: str) -> str:
