@@ -7,9 +7,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ import pytest
 from deitfast.distill.cache import TeacherCache
 from deitfast.distill.cache_files import ABSENT, FORMAT, MANIFEST, PARTS, Manifest, TargetSpec, _digest
 from pipelines.errors import DeitfastError
+from tests.campaigns.damage import BYTES, edited
 
 pytestmark = pytest.mark.slow
 VIEWS, SAMPLES, REPEATS = 4, 12, 2
@@ -49,58 +48,6 @@ def read(folder: Path) -> list[bytes]:
     count = cache.count()
     assert count <= VIEWS * SAMPLES
     return [row.tobytes() for row in rows]
-
-
-def flip(draw: random.Random, content: bytearray) -> bytes:
-    """Flip up to four bits."""
-    for _ in range(draw.randint(1, 4)):
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    return bytes(content)
-
-
-def overwrite(draw: random.Random, content: bytearray) -> bytes:
-    """Replace a stretch by zeros, ones or noise."""
-    start = draw.randrange(len(content))
-    length = min(draw.choice((1, 4, 64, 4096)), len(content) - start)
-    content[start : start + length] = draw.choice((bytes(length), b"\xff" * length, draw.randbytes(length)))
-    return bytes(content)
-
-
-def cut(draw: random.Random, content: bytearray) -> bytes:
-    """Cut it short, anywhere."""
-    return bytes(content[: draw.randrange(len(content))])
-
-
-def extend(draw: random.Random, content: bytearray) -> bytes:
-    """Add bytes at the end, or double it."""
-    return bytes(content + draw.choice((b"\0", b"\n{}", draw.randbytes(64), bytes(content))))
-
-
-def drop(draw: random.Random, content: bytearray) -> bytes:
-    """Leave out a stretch in the middle."""
-    start = draw.randrange(len(content))
-    return bytes(content[:start] + content[start + draw.choice((1, 2, 24, 128)) :])
-
-
-BYTES: tuple[Callable[[random.Random, bytearray], bytes], ...] = (flip, overwrite, cut, extend, drop)
-
-
-def edited(draw: random.Random, tree: Any) -> Any:
-    """Return a JSON tree with another value, without a value, or with one more, somewhere in it."""
-    if isinstance(tree, dict) and tree and draw.random() < 0.9:
-        key = draw.choice(sorted(tree))
-        match draw.randrange(8):
-            case 0:
-                return {name: value for name, value in tree.items() if name != key}
-            case 1:
-                return {**tree, draw.choice(("new", "", key + "s")): draw.choice((0, None, "x"))}
-        return {**tree, key: edited(draw, tree[key])}
-    if isinstance(tree, list) and tree and draw.random() < 0.7:
-        place = draw.randrange(len(tree))
-        inside = [*tree[:place], edited(draw, tree[place]), *tree[place + 1 :]]
-        return draw.choice((tree[:place], [*tree, *tree], inside))
-    values = (None, True, -1, 0, 1, 3, 7, 65535, 65536, 2**31, 0.5, -0.0, 1e308, "", "x", "hard", "soft", [], {}, [[]])
-    return draw.choice((*values, *((tree + 1, -tree, tree / 2) if isinstance(tree, int | float) else ())))
 
 
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "filling"])

@@ -17,11 +17,11 @@ def randomized(model: nn.Module, seed: int = 3) -> nn.Module:
 
 
 def timm_model(
-    size_name: str = "ti", *, distilled: bool = False, size: int = 32, patch: int = 8, classes: int = 7
+    size_name: str = "ti", *, distilled: bool = False, size: int = 32, patch: int = 8, classes: int = 7, depth: int = 12
 ) -> nn.Module:
     middle = "_distilled" if distilled else ""
     name = f"{TIMM[size_name]}{middle}_patch16_224"
-    return randomized(timm.create_model(name, img_size=size, patch_size=patch, num_classes=classes))
+    return randomized(timm.create_model(name, img_size=size, patch_size=patch, num_classes=classes, depth=depth))
 
 
 def hugging_face(kind: str, size_name: str = "ti", *, size: int = 32, patch: int = 8, classes: int = 7) -> nn.Module:
