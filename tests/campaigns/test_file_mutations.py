@@ -66,7 +66,7 @@ def read_data(folder: Path) -> list[object]:
 
 
 def make_run(folder: Path, data: Path) -> None:
-    run(data, folder, tiny_recipe("train.epochs=1", "model.arch=vit_ti"))
+    run(data, folder, tiny_recipe("train.epochs=1", "model.arch=vit_ti", "model.depth=2"))
 
 
 def read_run(folder: Path) -> None:
@@ -151,8 +151,7 @@ def damaged(draw: random.Random, whole: Path, trial: Path) -> Iterator[str]:
 def test_damage_is_named_or_changes_nothing(
     tiny_small: Path, tmp_path: Path, cases: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("models.vit", "weights.layouts"):
-        monkeypatch.setattr(f"deitfast.{module}.DEPTH", 2)
+    monkeypatch.setattr("deitfast.weights.read.STANDARD_DEPTH", 2)
     kind, whole, outcomes = KINDS[name], tmp_path / "whole", Counter[str]()
     kind.make(whole, tiny_small)
     expected = kind.read(whole)

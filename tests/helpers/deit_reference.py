@@ -23,7 +23,7 @@ from pipelines.rng.view_params import ViewParams
 from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import CPU
 
-DEPTH, CLASSES = 2, 10
+DEPTH, WIDTH, CLASSES = 2, 128, 10
 
 
 @dataclass
@@ -42,9 +42,10 @@ class Learned:
 
 
 def network(*, distilled: bool, size: int = 32, patch: int = 16, **options: Any) -> Any:
-    """Return timm's DeiT-Ti of two blocks."""
+    """Return timm's DeiT of two small blocks with two heads."""
     name = f"deit_tiny{'_distilled' if distilled else ''}_patch16_224"
-    return timm.create_model(name, img_size=size, patch_size=patch, depth=DEPTH, num_classes=CLASSES, **options)
+    options |= {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": WIDTH // 64}
+    return timm.create_model(name, img_size=size, patch_size=patch, num_classes=CLASSES, **options)
 
 
 class DistillationLoss(nn.Module):

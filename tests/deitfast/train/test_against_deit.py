@@ -28,15 +28,15 @@ SGD = ("optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0.0005", "schedule
 BY_EPOCH = ("schedule.per=epoch", "schedule.warmup_lr=0.0002")
 """The reference's own schedule: a rate for each epoch."""
 SETTINGS = (
-    "model.patch=16", f"model.depth={deit.DEPTH}", "augment.mix_group=4", "optim.lr_batch=16",
-    "schedule.warmup_epochs=1", "distill.normalization=batch_classes", "train.amp=off",
+    "model.patch=16", f"model.depth={deit.DEPTH}", f"model.width={deit.WIDTH}", "augment.mix_group=4",
+    "optim.lr_batch=16", "schedule.warmup_epochs=1", "distill.normalization=batch_classes", "train.amp=off",
 )  # fmt: skip
 """Batches of 8, a rate for 16; the reference's divisor of the soft term, its only one."""
 
 
 @pytest.fixture(autouse=True)
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks instead of twelve, for speed; no report, which is no part of this."""
+    """Files of weights have two blocks instead of twelve, for speed; no report, which is no part of this."""
     monkeypatch.setattr("deitfast.weights.read.STANDARD_DEPTH", deit.DEPTH)
     monkeypatch.setattr("deitfast.report.live.LiveReport.write", lambda self, **options: None)
 
@@ -104,15 +104,15 @@ def compare(learned: Any, data: Path, folder: Path, mode: str, *settings: str) -
         assert theirs.clipped > STEPS // 3
     assert theirs.losses[0] != pytest.approx(theirs.losses[-1], abs=1e-3)
     if theirs.averages:
-        assert theirs.evaluated["val"] != pytest.approx(theirs.evaluated["val_ema"], abs=1e-4)
+        assert theirs.evaluated["val"] != pytest.approx(theirs.evaluated["val_ema"], abs=3e-5)
     return ours, theirs
 
 
 @pytest.mark.parametrize(
     ("mode", "settings"),
     [
-        ("none", (*ADAMW, "optim.clip=0.5", "train.ema=0.5", "model.drop_path=0.2", "train.seed=3")),
-        ("soft", (*SGD, "train.ema=0.5", *BY_EPOCH)),
+        ("none", (*ADAMW, "optim.clip=0.5", "train.ema=0.9", "model.drop_path=0.2", "train.seed=3")),
+        ("soft", (*SGD, "train.ema=0.9", *BY_EPOCH)),
         ("hard", (*ADAMW, "optim.layer_decay=0.7", "train.smoothing=0", "train.ema=0")),
     ],
     ids=["none-adamw-clip-drop_path", "soft-sgd-by_epoch", "hard-adamw-layer_decay"],
