@@ -73,7 +73,10 @@ class TrainStep:
         self.graphs = runtime.compile and takes_graphs(recipe, runtime)
         if runtime.compile:
             self._compile()
-        self.ddp_model = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
+        self.ddp_model = self.model
+        if runtime.world > 1:
+            keep_gradient_layout(self.model)
+            self.ddp_model = DistributedDataParallel(self.model)
 
     def _compile(self) -> None:
         """Compile model, averaged model and loss, each as one graph or not at all, for the shapes they are used with.
@@ -181,6 +184,24 @@ class TrainStep:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+
+
+def keep_gradient_layout(model: nn.Module) -> None:
+    """Have every gradient lie in memory as its parameter does, also where a dimension is 1 and strides mean nothing.
+
+    DDP compares all strides; where they differ (tokens that were concatenated, 1 x 1 convolutions of cuDNN) it warns,
+    and copies gradients to its buckets more slowly.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_laid_out, parameter.shape, parameter.stride()))
+
+
+def _laid_out(shape: torch.Size, stride: tuple[int, ...], gradient: Tensor) -> Tensor:
+    if gradient.stride() == stride:
+        return gradient
+    differing = [size for size, one, other in zip(shape, gradient.stride(), stride, strict=True) if one != other]
+    return gradient.as_strided(shape, stride) if max(differing) == 1 else gradient
 
 
 def takes_graphs(recipe: Recipe, runtime: Runtime) -> bool:

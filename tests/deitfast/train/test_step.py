@@ -13,7 +13,7 @@ from deitfast.eval.evaluate import predict
 from deitfast.models.vit import reads_patches
 from deitfast.runtime import Runtime
 from deitfast.train.loop import TrainLoop
-from deitfast.train.step import TrainStep, takes_graphs
+from deitfast.train.step import TrainStep, keep_gradient_layout, takes_graphs
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import UserError
 from tests.helpers.small_runs import CPU, SHALLOW, tiny_recipe
@@ -113,6 +113,30 @@ def test_other_networks_are_one_graph(arch: str, monkeypatch: pytest.MonkeyPatch
     learner = TrainStep(recipe, CLASSES, replace(CPU, compile=True))
     inputs = inputs_for(recipe, reads_patches(learner.model))
     assert step(learner, inputs, None).isfinite().all()
+
+
+@TRACED
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("arch", ["deit_ti", "resnet50"])
+def test_gradients_lie_in_memory_as_their_parameters(arch: str, compiled: bool) -> None:
+    """DDP warns of any other stride, even of a dimension of 1, and copies more slowly."""
+    recipe = recipe_of("hard" if arch == "deit_ti" else "none", f"model.arch={arch}")
+    model = TrainStep(recipe, CLASSES, CPU).model.eval()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = []
+    for kept in (False, True):
+        if kept:
+            keep_gradient_layout(model)
+            if compiled:
+                model.compile(backend="eager", fullgraph=True)
+        model.zero_grad()
+        torch.stack([head.square().sum() for head in model(torch.ones(2, 3, 32, 32))]).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert [name for name, value in gradients[1].items() if value.stride() != before[name].stride()] == []
+    for name, value in gradients[1].items():
+        torch.testing.assert_close(value, gradients[0][name])
+    if arch == "deit_ti":
+        assert gradients[0]["cls_token"].stride() != before["cls_token"].stride()  # what this is about
 
 
 @pytest.mark.parametrize(("mode", "amp"), [("none", None), ("soft", None), ("hard", torch.float16)])
