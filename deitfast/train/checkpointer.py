@@ -1,12 +1,14 @@
 """Saves a run while it trains on: a snapshot now, the file in a thread, and nothing that is not finite, ever."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deitfast.weights import checkpoint
 
@@ -25,10 +27,9 @@ class Checkpointer:
         self.at: tuple[int, int] | None = None
         """Epoch and steps of the last snapshot of this process."""
         self._proved = True
-        self._writes = writes
         self._buffers: dict[tuple[str, ...], Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "deitfast-checkpoint") if writes else None
-        self._writing: Future[None] | None = None
+        self._writing: dict[str, Future[None]] = {}
 
     def save(self, state: dict[str, Any]) -> None:
         """Take a snapshot and begin to write it; waits where the one before is not written yet.
@@ -36,11 +37,26 @@ class Checkpointer:
         Raises:
             DeitfastError: the checkpoint before could not be written.
         """
-        self.wait()
-        if self._writes and self._thread:
-            snapshot, copied = self._snapshot(state)
-            self._writing = self._thread.submit(self._write, snapshot, copied, keep=not self._proved)
+        self._wait_for("checkpoint")
+        if self._thread:
+            snapshot, copied = self._snapshot({"checkpoint": state})
+            write = partial(self._write, snapshot["checkpoint"], keep=not self._proved)
+            self._writing["checkpoint"] = self._thread.submit(_behind, copied, write)
         self.saved, self.at, self._proved = time.monotonic(), (state["epoch"], state["steps"]), False
+
+    def save_best(self, path: Path, epoch: int, top1: float, model: nn.Module, *, averaged: bool) -> None:
+        """Take a snapshot of the best weights so far and begin to write it to `path`; waits for the best before.
+
+        Arguments are those of `checkpoint.save_best`.
+
+        Raises:
+            DeitfastError: the best before could not be written.
+        """
+        self._wait_for("best")
+        if self._thread:
+            snapshot, copied = self._snapshot({"best": model.state_dict()})
+            write = partial(checkpoint.save_best, path, epoch, top1, snapshot["best"], averaged=averaged)
+            self._writing["best"] = self._thread.submit(_behind, copied, write)
 
     def prove(self, epoch: int, steps: int) -> None:
         """Note that the loss is finite after so many `steps` of `epoch`: what was saved before is good."""
@@ -62,9 +78,8 @@ class Checkpointer:
         Raises:
             DeitfastError: it could not be.
         """
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+        for kind in list(self._writing):
+            self._wait_for(kind)
 
     def close(self) -> None:
         """Write what was begun, and end the thread. Raises as `wait`."""
@@ -74,10 +89,12 @@ class Checkpointer:
             if self._thread:
                 self._thread.shutdown()
 
-    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, *, keep: bool) -> None:
-        """Write a snapshot once it is in the host's memory; of the files before, leave the last one that is proved."""
-        if copied:
-            copied.synchronize()
+    def _wait_for(self, kind: str) -> None:
+        if writing := self._writing.pop(kind, None):
+            writing.result()
+
+    def _write(self, state: dict[str, Any], *, keep: bool) -> None:
+        """Write a checkpoint; of those before, leave the last one that is proved."""
         if self.path.exists() and not (keep and self.previous.exists()):
             self.previous.unlink(missing_ok=True)
             self.previous.hardlink_to(self.path)
@@ -107,6 +124,13 @@ class Checkpointer:
         if event:
             event.record()
         return snapshot, event
+
+
+def _behind(copied: torch.cuda.Event | None, write: Callable[[], None]) -> None:
+    """Write a snapshot once it is in the host's memory."""
+    if copied:
+        copied.synchronize()
+    write()
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """Checkpoints beside the training: what a snapshot holds, which file is gone back to, and what a full disk does."""
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from torch import nn
 
 from deitfast.train.checkpointer import Checkpointer, all_finite
 from deitfast.weights import checkpoint
@@ -62,11 +64,8 @@ def test_a_step_before_a_checkpoint_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise DeitfastError("the disk is full")
-
     saver = Checkpointer(tmp_path / "checkpoint.pt", writes=True)
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "save", _full)
     saver.save(state_of(1))
     with pytest.raises(DeitfastError, match="full"):
         saver.save(state_of(2))
@@ -93,3 +92,35 @@ def test_one_bad_number_anywhere_is_found(value: float, where: str) -> None:
     }
     tensors[where].view(-1)[1] = value
     assert not all_finite(tree)
+
+
+def test_the_best_weights_are_of_the_moment_and_written_beside_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the checkpoint before is still being written, for which nothing waits."""
+    saver, model, save = Checkpointer(tmp_path / "checkpoint.pt", writes=True), nn.Linear(2, 1), checkpoint.save
+    go = Event()
+
+    def slow(path: Path, state: dict) -> None:
+        assert go.wait(30)
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weight = model.weight.detach().clone()
+    saver.save(state_of(1, 5.0))
+    saver.save_best(tmp_path / "best.pt", 3, 0.5, model, averaged=True)
+    model.weight.data.zero_()
+    go.set()
+    saver.wait()
+    best = checkpoint.load(tmp_path / "best.pt", CPU)
+    assert (best["epoch"], best["top1"], best["averaged"]) == (3, 0.5, True)
+    assert torch.equal(best["model"]["weight"], weight)
+    assert steps_in(saver.path) == 1
+    monkeypatch.setattr(checkpoint, "save", _full)
+    saver.save_best(tmp_path / "best.pt", 4, 0.6, model, averaged=False)
+    with pytest.raises(DeitfastError, match="full"):
+        saver.close()
+
+
+def _full(*arguments: object) -> None:
+    raise DeitfastError("the disk is full")
