@@ -11,7 +11,7 @@ from deitfast.bench.timing import measure
 from deitfast.models.vit import reads_patches
 from pipelines.augment.chain import augment
 from tools.gpu_check.context import Context, Note
-from tools.gpu_check.kernel_times import augment_times
+from tools.gpu_check.kernel_times import augment_times, place_times
 
 MOST_OF_A_STEP = 0.02
 """Share of a step that augmentation is to take at most."""
@@ -34,7 +34,10 @@ def equality(context: Context) -> Iterator[Figure | Note]:
 
 
 def times(context: Context) -> Iterator[Figure | Note]:
-    """Kernels and reference one after the other by the GPU's clock, and the kernels' share of a step."""
+    """Kernels and reference one after the other by the GPU's clock, and the kernels' share of a step.
+
+    Placing the decoder's crops in the batch is timed by itself: the loader does it, not augmentation.
+    """
     bench = context.bench
     patch = reads_patches(bench.student.train_step.model)
     found = augment_times(
@@ -42,6 +45,8 @@ def times(context: Context) -> Iterator[Figure | Note]:
     )
     for name, milliseconds in found.items():
         yield Figure(f"augmentation, {name}", "ms", tuple(milliseconds), "a batch")
+    for name, milliseconds in place_times(bench.batch, runs=context.scale.runs).items():
+        yield Figure(f"placing crops, {name}", "ms", tuple(milliseconds), "a batch")
     (step,) = measure([step_alone(bench)], bench.clock, context.timing)
     a_step = step.seconds * bench.recipe.train.batch * 1000
     shares = tuple(each / a_step for each in found["kernels"])

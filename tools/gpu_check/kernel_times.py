@@ -1,9 +1,13 @@
 """How long augmentation takes on a GPU, by the GPU's own clock: the kernels and the reference."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from pipelines.augment.chain import augment
 from pipelines.batch import Batch
+from pipelines.batch.place import place_crops
 from pipelines.choices import Kernels
 from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec
@@ -31,17 +35,42 @@ def augment_times(
     Raises:
         UserError: the batch is on another device.
     """
-    if batch.images.device.type != "cuda":
-        raise UserError("only a CUDA device has the clock to time kernels by", found=f"{batch.images.device}")
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in PATHS}
+    calls = {
+        name: partial(augment, batch, spec, dtype=dtype, train=True, patch=patch, kernels=kernels)
+        for name, kernels in PATHS.items()
+    }
+    return _milliseconds(calls, batch.images.device, runs)
+
+
+def place_times(batch: Batch, *, runs: int = 100) -> dict[str, list[float]]:
+    """Return milliseconds of every run of `place_crops` with a batch's crops, by torch and by its kernel, alternately.
+
+    The crops come in another order than their rows', and half of them are mirrored. Arguments are `augment_times`'s.
+
+    Raises:
+        UserError: the batch is on another device.
+    """
+    crops, rows = batch.crops().contiguous(), len(batch.labels)
+    numbers = torch.arange(rows, dtype=torch.int32)
+    moves = torch.stack([numbers.flip(0), numbers, numbers % 2, numbers * 0], 1).to(crops.device)
+    out = torch.empty((rows, 3, *crops.shape[1:3]), dtype=torch.uint8, device=crops.device)
+    calls = {name: partial(place_crops, crops, moves, out, kernel=on == "on") for name, on in PATHS.items()}
+    return _milliseconds(calls, crops.device, runs)
+
+
+def _milliseconds(calls: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
+    """Time calls by the GPU's own clock, alternately, after a warm-up."""
+    if device.type != "cuda":
+        raise UserError("only a CUDA device has the clock to time kernels by", found=f"{device}")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for run in range(WARM_UP + runs):
-        for name, kernels in PATHS.items():
+        for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(SLEEP)
             start.record()
-            augment(batch, spec, dtype=dtype, train=True, patch=patch, kernels=kernels)
+            call()
             end.record()
             if run >= WARM_UP:
                 events[name].append((start, end))
-    torch.cuda.synchronize(batch.images.device)
+    torch.cuda.synchronize(device)
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}

@@ -35,6 +35,8 @@ def cell(value: Any) -> str:
 def table(name: str) -> str:
     """Return a record as a Markdown table, with where and how it was measured under it."""
     record = read(name)
+    if "kernels" in record:
+        return kernel_table(record)
     lines = [record["columns"], ["---"] * len(record["columns"]), *record["rows"]]
     rows = "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
     where = f"{record['what']}. {record['unit']}. {record['data']}; {record['machine']}; commit {record['commit']}."
@@ -77,6 +79,38 @@ def spread(column: str, values: list[float]) -> str:
     scale, digits = (100, 2) if column in ("top1", "top5") else (1, 1 if column == "minutes" else 3)
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+GPUS = "sm_80", "sm_89", "sm_90"
+"""GPUs whose columns `kernel_table` has: A100, L4 and RTX 4090, H100 and H200."""
+
+
+def kernel_table(record: dict[str, Any]) -> str:
+    """Return what kernels compile to as a Markdown table: a figure for each GPU, or one where all have the same."""
+    columns = ("kernel", "pixels a thread", "loads of 1, 4, 16 bytes", "stores of 2, 4, 8 bytes",
+               "instructions a pixel", "registers", "stack", "MB a batch")  # fmt: skip
+    lines = [columns, ["---"] * len(columns)]
+    moved = {**record["megabytes_per_batch"], "place_kernel": record["megabytes_placing"]}
+    for name, gpus in record["kernels"].items():
+        found = [gpus[gpu] for gpu in GPUS]
+        pixels = found[0]["pixels_per_thread"]
+        lines.append([
+            f"`{name}`", str(pixels),
+            _for_each([", ".join(str(one["loads"].get(str(width), 0)) for width in (1, 4, 16)) for one in found]),
+            _for_each([", ".join(str(one["stores"].get(str(width), 0)) for width in (2, 4, 8)) for one in found]),
+            _for_each([f"{one['instructions'] / pixels:.0f}" for one in found]),
+            *(_for_each([str(one[key]) for one in found]) for key in ("registers", "stack")),
+            str(moved.get(name.split(",")[0], "")) if "pixels" not in name.partition(",")[2] else "",
+        ])  # fmt: skip
+    rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    total = record["megabytes_per_batch"]["sum"]
+    where = f"{record['what']}; {', '.join(GPUS)} where they differ; Triton {record['triton']}"
+    return f"\n{rows}\n{where}; augmentation moves {total} MB a batch.\nAgain: `{record['command']}`\n\n"
+
+
+def _for_each(texts: list[str]) -> str:
+    """Return one text where all are the same, else all of them."""
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def filled(text: str) -> str:

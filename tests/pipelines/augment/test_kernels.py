@@ -16,7 +16,7 @@ from pipelines.batch import Batch, place
 from pipelines.errors import UserError
 from pipelines.spec import AugmentSpec
 from tests.helpers.drawn_batches import drawn_batch
-from tools.gpu_check.kernel_times import augment_times
+from tools.gpu_check.kernel_times import augment_times, place_times
 
 triton = pytest.importorskip("triton")
 kernel_counts = pytest.importorskip("tools.gpu_check.kernel_counts")
@@ -96,12 +96,14 @@ def test_kernels_run_where_they_can_and_are_asked_to(monkeypatch: pytest.MonkeyP
 def test_only_a_gpu_is_timed() -> None:
     with pytest.raises(UserError, match="only a CUDA device"):
         augment_times(drawn_batch(0), AugmentSpec(size=32))
+    with pytest.raises(UserError, match="only a CUDA device"):
+        place_times(drawn_batch(0))
 
 
 @pytest.mark.gpu
 def test_times_are_of_both_ways() -> None:
     batch = drawn_batch(0, rows=64, size=224)
     away = Batch(batch.images.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.params)
-    times = augment_times(away, AugmentSpec(), runs=3)
-    assert set(times) == {"reference", "kernels"}
-    assert all(len(each) == 3 and min(each) > 0 for each in times.values())
+    for times in (augment_times(away, AugmentSpec(), runs=3), place_times(away, runs=3)):
+        assert set(times) == {"reference", "kernels"}
+        assert all(len(each) == 3 and min(each) > 0 for each in times.values())
