@@ -12,6 +12,7 @@ from deitfast.models.vit import VisionTransformer, transformer_shape
 from deitfast.weights.card import model_card, sidecar_json
 from deitfast.weights.hf_config import hf_config, hf_processor
 from deitfast.weights.huggingface import from_timm
+from deitfast.weights.layouts import timm_regnet
 from deitfast.weights.load import TrainedModel
 from deitfast.weights.onnx import export_onnx
 from deitfast.weights.sidecar import CONFIG, METADATA, PROCESSOR, TIMM, describe_ours
@@ -20,6 +21,8 @@ from pipelines.files import write_bytes, write_text
 
 FORMATS = ("timm", "torchvision", "hf", "onnx")
 TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base"}
+TIMM_REGNETS = {"regnet_y_4gf": "regnety_040", "regnet_y_8gf": "regnety_080_tv", "regnet_y_16gf": "regnety_160"}
+"""timm's names of the networks that it has with the same widths."""
 FILE, CARD = "model.safetensors", "README.md"
 
 
@@ -29,8 +32,8 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     `out` ending in .safetensors is one file, whose metadata holds the configuration; ending in .onnx it is an ONNX
     file; any other name is a folder of model.safetensors, config.json and README.md, the model card:
 
-    - timm (transformers): `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it.
-    - torchvision (CNNs): torchvision's names. timm reads the ResNets' folder, too, if their input is 64 px or more.
+    - timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it; CNNs with an input of 64 px or more.
+    - torchvision (CNNs): torchvision's names.
     - hf: `transformers.AutoModelForImageClassification.from_pretrained(FOLDER)` reads it, and the image processor.
 
     Args:
@@ -46,10 +49,10 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     form = form or ("onnx" if out.suffix == ".onnx" else "timm" if transformer else "torchvision")
     if form == "onnx":
         return export_onnx(trained, out)
-    if (form == "torchvision") == transformer:
-        fits = "timm, hf or onnx" if transformer else "torchvision or onnx"
-        raise UserError(f"{trained.recipe.model.arch} has no {form} layout here", expected=f"--format {fits}")
+    _require_layout(trained, form)
     tensors = trained.model.state_dict()
+    if form == "timm" and trained.recipe.model.arch.startswith("regnet"):
+        tensors = {timm_regnet(name): value for name, value in tensors.items()}
     texts: dict[str, str] = {}
     if form == "hf":
         tensors = from_timm(tensors)
@@ -58,7 +61,7 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     else:
         if transformer and trained.recipe.distilled and trained.model.head_dist is None:
             raise UserError("timm has no DeiT with a distillation token and one head", expected="--format hf or onnx")
-        config = timm_config(trained)
+        config = timm_config(trained, timms_names=form == "timm")
         texts = {CONFIG: sidecar_json(config)}
         own = describe_ours(trained.classes, trained.recipe.augment, transformer_shape(trained.model))
         metadata = {"format": "pt", METADATA: own, TIMM: json.dumps(config)}
@@ -71,6 +74,19 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     for name, text in texts.items():
         write_text(out / name, text)
     return file, *(out / name for name in texts)
+
+
+def _require_layout(trained: TrainedModel, form: str) -> None:
+    """Raise a UserError where a network cannot be written in a format."""
+    fits, what = ("timm", "hf"), trained.recipe.model.arch
+    if not isinstance(trained.model, VisionTransformer):
+        from deitfast.models.cnn import SMALL  # torchvision takes a second to import
+
+        small = trained.recipe.augment.size < SMALL
+        fits = ("torchvision",) if small else ("torchvision", "timm")
+        what += f" with the stem for inputs below {SMALL} px" if small and form == "timm" else ""
+    if form not in fits:
+        raise UserError(f"{what} has no {form} layout", expected=f"--format {', '.join(fits)} or onnx")
 
 
 def check_format(out: Path, form: str) -> None:
@@ -101,8 +117,11 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> b
     return len(text).to_bytes(8, "little") + text + plain[8 + length :]
 
 
-def timm_config(trained: TrainedModel) -> dict[str, Any]:
-    """Return timm's config.json: architecture, arguments, preprocessing, class names."""
+def timm_config(trained: TrainedModel, *, timms_names: bool = True) -> dict[str, Any]:
+    """Return timm's config.json: architecture, arguments, preprocessing, class names.
+
+    `timms_names`: whether the tensors have timm's names, which are torchvision's for ResNets and not for RegNets.
+    """
     model, augment = trained.recipe.model, trained.recipe.augment
     whole = augment.crop == "padded"
     config: dict[str, Any] = {"architecture": model.arch, "num_classes": trained.num_classes}
@@ -131,8 +150,13 @@ def timm_config(trained: TrainedModel) -> dict[str, Any]:
                 "mlp_ratio": model.mlp_ratio,
             }
         cfg |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": heads}
+    elif model.arch.startswith("resnet"):
+        cfg |= {"first_conv": "conv1", "classifier": "fc"}
+    elif timms_names:
+        config["architecture"] = TIMM_REGNETS[model.arch]
+        cfg |= {"first_conv": "stem.conv", "classifier": "head.fc"}
     else:
-        cfg |= {"first_conv": "conv1" if model.arch.startswith("resnet") else "stem.0", "classifier": "fc"}
+        cfg |= {"first_conv": "stem.0", "classifier": "fc"}
     config["pretrained_cfg"] = cfg
     if trained.classes:
         config["label_names"] = list(trained.classes)

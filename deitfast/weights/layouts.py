@@ -129,6 +129,29 @@ def _is_square(number: int) -> bool:
     return math.isqrt(number) ** 2 == number  # and then neither number - 1 nor number - 2 is one
 
 
+_TIMM_REGNET_RULES = (
+    (r"trunk_output\.block(\d)\.block\d-(\d+)\.", lambda found: f"s{found[1]}.b{int(found[2]) + 1}."),
+    (r"stem\.0\.", "stem.conv."),
+    (r"stem\.1\.", "stem.bn."),
+    (r"fc\.", "head.fc."),
+    (r"(s\d\.b\d+\.)proj\.0\.", r"\1downsample.conv."),
+    (r"(s\d\.b\d+\.)proj\.1\.", r"\1downsample.bn."),
+    (r"(s\d\.b\d+\.)f\.a\.", r"\1conv1."),
+    (r"(s\d\.b\d+\.)f\.b\.", r"\1conv2."),
+    (r"(s\d\.b\d+\.)f\.c\.", r"\1conv3."),
+    (r"(s\d\.b\d+\.conv\d\.)0\.", r"\1conv."),
+    (r"(s\d\.b\d+\.conv\d\.)1\.", r"\1bn."),
+    (r"(s\d\.b\d+\.)f\.se\.", r"\1se."),
+)
+
+
+def timm_regnet(name: str) -> str:
+    """Return timm's name for one of torchvision's RegNet."""
+    for pattern, target in _TIMM_REGNET_RULES:
+        name = re.sub(f"^{pattern}", target, name)
+    return name
+
+
 _REGNET_RULES = (
     (r"stem\.conv\.", "stem.0."),
     (r"stem\.bn\.", "stem.1."),

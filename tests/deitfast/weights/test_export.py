@@ -13,8 +13,10 @@ import torchvision
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from deitfast.config.recipe import ModelSpec
 from deitfast.models.vit import build_model, joint
-from deitfast.weights.export import check_format, export
+from deitfast.weights.export import TIMM_REGNETS, check_format, export
+from deitfast.weights.layouts import timm_regnet
 from deitfast.weights.load import TrainedModel, load_model
 from pipelines.errors import UserError
 from tests.helpers.published_weights import randomized
@@ -94,6 +96,29 @@ def test_cnns_are_torchvisions(tmp_path: Path, arch: str, name: str) -> None:
     if arch == "resnet18":
         timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         torch.testing.assert_close(logits(timms, pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "regnet_y_4gf"])
+def test_cnns_are_timms_where_that_is_asked_for(tmp_path: Path, arch: str) -> None:
+    ours, pixels = trained(f"model.arch={arch}", "augment.size=64", *FED), torch.randn(2, 3, 64, 64)
+    export(ours, tmp_path, "timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(logits(theirs, pixels), logits(ours.model, pixels), rtol=1e-4, atol=1e-4)
+    assert theirs.pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
+    back = load_model(tmp_path, CPU)
+    assert (back.classes, back.recipe.model.arch) == (ours.classes, arch)
+    torch.testing.assert_close(logits(back.model, pixels), logits(ours.model, pixels))
+    with pytest.raises(UserError, match="with the stem for inputs below 64 px has no timm layout"):
+        export(trained(f"model.arch={arch}", "augment.size=32"), tmp_path / "small", "timm")
+
+
+@pytest.mark.parametrize(("arch", "name"), TIMM_REGNETS.items())
+def test_timms_regnets_have_the_names_and_shapes_of_ours(arch: str, name: str) -> None:
+    with torch.device("meta"):
+        ours = build_model(ModelSpec(arch=arch), size=224, classes=1000, distilled=False)
+        theirs = timm.create_model(name)
+    found = {timm_regnet(key): value.shape for key, value in ours.state_dict().items()}
+    assert found == {key: value.shape for key, value in theirs.state_dict().items()}
 
 
 def test_timms_configuration_is_evaluations(tmp_path: Path) -> None:
