@@ -13,6 +13,9 @@ from deitfast.environment import environment
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import write_text
 
+EPOCHS = "train.epochs"
+"""The field in which a resumed run may have more than before."""
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -77,19 +80,25 @@ class RunFolder:
         write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
         write_text(self.path / "recipe.toml", recipes.dump(recipe))
 
-    def check(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> None:
+    def check(self, recipe: Recipe, info: RunInfo, *, resume: bool) -> int:
         """Make sure that a run may start here, or that the one to be resumed is the one that is there.
+
+        Returns:
+            The epochs that it had, where it is to have more of them now (`lengthen`); else 0.
 
         Raises:
             UserError: there is a run, and it is not to be resumed, or not of this recipe, data set or start.
         """
         if not self.exists():
-            return
+            return 0
         if not resume:
             raise UserError(
                 f"{self.path} already holds a run", remedy="continue it with --resume, or give another --out"
             )
         changed = differences(self.recipe(), recipe)
+        before, now = changed.get(EPOCHS, (0, 0))
+        if now > before:
+            del changed[EPOCHS]
         if changed := {key: both for key, both in changed.items() if not key.startswith(RESUME_SAFE_FIELDS)}:
             raise UserError(
                 f"--resume with another recipe than {self.path} was started with",
@@ -103,6 +112,11 @@ class RunFolder:
                 expected=f"fingerprint {begun.fingerprint}",
                 found=f"{info.fingerprint} in {info.data}",
             )
+        return before
+
+    def lengthen(self, recipe: Recipe) -> None:
+        """Write the recipe of a run that is to have more epochs."""
+        write_text(self.path / "recipe.toml", recipes.dump(recipe))
 
     def check_start(self, info: RunInfo) -> None:
         """Make sure that a resumed run that is to start over starts with the weights that it began with."""

@@ -21,6 +21,7 @@ from deitfast.runtime import Runtime
 from deitfast.train.callbacks import Callbacks
 from deitfast.train.checkpointer import Checkpointer, all_finite
 from deitfast.train.loop import TrainLoop
+from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.train.state import DivergedError, TrainState
 from deitfast.train.step import TrainStep
 from deitfast.weights import checkpoint
@@ -84,6 +85,8 @@ class Trainer:
         self.validation: Loader | None = None
         self.state = TrainState.start(runtime.device)
         self.last_divergence: DivergedError | None = None
+        self.lengthened_from = 0
+        """Epochs that a run had before it was resumed with more; 0: it was not."""
         self.best_top1: float | None = None
         """Of the best checkpoint; None: not looked up yet."""
         self.seconds_to_evaluate = 0.0
@@ -101,7 +104,7 @@ class Trainer:
         try:
             with file_lock(folder.path, "run") if main else nullcontext():
                 if main:
-                    folder.check(self.recipe, info, resume=self.job.resume)
+                    self.lengthened_from = folder.check(self.recipe, info, resume=self.job.resume)
                 self.runtime.barrier()
                 yield
         finally:
@@ -126,11 +129,15 @@ class Trainer:
             data, start = str(self.job.data.resolve()), self.step.initial_weights
             info = RunInfo(data, self.spec.name, self.spec.fingerprint, classes, self.job.command, start)
             self.folder.create(recipe, info) if not self.folder.exists() else self.folder.check_start(info)
+            if self.lengthened_from:
+                self.folder.lengthen(recipe)
         runtime.barrier()
         self._resources.enter_context(logging_to(self.folder.log if runtime.is_main_process else None))
         self._log_start()
         if resumed:
             self._restore()
+            if self.lengthened_from:
+                log.info("%s", describe_lengthening(recipe, self.lengthened_from, self.state, loader.steps_per_epoch))
             log.info("resuming in epoch %d after %d steps", self.state.epoch + 1, self.state.steps)
         else:
             self._save()  # what a first step that diverges, or is interrupted while it compiles, goes back to
@@ -329,9 +336,24 @@ class Trainer:
         name = max(top1, key=top1.__getitem__)
         averaged = name == "val_ema" and self.step.ema is not None
         model = self.step.ema.model if averaged and self.step.ema else self.step.model
-        checkpoint.save_best(path, epoch, top1[name], model.state_dict(), averaged=averaged)
+        self.checkpoints.save_best(path, epoch, top1[name], model, averaged=averaged)
         self.best_top1 = top1[name]
         return f"; best so far: the {'averaged' if averaged else 'plain'} weights"
+
+
+def describe_lengthening(recipe: Recipe, before: int, state: TrainState, steps: int) -> str:
+    """Return what more epochs do to a run's learning rate, which follows from the number of all of them, in a line."""
+    schedule, peak, epochs = recipe.schedule, peak_lr(recipe.optim, recipe.train.batch), recipe.train.epochs
+    last = min(state.epoch * steps + state.steps, before * steps - 1)
+    old = learning_rate(schedule, peak, before, steps, *divmod(last, steps))
+    new = learning_rate(schedule, peak, epochs, steps, state.epoch, state.steps)
+    said = f"{before} epochs are now {epochs}"
+    if schedule.shape == "cosine":
+        return (
+            f"{said}: the rate follows the cosine of {epochs} epochs from here, and goes from {old:.3g} to {new:.3g}; "
+            f"a run of {epochs} epochs would have had that cosine from the start"
+        )
+    return f"{said}: the rate stays on its course, at {new:.3g}"
 
 
 def describe(row: dict[str, Any], epochs: int, prediction: str = "auto") -> str:

@@ -13,9 +13,10 @@ from deitfast.run_folder import RunFolder
 from deitfast.train import step as step_module
 from deitfast.train.checkpointer import Checkpointer
 from deitfast.train.monitor import StepMonitor
+from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.weights.load import load_model
 from pipelines.errors import DeitfastError, UserError
-from tests.helpers.small_runs import EVERY_STEP, CrashError, crash_after, run, tiny_recipe, weights
+from tests.helpers.small_runs import EVERY_STEP, SHALLOW, CrashError, crash_after, run, tiny_recipe, weights
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,34 @@ def test_accumulation_changes_memory_not_what_is_learned(tiny_small: Path, tmp_p
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
     for name in one:
         assert torch.allclose(one[name].float(), four[name].float(), atol=2e-5), name
+
+
+@pytest.mark.parametrize("settings", [(), ("schedule.shape=constant",)])
+def test_a_finished_run_is_lengthened_and_says_what_that_does_to_its_rate(
+    tiny_small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: tuple[str, ...]
+) -> None:
+    plain = (SHALLOW, "train.ema=0", "schedule.warmup_epochs=1", "schedule.min_lr=0.00001", *settings)
+    out, recipes = tmp_path / "run", [tiny_recipe(*plain, f"train.epochs={epochs}") for epochs in (2, 4)]
+    run(tiny_small, out, recipes[0])
+    caplog.clear()
+    row = run(tiny_small, out, recipes[1], resume=True)
+    assert [each["epoch"] for each in RunFolder(out).metrics()] == [1, 2, 3, 4]
+    assert row["epoch"] == 4
+    assert RunFolder(out).recipe() == recipes[1]
+    peak = peak_lr(recipes[0].optim, 16)
+    old, new = (learning_rate(recipe.schedule, peak, recipe.train.epochs, 5, *at) for recipe, at in
+                zip(recipes, ((1, 4), (2, 0)), strict=True))  # fmt: skip
+    if settings:
+        assert f"2 epochs are now 4: the rate stays on its course, at {new:.3g}" in caplog.text
+    else:
+        assert f"goes from {old:.3g} to {new:.3g}; a run of 4 epochs" in caplog.text
+        assert new > 1.5 * old
+    with pytest.raises(UserError, match=r"train\.epochs 4 -> 2"):
+        run(tiny_small, out, recipes[0], resume=True)
+    before = weights(out)
+    run(tiny_small, out, recipes[1], resume=True)  # nothing is left to do
+    after = weights(out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_resume_refuses_another_run(tiny_small: Path, tiny_dataset: Path, tmp_path: Path) -> None:
