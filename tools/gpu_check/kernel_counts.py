@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deitfast.environment import __version__
 from pipelines.augment.triton_ops import affine, color, launch, pixels, plan
 from pipelines.batch import place_kernel
 from pipelines.rng.policies import OPERATIONS
@@ -203,7 +204,8 @@ def record(capabilities: tuple[int, ...] = CAPABILITIES) -> dict[str, Any]:
                 kernels.setdefault(each.name, {})[f"sm_{capability}"] = asdict(counts(each, code, resources))
     return {
         "command": COMMAND,
-        "triton": triton.__version__,
+        "machine": "any: compiled ahead of time, for GPUs that need not be there",
+        "versions": {"deitfast": __version__, "triton": triton.__version__},
         "what": f"{BATCH} x 3 x {SIZE} x {SIZE}, patches of {PATCH}, bfloat16; drawn by DeiT's recipe",
         "megabytes_per_batch": megabytes([batch_bytes(params) for params in batches()]),
         "megabytes_placing": round(2 * IMAGE * BATCH / 1e6, 1),

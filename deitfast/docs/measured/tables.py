@@ -104,7 +104,7 @@ def kernel_table(record: dict[str, Any]) -> str:
         ])  # fmt: skip
     rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     total = record["megabytes_per_batch"]["sum"]
-    where = f"{record['what']}; {', '.join(GPUS)} where they differ; Triton {record['triton']}"
+    where = f"{record['what']}; {', '.join(GPUS)} where they differ; Triton {record['versions']['triton']}"
     return f"\n{rows}\n{where}; augmentation moves {total} MB a batch.\nAgain: `{record['command']}`\n\n"
 
 
