@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from deitfast.distill.cache_files import (
+    MANIFEST,
     MOST_VIEWS,
     PARTS,
     Manifest,
@@ -184,14 +185,30 @@ class TeacherCache:
         return self.manifest.total if self.refresh() else there
 
     def check(self) -> Iterator[tuple[int, str]]:
-        """Read everything; yield (views read, "" or what is damaged) after each pass."""
+        """Read everything; yield (views read, "" or what is damaged) after each pass.
+
+        A manifest whose checksum is right may still have been edited: while there is no table, whose CRC32s it holds,
+        it is compared with the parts.
+        """
         for first in self.passes:
             problem = ""
             try:
-                self.read_pass(first)
+                self._require_possible(first, self.read_pass(first))
             except DeitfastError as error:
                 problem = str(error)
             yield first + self.repeats, problem
+
+    def _require_possible(self, first: int, rows: np.ndarray) -> None:
+        """Raise a DeitfastError where a pass has more targets than the manifest says, or there are parts of no pass."""
+        path, most = self.folder / MANIFEST, self.manifest.targets_per_view
+        for view, count in enumerate(is_present(rows).sum(1).tolist(), first):
+            if count > most:
+                raise damaged(path, f"at least {count:,} targets a view, as view {view} has them", f"{most:,}")
+        strays = first_views(self.folder) - set(self.passes)
+        if strays and first == self.passes[0]:
+            views, repeats = self.manifest.views, self.repeats
+            found = f"{views} views in passes of {repeats}"
+            raise damaged(path, f"a pass that begins with view {max(strays)}, of which there are parts", found)
 
     def require_intact(self) -> None:
         """Read everything, to meet damage now and not in the epoch that needs it (a second or two for .77 GB).

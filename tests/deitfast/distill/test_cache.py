@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from deitfast.distill.cache_files import (
     is_present,
     read_manifest,
     require_same,
+    write_manifest,
 )
 from pipelines.errors import DeitfastError, UserError
 
@@ -371,3 +373,28 @@ def test_every_differing_field_is_named_with_both_values(tmp_path: Path) -> None
     assert caught.value.found.startswith("data 'abc', augment.erasing 0.25")
     with pytest.raises(UserError, match=r"augment\.new"):
         require_same(tmp_path, kept, {**kept, "augment.new": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"targets_per_view": 17}, r"at least 18 targets a view, as view \d has them"),
+        ({"views": 3}, "a pass that begins with view 3, of which there are parts"),
+        ({"samples": 18, "targets_per_view": 9}, "targets a view"),
+        ({"repeats": 2, "views": 4}, "images"),
+        ({"classes": 2}, "labels below 2"),
+        ({"samples": 10, "targets_per_view": 9}, "those of other views or images"),
+    ],
+    ids=str,
+)
+def test_an_edited_manifest_of_a_cache_that_is_not_complete_is_told_by_its_parts(
+    tmp_path: Path, changes: dict, says: str
+) -> None:
+    """With a checksum that fits: what is written in one place contradicts what is in the other."""
+    cache = TeacherCache.create(tmp_path / "cache", manifest())
+    fill(cache, drawn_targets(HARD), np.arange(6 * 18 - 3))
+    assert not [problem for _, problem in cache.check() if problem]
+    write_manifest(cache.folder, manifest(**changes))
+    problems = [problem for _, problem in TeacherCache.open(cache.folder).check() if problem]
+    assert problems
+    assert re.search(says, "\n".join(problems))
