@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from deitfast.config.recipe import DistillSpec, ModelSpec
+from deitfast.distill.teacher import load_teacher
+from deitfast.models.vit import build_model
 from deitfast.run_folder import RunFolder
 from deitfast.train import trainer
 from deitfast.weights import checkpoint
+from deitfast.weights.adapt import init_from_pretrained
 from deitfast.weights.load import load_model
 from deitfast.weights.read import read_weights
 from tests.helpers.command_line import call
@@ -64,6 +68,21 @@ def test_the_best_epochs_weights_are_kept_beside_the_last(
     code, printed, err = call(capsys, "export", out, tmp_path / "x.safetensors", "--which", "last")
     assert code == 0, err
     assert torch.equal(read_weights(tmp_path / "x.safetensors").tensors["head.weight"], states[2]["head.weight"])
+    classes, written = RunFolder(out).info().classes, {}
+    for which, state in (("best", states[0]), ("last", states[2]), ("auto", states[0])):
+        teacher = load_teacher(DistillSpec(mode="hard", teacher=str(out), teacher_checkpoint=which), classes)
+        assert torch.equal(teacher.model.state_dict()["head.weight"], state["head.weight"])
+        for start in ("weights", "finetune"):
+            spec = ModelSpec(patch=RECIPE.model.patch, start_checkpoint=which, **{start: str(out)})
+            model = build_model(spec, size=32, classes=len(classes), distilled=False)
+            init_from_pretrained(model, spec, classes)
+            assert torch.equal(model.state_dict()["head.weight"], state["head.weight"])
+        if which != "auto":
+            file = tmp_path / f"{which}.json"
+            code, _, err = call(capsys, "predict", out, tiny_small, "--which", which, "--json", file, "--device", "cpu")
+            assert code == 0, err
+            written[which] = file.read_text()
+    assert written["best"] != written["last"]
 
 
 @pytest.mark.parametrize("head", ["class", "distillation", "joint"])
