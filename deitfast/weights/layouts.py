@@ -20,7 +20,8 @@ from pipelines.errors import UserError
 VIT = "patch_embed.proj.weight"
 RESNET, REGNET = "layer1.0.conv1.weight", "trunk_output.block1.block1-0.f.a.0.weight"
 TIMM_REGNET = "s1.b1.conv1.conv.weight"
-ANCHORS = (VIT, RESNET, REGNET, TIMM_REGNET, *HUGGING_FACE)
+TORCHVISION_VIT = "conv_proj.weight"
+ANCHORS = (VIT, TORCHVISION_VIT, RESNET, REGNET, TIMM_REGNET, *HUGGING_FACE)
 """One name of every network that can be read."""
 SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 """The layer that each of a block's layer scales follows."""
@@ -67,6 +68,9 @@ def recognize(tensors: dict[str, Tensor], owner: object) -> Layout:
     if VIT in tensors:
         kind = "DeiT III" if any(map(LAYER_SCALE.fullmatch, tensors)) else "DeiT and timm"
         return Layout(kind, _checked_vit(_without_layer_scale(tensors, owner), owner))
+    if TORCHVISION_VIT in tensors:
+        renamed = {_timm_vit(name): value for name, value in tensors.items()}
+        return Layout("torchvision", _checked_vit(renamed, owner))
     if TIMM_REGNET in tensors:
         return Layout("timm", {_torchvision_regnet(name): value for name, value in tensors.items()})
     if REGNET in tensors or (RESNET in tensors and "conv1.weight" in tensors):
@@ -127,6 +131,28 @@ def _without_layer_scale(tensors: dict[str, Tensor], owner: object) -> dict[str,
 
 def _is_square(number: int) -> bool:
     return math.isqrt(number) ** 2 == number  # and then neither number - 1 nor number - 2 is one
+
+
+_TORCHVISION_VIT_RULES = (
+    (r"class_token$", "cls_token"),
+    (r"conv_proj\.", "patch_embed.proj."),
+    (r"encoder\.pos_embedding$", "pos_embed"),
+    (r"encoder\.ln\.", "norm."),
+    (r"heads\.(?:head|0)\.", "head."),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"(blocks\.\d+\.)ln_", r"\1norm"),
+    (r"(blocks\.\d+\.)self_attention\.in_proj_", r"\1attn.qkv."),
+    (r"(blocks\.\d+\.)self_attention\.out_proj\.", r"\1attn.proj."),
+    (r"(blocks\.\d+\.)mlp\.(?:0|linear_1)\.", r"\1mlp.fc1."),
+    (r"(blocks\.\d+\.)mlp\.(?:3|linear_2)\.", r"\1mlp.fc2."),
+)
+
+
+def _timm_vit(name: str) -> str:
+    """Return timm's name for one of torchvision's ViT."""
+    for pattern, target in _TORCHVISION_VIT_RULES:
+        name = re.sub(f"^{pattern}", target, name)
+    return name
 
 
 _TIMM_REGNET_RULES = (

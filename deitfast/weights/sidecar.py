@@ -171,7 +171,8 @@ def _hugging(tree: Mapping[str, Any], file: Path) -> Sidecar:
         raise _damaged(str(file), "numbers as keys of id2label", str(error)) from None
     if set(by_number) != set(range(len(by_number))):
         raise _damaged(str(file), f"id2label of 0 to {len(by_number) - 1}", f"{sorted(by_number)[:5]}, ...")
-    names = _names([by_number[number] for number in range(len(by_number))], str(file))
+    labels = [by_number[number] for number in range(len(by_number))]
+    names = _names([str(label) if type(label) is int else label for label in labels], str(file))
     if names == tuple(f"LABEL_{number}" for number in range(len(names))):
         names = ()  # what transformers writes where no names were given
     eps, size = tree.get("layer_norm_eps"), tree.get("image_size")
@@ -195,6 +196,10 @@ def _processor(tree: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: this preprocessing is not available",
             expected="pixels scaled to [0, 1] (rescale_factor 1/255)",
             found=f"do_rescale {tree.get('do_rescale')}, rescale_factor {factor}",
+        )
+    if tree.get("do_resize", True) is False:
+        raise UserError(
+            f"{file}: this preprocessing is not available", expected="images resized", found="do_resize false"
         )
     normalized = tree.get("do_normalize", True)
     defaults = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

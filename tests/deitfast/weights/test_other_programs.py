@@ -243,6 +243,42 @@ def test_hugging_faces_processors_are_read(tmp_path: Path, processor: dict, expe
     assert found == expected
 
 
+def test_numbers_as_labels_are_names(tmp_path: Path) -> None:
+    hugging_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {"0": 7, "1": 3, "2": 5}}))
+    assert load_model(tmp_path, CPU).classes == ("7", "3", "5")
+
+
+def test_a_processor_that_does_not_resize_is_refused(tmp_path: Path) -> None:
+    hugging_folder(tmp_path, processor={"size": 32, "do_resize": False})
+    with pytest.raises(UserError, match=r"(?s)preprocessing is not available.*do_resize false"):
+        load_model(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_torchvisions_vit_gives_its_logits(tmp_path: Path, head: bool) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=7
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    state = theirs.state_dict()
+    if not head:
+        state = {name: value for name, value in state.items() if not name.startswith("heads")}
+    torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "vit.pth")
+    if head:
+        trained, pixels = load_model(tmp_path / "vit.pth", CPU), torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(trained.model(pixels)[0], theirs(pixels), rtol=1e-4, atol=1e-4)
+        return
+    weights = read_weights(tmp_path / "vit.pth")
+    assert (weights.arch, weights.patch, weights.size, weights.num_classes) == ("deit_ti", 16, 32, 0)
+    with pytest.raises(UserError, match="has no classifier"):
+        load_model(tmp_path / "vit.pth", CPU)
+
+
 def test_unnamed_labels_are_not_names(tmp_path: Path) -> None:
     hugging_folder(tmp_path)
     assert load_model(tmp_path, CPU).classes == ()
