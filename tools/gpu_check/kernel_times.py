@@ -1,6 +1,6 @@
 """How long augmentation takes on a GPU, by the GPU's own clock: the kernels and the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -58,7 +58,7 @@ def place_times(batch: Batch, *, runs: int = 100) -> dict[str, list[float]]:
     return _milliseconds(calls, crops.device, runs)
 
 
-def _milliseconds(calls: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
+def _milliseconds(calls: Mapping[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
     """Time calls by the GPU's own clock, alternately, after a warm-up."""
     if device.type != "cuda":
         raise UserError("only a CUDA device has the clock to time kernels by", found=f"{device}")
