@@ -206,4 +206,5 @@ def _show(work: _Predicting, options: PredictOptions, out: Console) -> None:
         write_text(options.page, page)
         out.print(f"wrote {options.page}", highlight=False, soft_wrap=True)
     if work.skipped:
-        out.print(f"{len(work.skipped):,} images could not be read and are left out", highlight=False)
+        what = "1 image" if len(work.skipped) == 1 else f"{len(work.skipped):,} images"
+        out.print(f"{what} could not be read and left out", highlight=False)

@@ -51,7 +51,8 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 def imagenet_word(synset: str) -> str:
     """Return the first of WordNet's words for one of ImageNet's synsets; any other name as it is."""
-    return _imagenet().get(synset, synset).split(",")[0]
+    words = _imagenet().get(synset)
+    return words.split(",")[0] if words else synset
 
 
 def match_classes(

@@ -6,7 +6,7 @@ import pytest
 import timm.data
 from torchvision.models import ResNet18_Weights
 
-from deitfast.models.class_names import imagenet_synsets, match_classes
+from deitfast.models.class_names import imagenet_synsets, imagenet_word, match_classes
 from pipelines.errors import UserError
 
 SYNSETS = imagenet_synsets()
@@ -76,3 +76,8 @@ def test_order_is_never_guessed() -> None:
         index((), tuple(f"class {number}" for number in range(1000)))
     with pytest.raises(UserError):
         index(("a", "b"), ("a", "b", "c"), assume_order=True)
+
+
+def test_a_synset_is_said_in_words_and_any_other_name_as_it_is() -> None:
+    assert imagenet_word("n01440764") == "tench"
+    assert imagenet_word("bee, honey bee") == "bee, honey bee"
