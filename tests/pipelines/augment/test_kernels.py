@@ -61,7 +61,7 @@ def test_kernels_compile_to_wide_loads_and_exact_arithmetic(capability: int, tmp
         assert found.registers <= MOST_REGISTERS.get(kernel, 64), named
         assert 1 not in found.stores, f"{named} stores single bytes"
         assert kernel not in BULK or 1 not in found.loads, f"{named} loads single bytes"
-        if recorded["triton"] == triton.__version__:
+        if recorded["versions"]["triton"] == triton.__version__:
             assert recorded["kernels"][each.name][f"sm_{capability}"] == json.loads(json.dumps(asdict(found)))
 
 
