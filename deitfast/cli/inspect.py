@@ -102,8 +102,9 @@ def bench(
     from deitfast.bench.run import BenchOptions, benchmark
     from deitfast.bench.scaling import Cluster
     from deitfast.bench.tables import show
+    from deitfast.cli.data_facts import data_facts, data_folder
     from deitfast.cli.demo import make_demo_data
-    from deitfast.cli.options import RecipeOptions, data_facts, data_folder, make_recipe
+    from deitfast.cli.options import RecipeOptions, make_recipe
     from deitfast.runtime import choose_device, start
     from pipelines.files import write_text
     from pipelines.storage.dataset import Dataset

@@ -2,22 +2,22 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
-from deitfast.cli.demo import DEMO_DATA, DEMO_TEACHER
+from deitfast.cli.data_facts import data_facts, data_folder
+from deitfast.cli.demo import DEMO_TEACHER
+from deitfast.cli.fitting import fit_recipe
 from deitfast.config import recipe as recipes
 from deitfast.config.ablations import overrides
 from deitfast.config.choices import Arch, MethodName
-from deitfast.config.fit_to_data import ADAPTABLE, DataFacts, fit_to_data
+from deitfast.config.fit_to_data import ADAPTABLE, DataFacts
 from deitfast.config.methods import method_fields
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
 from deitfast.config.unused import unchanged, unused
-from deitfast.data_loaders import typical_side
 from deitfast.distill.precompute import TeachJob
 from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
@@ -25,8 +25,6 @@ from deitfast.weights.load import normalization_of, recipe_of
 from deitfast.weights.read import read_weights
 from deitfast.weights.zoo import is_zoo_model
 from pipelines.errors import DeitfastError, UserError
-from pipelines.storage.dataset import SPEC_FILE, Dataset
-from pipelines.storage.sources.demo import SIDES, open_demo
 
 log = logging.getLogger("deitfast")
 RUNS = Path("runs")
@@ -109,29 +107,6 @@ def _absolute(key: str, value: Any) -> Any:
     return value
 
 
-def data_folder(data: Path | None) -> Path:
-    """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set (a line says so)."""
-    if data:
-        return data
-    if named := os.environ.get("DEITFAST_DATA"):
-        log.info("no --data: using $DEITFAST_DATA, %s", named)
-        return Path(named).expanduser()
-    log.info("no --data and no $DEITFAST_DATA: using the built-in demo set, %s", DEMO_DATA)
-    return DEMO_DATA
-
-
-def data_facts(data: Path) -> DataFacts:
-    """Return what planning needs to know of the data set in `data`; of the demo set also before it is made."""
-    if data == DEMO_DATA and not (data / SPEC_FILE).exists():
-        labels = [entry.label for entry in open_demo().splits["train"]]
-        counts = tuple(labels.count(label) for label in sorted(set(labels)))
-        return DataFacts("demo", sum(SIDES) // 2, counts, "", validated=True)
-    with closing(Dataset.open(data)) as dataset:
-        spec = dataset.spec
-        counts = spec.splits["train"].counts if "train" in spec.splits else ()
-        return DataFacts(spec.name, typical_side(dataset), counts, spec.fingerprint, "val" in spec.splits)
-
-
 @dataclass(frozen=True)
 class Plan(Generic[Job]):
     """A job, and what the user should know of how it came about."""
@@ -170,10 +145,10 @@ def plan_training(
     folder = Path(existing.info().data) if existing and not data else data_folder(data)
     facts = data_facts(folder)
     notes: list[str] = []
-    if resume and not out:
+    if resume and not out and os.environ.get("RANK", "0") == "0":  # the others are told which
         existing = unfinished_run(make_recipe(options, facts, None)[0], facts, options)
         notes.append(f"resuming {existing.path}, the newest unfinished run of this recipe and data")
-    elif resume and not existing:
+    elif resume and out and not existing:
         notes.append(f"--resume: there is no run in {out} yet, starting one")
     recipe, said = make_recipe(options, facts, existing)
     path = existing.path if existing else out or _free_folder(recipe, facts.name, options.method)
@@ -235,7 +210,7 @@ def make_recipe(
         if largest_batch and "train.batch" not in kept and values["train.batch"] > largest_batch:
             notes.append(f"batch at most {largest_batch}, for this device, instead of {values['train.batch']:,}")
             changes["train.batch"] = values["train.batch"] = largest_batch
-        fitted, said = _fitted(values, kept, facts)
+        fitted, said = fit_recipe(values, kept, facts)
         changes, notes = changes | fitted, [*notes, *said]
     changes |= _targets(options, values | changes)
     if _class_head_only(values | changes) and "distill.head" not in typed:
@@ -300,17 +275,6 @@ def _source(
         )
         changes |= fed
     return source, changes, notes
-
-
-def _fitted(values: Mapping[str, Any], kept: Collection[str], facts: DataFacts) -> tuple[dict[str, Any], list[str]]:
-    """Return what is to be changed so that the recipe fits the data and the ranks, and notes on it."""
-    if not facts.counts:
-        return {}, []
-    good = recipes.with_defaults_for_bad(values)  # the validation at the end tells what is wrong with the others
-    valid = {key for key in kept if good.get(key) == values[key]}
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    changes, notes = fit_to_data(good, valid, facts.images(good["train.fraction"]), ranks)
-    return {key: value for key, value in changes.items() if key not in kept}, notes
 
 
 def _targets(options: RecipeOptions, values: Mapping[str, Any]) -> dict[str, Any]:

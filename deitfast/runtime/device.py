@@ -125,10 +125,17 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if amp == "auto" and device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
-        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        return torch.bfloat16 if fast else None  # elsewhere bf16 is emulated, slower than float32
+        return None if emulated(torch.bfloat16, device) else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+
+def emulated(amp: torch.dtype | None, device: torch.device) -> bool:
+    """Whether a CPU has no instructions for an autocast dtype, and so takes longer in it than in float32."""
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    if device.type != "cpu" or amp not in names:
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
+    return not any(capabilities.get(name) for name in names[amp])
 
 
 def choose_compile(compile_: str, device: torch.device) -> bool:

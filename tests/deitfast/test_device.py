@@ -68,6 +68,19 @@ def test_a_gpu_that_pytorch_has_no_kernels_for_is_named(monkeypatch, capability:
             device.require_kernels_for(torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("named", ["bf16", "fp16"])
+def test_half_precision_without_its_instructions_is_told(monkeypatch, caplog, named: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with start(TrainSpec(amp=named), "cpu"):
+        assert "this CPU computes it slower than float32" in caplog.text
+    caplog.clear()
+    with start(TrainSpec(amp="auto"), "cpu") as runtime:
+        assert (runtime.amp, caplog.text) == (None, "")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_fp16": True})
+    with start(TrainSpec(amp=named), "cpu"):
+        assert caplog.text == ""
+
+
 def test_ptx_runs_on_later_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device._runs("compute_90", 12, 0)
     assert not device._runs("sm_90a", 12, 0)
