@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import DeitfastError, UserError
 
 
 def expand_home(argument: str) -> str:
@@ -37,3 +39,18 @@ def check_launcher() -> None:
             found=told,
             remedy=remedy,
         )
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Have a mistake that every rank of a machine finds by itself be told by its first one alone.
+
+    Raises:
+        SystemExit: the mistake's exit code, on the others.
+    """
+    try:
+        yield
+    except DeitfastError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise SystemExit(error.exit_code) from None

@@ -16,21 +16,29 @@ from pipelines.storage.dataset import SPEC_FILE
 
 log = logging.getLogger("deitfast")
 DEMO_DATA = Path("data/demo")
+SHARED_SECONDS = 90.0
+"""Time for rank 0 to draw the demo set, after which another machine takes its folder for one that is not shared."""
 DEMO_TEACHER = Path("runs/demo-teacher")
 DEMO_TEACHER_ARCH: Arch = "resnet18"
 
 
 def make_demo_data(data: Path, display: Display) -> None:
-    """Draw the demo set, on rank 0, if `data` is its folder and it is not there yet."""
+    """Draw the demo set, on rank 0, if `data` is its folder and it is not there yet.
+
+    Another machine waits for it, and draws its own where the folder is not shared.
+    """
     from deitfast.cli.data import convert_dataset
 
     if data != DEMO_DATA:
         return
     written = data / SPEC_FILE
-    if os.environ.get("RANK", "0") == "0" and not written.exists():
-        convert_dataset("demo", None, data, ConvertOptions(), display)
+    began, draws = time.monotonic(), os.environ.get("LOCAL_RANK", "0") == "0"
+    patience = 0 if os.environ.get("RANK", "0") == "0" else SHARED_SECONDS
     while not written.exists():
-        time.sleep(0.1)
+        if draws and time.monotonic() - began >= patience:
+            convert_dataset("demo", None, data, ConvertOptions(), display)
+        else:
+            time.sleep(0.1)
 
 
 def uses_demo_teacher(recipe: Recipe) -> bool:

@@ -28,6 +28,7 @@ from deitfast.cli.app import (
     display,
     out,
 )
+from deitfast.cli.arguments import told_once
 from deitfast.config.choices import DistillMode, MethodName
 
 if TYPE_CHECKING:
@@ -135,7 +136,10 @@ def train(
         epochs=epochs, batch=batch, fraction=fraction, skip_bad=skip_bad, which=which,
         assume_class_order=assume_class_order,
     )  # fmt: skip
-    plan = plan_training(options, data=data, out=out_, resume=resume, tensorboard=tensorboard, command=tuple(sys.argv))
+    with told_once():
+        plan = plan_training(
+            options, data=data, out=out_, resume=resume, tensorboard=tensorboard, command=tuple(sys.argv)
+        )
     say_recipe(plan)
     make_demo_data(plan.job.data, shown)
     with start(plan.job.recipe.train, device) as runtime:  # once: a process group that was left cannot be joined again
@@ -190,7 +194,8 @@ def teach(
         teacher=teacher, teacher_weights=teacher_weights, cache=str(out_) if out_ else None, epochs=epochs, batch=batch,
         which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
-    plan = plan_teaching(options, views=views, data=data)
+    with told_once():
+        plan = plan_teaching(options, views=views, data=data)
     say_recipe(plan)
     make_demo_data(plan.job.data, shown)
     with start(plan.job.recipe.train, device) as runtime:

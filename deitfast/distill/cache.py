@@ -220,6 +220,24 @@ class TeacherCache:
             self.read_pass(first)
 
 
+def is_shared(folder: Path, runtime: Runtime) -> bool:
+    """Return whether all ranks see the same place for a cache that need not be there; every rank must call it."""
+    if not runtime.several_machines:
+        return True
+    seen = runtime.broadcast_from_rank0(folder.parent / f"{uuid.uuid4().hex}{PARTIAL}")
+    if runtime.is_main_process:
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        seen.touch()
+    try:
+        runtime.barrier()
+        return not any(runtime.max_over_ranks([not seen.exists()]))
+    finally:
+        if runtime.is_main_process:
+            seen.unlink(missing_ok=True)
+            with suppress(OSError):  # there are caches in it
+                seen.parent.rmdir()
+
+
 def require_shared(folder: Path, runtime: Runtime) -> None:
     """Check that all ranks see the cache in `folder`: the same folder, or copies of a complete cache.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deitfast.config.recipe import Recipe
 from deitfast.distill.build_cache import TeacherViews, build_cache, spot_check
-from deitfast.distill.cache import MemoryCache, TeacherCache, require_shared
+from deitfast.distill.cache import MemoryCache, TeacherCache, is_shared, require_shared
 from deitfast.distill.cache_files import Manifest, is_cache, is_present
 from deitfast.distill.cache_key import (
     cache_folder,
@@ -210,6 +210,14 @@ class TargetPlan:
         """
         recipe, runtime = self.views.recipe, self.views.runtime
         if self.folder is None:
+            return OnlineTeacher(self._teacher(), recipe)
+        unnamed = recipe.distill.cache == "auto" and recipe.distill.targets == "exact"
+        if unnamed and not is_shared(self.folder, runtime):
+            log.warning(
+                "the machines do not share %s: the teacher runs in the loop, and its targets are not kept. To keep "
+                "them: `deitfast teach --out CACHE` on one machine, a copy on each, --cache CACHE",
+                self.folder.parent,
+            )
             return OnlineTeacher(self._teacher(), recipe)
         cache, teacher = self.open_cache(self.folder, stop)
         if recipe.distill.targets != "per_image":

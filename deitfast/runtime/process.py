@@ -1,5 +1,6 @@
 """One process's place in the run, and the process group around it."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,9 +14,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from deitfast.config.recipe import TrainSpec
-from deitfast.runtime.device import choose_amp, choose_compile, choose_device, step_stream
+from deitfast.runtime.device import choose_amp, choose_compile, choose_device, emulated, step_stream
 from deitfast.runtime.ranks import RankWatch, failures_named
 
+log = logging.getLogger("deitfast")
 T = TypeVar("T")
 
 
@@ -40,6 +42,11 @@ class Runtime:
     def is_main_process(self) -> bool:
         """Whether this rank writes files and draws progress."""
         return self.rank == 0
+
+    @property
+    def several_machines(self) -> bool:
+        """Whether the ranks run under more than one torchrun, and so may not see the same files."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) < self.world
 
     def with_precision(self, train: TrainSpec) -> "Runtime":
         """Return the same place with the precision and compilation of another recipe."""
@@ -109,6 +116,8 @@ def start(train: TrainSpec, device: str = "auto") -> Iterator[Runtime]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     amp, compiled = choose_amp(train.amp, chosen), choose_compile(train.compile, chosen)
+    if emulated(amp, chosen):
+        log.warning("train.amp=%s: this CPU computes it slower than float32 (train.amp=off)", train.amp)
     if world == 1:
         with step_stream(chosen):
             yield Runtime(chosen, rank, world, amp, compiled)

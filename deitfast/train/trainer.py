@@ -2,15 +2,18 @@
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deitfast.config.recipe import Recipe
+import torch
+
+from deitfast.config.recipe import Recipe, flatten, override
 from deitfast.data_loaders import open_split, open_training
 from deitfast.distill.targets import plan_targets
 from deitfast.eval.evaluate import evaluate, final_head
@@ -27,13 +30,17 @@ from deitfast.train.step import TrainStep
 from deitfast.weights import checkpoint
 from deitfast.weights.adapt import init_from_pretrained
 from pipelines.batch import Loader
-from pipelines.errors import DeitfastError
+from pipelines.errors import DeitfastError, UserError
 from pipelines.files import file_lock, write_text
 from pipelines.storage.dataset import Dataset
 
 log = logging.getLogger("deitfast")
 SYNCS_AN_EVALUATION = 50
 """How often several ranks agree on a request to stop while they evaluate."""
+MACHINES_OWN = (
+    "model.weights", "model.finetune", "distill.teacher", "distill.teacher_weights", "distill.cache",
+)  # fmt: skip
+"""Fields that name files, which each machine may have in another place."""
 LEAST_SAVE_SECONDS = 10.0
 """An epoch's end saves a checkpoint only so long after the last one: resuming inside an epoch is as exact."""
 
@@ -49,6 +56,15 @@ class TrainJob:
     command: tuple[str, ...]
     tensorboard: bool = False
 
+    def of_rank0(self, runtime: Runtime) -> "TrainJob":
+        """Return this job with the recipe of rank 0, which may have read it in a folder that only its machine has.
+
+        Files that this rank's own line names stay: another machine may have them elsewhere.
+        """
+        theirs = runtime.broadcast_from_rank0(self.recipe)
+        own, default = flatten(self.recipe), flatten(Recipe())
+        return replace(self, recipe=override(theirs, {k: own[k] for k in MACHINES_OWN if own[k] != default[k]}))
+
 
 def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
     """Train as `job` says and return the last epoch's row of metrics.jsonl.
@@ -60,6 +76,9 @@ def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
         DeitfastError: damaged data or checkpoint, full disk, or a loss that stays non-finite.
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
+    if runtime.world > 1:
+        job = job.of_rank0(runtime)
+        runtime = runtime.with_precision(job.recipe.train)
     with (
         closing(Dataset.open(job.data)) as dataset,
         closing(Trainer(job, runtime, display, dataset)) as trainer,
@@ -115,11 +134,13 @@ class Trainer:
     def prepare(self) -> None:
         """Open loaders, targets and model, as they were where the folder holds a run, and write the folder's facts."""
         recipe, runtime, classes = self.recipe, self.runtime, self.spec.classes
+        self._require_same_data()
         loader = self._resources.enter_context(closing(open_training(self.dataset, recipe, runtime)))
         if "val" in self.spec.splits:
             self.validation = self._resources.enter_context(closing(open_split(self.dataset, "val", recipe, runtime)))
         plan = plan_targets(recipe, self.dataset, loader.name, runtime)
-        resumed = self.folder.checkpoint.exists()  # the weights come out of the checkpoint then
+        # the weights come out of the checkpoint then
+        resumed = runtime.broadcast_from_rank0(self.folder.checkpoint.exists())
         init_weights = None if resumed else partial(init_from_pretrained, spec=recipe.model, classes=classes)
         self.step = TrainStep(recipe, len(classes), runtime, init_weights)
         with catching_signals(runtime) as stop:
@@ -141,6 +162,21 @@ class Trainer:
             log.info("resuming in epoch %d after %d steps", self.state.epoch + 1, self.state.steps)
         else:
             self._save()  # what a first step that diverges, or is interrupted while it compiles, goes back to
+
+    def _require_same_data(self) -> None:
+        """Refuse machines whose data sets are not equal: every rank takes its share of one list of images.
+
+        Raises:
+            UserError: this rank's is another one than rank 0's.
+        """
+        host, theirs = self.runtime.broadcast_from_rank0((socket.gethostname(), self.spec.fingerprint))
+        if theirs != self.spec.fingerprint:
+            raise UserError(
+                f"rank {self.runtime.rank} on {socket.gethostname()} reads another data set than rank 0 on {host}",
+                expected=f"fingerprint {theirs}",
+                found=f"{self.spec.fingerprint} in {self.job.data}",
+                remedy="name it with --data on every machine; `deitfast info` prints the fingerprint",
+            )
 
     def run(self) -> dict[str, Any]:
         """Go through the epochs, from wherever the state stands; return the last one's row of metrics.jsonl."""
@@ -195,7 +231,8 @@ class Trainer:
         how = f"{runtime.precision}, compiled" if runtime.compile else runtime.precision
         log.info("%s (%s parameters) on %s, %s", recipe.model.arch, f"{parameters:,}", runtime.device, how)
         epochs, steps = recipe.train.epochs, loader.steps_per_epoch
-        log.info("%s: %d epochs of %d steps, loader %s", self.folder.path, epochs, steps, loader.name)
+        s = "s" * (epochs > 1), "s" * (steps > 1)
+        log.info("%s: %d epoch%s of %d step%s, loader %s", self.folder.path, epochs, s[0], steps, s[1], loader.name)
         if self.targets:
             log.info("%s", self.targets.describe())
         if self.validation is None:
@@ -247,12 +284,18 @@ class Trainer:
         """Take up the run where its checkpoint stands."""
         self.checkpoints.wait()
         self.runtime.barrier()
-        path = self.checkpoints.best()
-        assert path, "called where there is a checkpoint"
-        state = checkpoint.load(path, self.runtime.device)
+        state = self._load()
         self.step.restore(state)
         self.state = TrainState.restore(state, self.runtime)
         self.runtime.barrier()  # no rank replaces the file while another reads it
+
+    def _load(self) -> dict[str, Any]:
+        """Return the checkpoint to go on from. Other machines, which may not see rank 0's folder, are sent it."""
+        runtime, path = self.runtime, self.runtime.broadcast_from_rank0(self.checkpoints.best())
+        assert path, "called where there is a checkpoint"
+        if not runtime.several_machines:
+            return checkpoint.load(path, runtime.device)
+        return runtime.broadcast_from_rank0(checkpoint.load(path, torch.device("cpu")) if runtime.rank == 0 else {})
 
     def _go_back(self, event: DivergedError) -> None:
         """Go back to the last good checkpoint; give up where that does not get any further."""
@@ -262,7 +305,8 @@ class Trainer:
         if self.targets:
             self.targets.save()  # raises if it is the teacher's logits that are not finite
         self.checkpoints.wait()
-        if any(self.runtime.max_over_ranks([again or self.checkpoints.best() is None])):
+        none = self.runtime.broadcast_from_rank0(self.checkpoints.best() is None)
+        if any(self.runtime.max_over_ranks([again or none])):
             raise DeitfastError(
                 str(event), remedy="start a new run with a lower optim.lr, with optim.clip, or with train.amp=off"
             ) from event

@@ -156,7 +156,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_loss_is_that_of
     faulty("none", 1, 2, tiny_small, tmp_path / "whole", *every_step)
     text, code, _ = faulty("interrupted", 1, 2, tiny_small, tmp_path / "run", *every_step)
     assert code != 0
-    assert "SIGINT: stopped in epoch 1" in text
+    assert "SIGINT: stopped at epoch 1, step" in text
     text, code, _ = faulty("none", 1, 2, tiny_small, tmp_path / "run", *every_step, "--resume")
     assert code == 0, text
     rows = [RunFolder(tmp_path / name).metrics() for name in ("whole", "run")]
