@@ -60,4 +60,4 @@ def _of_average(values: Mapping[str, Any], images: int) -> list[str]:
     if not decay or steps * (1 - decay) >= 1:
         return []
     highest = steps / (9 + steps)  # `train.ema.Ema`'s in its last update
-    return [f"averaged weights: their decay rises to {highest:.3g}, not {decay:g}: {steps:,} steps in all"]
+    return [f"averaged weights: decay at most {highest:.3g} instead of {decay:g}: {steps:,} steps in all"]

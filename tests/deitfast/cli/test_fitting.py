@@ -40,7 +40,7 @@ def test_the_averaged_weights_of_a_short_run_are_told() -> None:
         _, notes = make_recipe(RecipeOptions.of(settings=list(settings)), facts, None)
         return [note for note in notes if note.startswith("averaged weights")]
 
-    assert said(PHOTOS) == ["averaged weights: their decay rises to 0.971, not 0.99996: 300 steps in all"]
+    assert said(PHOTOS) == ["averaged weights: decay at most 0.971 instead of 0.99996: 300 steps in all"]
     assert said(PHOTOS, "train.ema=0.99") == []
     assert said(PHOTOS, "train.ema=0") == []
     assert said(MANY) == []
