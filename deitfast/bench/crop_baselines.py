@@ -18,9 +18,10 @@ from deitfast.bench.timing import HOST, BenchCase, TimingOptions, measure
 from deitfast.bench.workbench import Workbench
 from deitfast.environment import __version__
 from pipelines.loaders.batch_plan import CHUNK
+from pipelines.loaders.codecs.pillow import PillowCodec
 from pipelines.loaders.factory import available
 from pipelines.loaders.geometry import CropTable, Geometry
-from pipelines.loaders.host import HostLoader, TurboLoader, decode_window, image_table, resize_crop
+from pipelines.loaders.host import Codec, HostLoader, TurboLoader, decode_window, image_table, resize_crop
 from pipelines.storage.reader import RAW
 
 
@@ -80,7 +81,12 @@ def ours(work: SameCrops) -> Render:
         sources = image_table(plan.reader, work.table)
         parts = [sources[start : start + 4 * CHUNK] for start in range(0, len(sources), 4 * CHUNK)]
         return lambda: [codec.render(part, work.table.crops, work.out, check=plan.spec.check) for part in parts]
-    images = work.table.images()
+    return one_by_one(work, codec)
+
+
+def one_by_one(work: SameCrops, codec: Codec) -> Render:
+    """A codec that is called for each image and each view."""
+    images, plan = work.table.images(), work.loader.plan
 
     def render() -> None:
         for sample, window, crops in images:
@@ -181,7 +187,9 @@ def dali(work: SameCrops) -> Render:
     @package.pipeline_def(batch_size=len(work.files), num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline() -> Any:
         files, corner, size = fn.external_source(source=lambda: feeds, num_outputs=3)
-        images = fn.decoders.image_slice(files, corner, size, axis_names="HW", output_type=types.RGB)
+        images = fn.decoders.image_slice(
+            files, start=corner, shape=size, axis_names="HW", output_type=types.RGB, adjust_orientation=False
+        )
         return fn.resize(
             images, size=[work.side, work.side], interp_type=types.INTERP_CUBIC, antialias=True, mode="stretch"
         )
@@ -197,8 +205,11 @@ def dali(work: SameCrops) -> Render:
 
 
 def difference(work: SameCrops, render: Render) -> float:
-    """Return the mean difference of the crops from Pillow's, in levels of 255."""
-    pillow(work)()
+    """Return the mean difference of the crops from the reference loader's, in levels of 255.
+
+    That is Pillow's, width first, as Pillow has always resized before version 13, which may begin with the height.
+    """
+    one_by_one(work, PillowCodec())()
     expected = work.out.copy()
     work.out[:] = 0
     render()

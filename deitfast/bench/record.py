@@ -245,7 +245,7 @@ class Baseline:
     stored: str = ""
     """How the images were stored, where a few of them were converted for it (`--sizes`)."""
     difference: float | None = None
-    """Of crops: mean difference of the pixels from Pillow's, in levels of 255."""
+    """Of crops: mean difference of the pixels from the reference loader's (Pillow's, width first), in levels of 255."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -29,7 +29,7 @@ def cell(value: Any) -> str:
     """Return a figure as text; [median, lowest, highest] with its spread."""
     if isinstance(value, list):
         return f"{value[0]:,} ({value[1]:,} to {value[2]:,})"
-    return f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,}" if isinstance(value, int | float) else value
 
 
 def table(name: str) -> str:
@@ -123,8 +123,9 @@ def filled(text: str) -> str:
 def chart() -> str:
     """Return peers.json as bars, an SVG: images/s of one core on JPEGs as they are."""
     record = read("peers")
-    bars, scale = [], 250 / max(row[1][0] for row in record["rows"])
-    for number, (name, (rate, low, high), *_) in enumerate(record["rows"]):
+    rows = [row for row in record["rows"] if isinstance(row[1], list)]
+    bars, scale = [], 250 / max(row[1][0] for row in rows)
+    for number, (name, (rate, low, high), *_) in enumerate(rows):
         top, label = 34 + 26 * number, name.replace("`", "")
         color = "#2a6fb0" if number == 0 else "#9db4c8"
         bars.append(
@@ -141,7 +142,7 @@ def chart() -> str:
         '<text x="12" y="20" font-weight="bold">Random crops from ImageNet JPEGs, images/s on one CPU core</text>\n'
         + "\n".join(bars)
         + f'\n<text x="12" y="{height - 8}" font-size="10" fill="#666">Median of 5, line: lowest to highest. '
-        f"AMD EPYC with AVX-512; commit {record['commit']}.</text>\n</svg>\n"
+        f"{record['machine'].partition(', ')[0]}; commit {record['commit']}.</text>\n</svg>\n"
     )
 
 

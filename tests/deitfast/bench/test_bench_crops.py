@@ -32,8 +32,9 @@ def work(tiny_dataset: Path) -> Iterator[SameCrops]:
 def test_the_crops_are_those_of_the_loaders_first_batch(work: SameCrops) -> None:
     assert difference(work, ours(work)) == 0
     batch = next(iter(work.loader.epoch(0)))
-    pillow(work)()
+    ours(work)()
     np.testing.assert_array_equal(work.out, batch.images.numpy())
+    assert difference(work, pillow(work)) < 0.3  # Pillow 13 may begin with the height
 
 
 SLOW_TO_IMPORT = ("torchvision v2", "DALI on the CPU", "SPDL")
