@@ -188,8 +188,16 @@ def resume_command(folder: Path, command: tuple[str, ...]) -> str:
 
 
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any)."""
+    """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any).
+
+    Raises:
+        DeitfastError: it is a folder.
+    """
     rows, damaged = [], 0
+    if file.is_dir():
+        raise DeitfastError(
+            f"{file} is a folder", expected="a file", remedy="remove it: the epochs to come are written"
+        )
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)

@@ -134,6 +134,11 @@ def describe_ffcv(files: Mapping[str, Path]) -> DatasetSpec:
         DeitfastError: one is not whole, or has other fields than an image and an integer label.
     """
     readers = {split: BetonReader(file) for split, file in files.items()}
+    if len(files) > 1 and any(reader.has_crcs for reader in readers.values()):  # FFCV writes none
+        raise UserError(
+            f"{files['train'].parent}: a data set of deitfast's that lacks its {SPEC_FILE}, which names the classes",
+            remedy="copy it from where the data set came from, or convert again",
+        )
     number = max(int(reader.labels.max()) for reader in readers.values()) + 1
     if number > MOST_CLASSES:
         raise _damaged(files["train"], f"labels below {MOST_CLASSES:,}", f"label {number - 1:,}")
