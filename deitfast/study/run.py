@@ -19,6 +19,8 @@ from pipelines.errors import DeitfastError
 from pipelines.files import file_lock, write_text
 
 log = logging.getLogger("deitfast")
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop."""
 Failures = dict[str, str]
 """Why a run failed, by its name."""
 
@@ -134,6 +136,8 @@ def _in_process(plan: StudyPlan, run: PlannedRun, place: int, jobs: int, devices
     command = [sys.executable, "-m", *plan.command(run), "--device", plan.options.device]
     log.info("%s: started", run.name)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     log.info("%s: %s", run.name, "finished" if done.returncode == 0 else f"ended with {done.returncode}")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")

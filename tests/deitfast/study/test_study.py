@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,16 @@ def test_runs_side_by_side_learn_the_same(
     assert cli(*common, "two", "--jobs", "2").exit_code == 0
     found = [json.loads((tmp_path / out / "study.json").read_text())["rows"] for out in ("one", "two")]
     assert [row["figures"]["top1"] for row in found[0]] == [row["figures"]["top1"] for row in found[1]]
+
+
+def test_one_run_that_is_asked_to_stop_ends_them_all(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny, CIFAR, tmp_path)
+    ended = subprocess.CompletedProcess([], run_module.INTERRUPTED, stdout="interrupted")
+    monkeypatch.setattr(run_module.subprocess, "run", lambda *command, **options: ended)
+    with pytest.raises(KeyboardInterrupt):
+        run_module.train_side_by_side(plan, 2, 0, lambda failures: None)
 
 
 def test_a_dry_run_prints_the_commands_and_trains_nothing(tiny: str, tiny_small: Path, tmp_path: Path, cli) -> None:
