@@ -134,11 +134,6 @@ def describe_ffcv(files: Mapping[str, Path]) -> DatasetSpec:
         DeitfastError: one is not whole, or has other fields than an image and an integer label.
     """
     readers = {split: BetonReader(file) for split, file in files.items()}
-    if len(files) > 1 and any(reader.has_crcs for reader in readers.values()):  # FFCV writes none
-        raise UserError(
-            f"{files['train'].parent}: a data set of deitfast's that lacks its {SPEC_FILE}, which names the classes",
-            remedy="copy it from where the data set came from, or convert again",
-        )
     number = max(int(reader.labels.max()) for reader in readers.values()) + 1
     if number > MOST_CLASSES:
         raise _damaged(files["train"], f"labels below {MOST_CLASSES:,}", f"label {number - 1:,}")
@@ -184,6 +179,11 @@ def write_spec(folder: Path, spec: DatasetSpec) -> None:
 def read_spec(folder: Path) -> DatasetSpec:
     """Read and check dataset.json, or describe what FFCV wrote. Raises as `Dataset.open` does."""
     if files := ffcv_files(folder):
+        if folder.is_dir() and any(BetonReader(file).has_crcs for file in files.values()):  # FFCV writes none
+            raise UserError(
+                f"{folder}: a data set of deitfast's that lacks its {SPEC_FILE}, which names the classes",
+                remedy="copy it from where the data set came from, or convert again",
+            )
         return describe_ffcv(files)
     path = folder / SPEC_FILE
     remedy = "make one with `deitfast convert`, or give the folder of one"

@@ -19,6 +19,7 @@ from deitfast.report import live, samples
 from deitfast.report.live import LiveReport
 from deitfast.report.read import read_run
 from deitfast.report.write import write_report
+from deitfast.run_folder import RunFolder
 from pipelines.augment.chain import augment
 from pipelines.errors import DeitfastError
 from pipelines.storage.dataset import Dataset
@@ -204,3 +205,9 @@ def test_another_data_set_in_the_same_place_is_not_shown(trained: Path) -> None:
     pictures, note = samples.samples_of(replace(record, info=record.info | {"fingerprint": "other"}))
     assert pictures == []
     assert "holds another data set by now" in note
+
+
+def test_a_metrics_file_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DeitfastError, match=r"metrics\.jsonl is a folder"):
+        RunFolder(tmp_path).metrics()

@@ -197,6 +197,14 @@ def test_a_wrong_dataset_json_is_refused(tiny_dataset, tmp_path, change, error, 
     assert type(raised.value) is error
 
 
+@pytest.mark.parametrize("left", [("train.beton", "val.beton"), ("train.beton",)])
+def test_a_data_set_that_lost_its_description_is_no_data_set_of_ffcvs(tiny_small, tmp_path, left):
+    for name in left:
+        shutil.copy(tiny_small / name, tmp_path / name)
+    with pytest.raises(UserError, match=r"lacks its dataset\.json"):
+        Dataset.open(tmp_path)
+
+
 def test_folders_without_a_dataset_are_mistakes(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         Dataset.open(tmp_path / "nowhere")
