@@ -132,7 +132,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 
 def test_figures_are_the_records() -> None:
     for page in PAGES:
-        assert tables.filled(page.read_text()) == page.read_text(), f"{page.name}: run python -m {tables.__name__}"
+        assert tables.filled(page) == page.read_text(), f"{page.name}: run python -m {tables.__name__}"
     assert tables.CHART.read_text() == tables.chart()
 
 

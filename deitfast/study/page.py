@@ -84,7 +84,7 @@ def markdown(result: StudyResult, comment: str) -> str:
 
 def as_json(result: StudyResult) -> dict[str, Any]:
     """Return everything that was found as plain values; shares are in [0, 1]."""
-    plan = result.plan
+    plan, libraries = result.plan, result.machine.get("libraries")
     scale = plan.study.scales.get(plan.options.scale)  # pyright: ignore
     return {
         "study": plan.study.name,
@@ -94,7 +94,7 @@ def as_json(result: StudyResult) -> dict[str, Any]:
         "about": scale.about if scale else "",
         "columns": list(plan.study.columns),
         "seeds": plan.seeds,
-        "deitfast": __version__,
+        "versions": {"deitfast": __version__, **(libraries if isinstance(libraries, dict) else {})},
         "machine": result.machine,
         "rows": [
             {

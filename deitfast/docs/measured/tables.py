@@ -43,9 +43,15 @@ def table(name: str) -> str:
     return f"\n{rows}\n{where}\nAgain: `{record['command']}`\n\n"
 
 
-def study_table(name: str) -> str:
-    """Return a study's record, as `deitfast study` wrote it, as a Markdown table with the claims under it."""
+def study_table(name: str, *, brief: bool) -> str:
+    """Return a study's record, as `deitfast study` wrote it, as a Markdown table with the claims under it.
+
+    Args:
+        name: of the record.
+        brief: top-1 alone, without claims and versions.
+    """
     record = read(name)
+    record["columns"] = ["top1"] if brief else record["columns"]
     published = [column for column in record["columns"] if any(column in row["published"] for row in record["rows"])]
     head = ["row", "runs"]
     for column in record["columns"]:
@@ -63,13 +69,11 @@ def study_table(name: str) -> str:
         f"- {each['better']} better than {each['than']}: **{each['verdict']}**; {each['reason']}.\n"
         for each in record["claims"]
     )
-    libraries = ", ".join(
-        f"{library} {version}" for library, version in record["machine"]["libraries"].items() if version
-    )
-    return (
-        f"\n{rows}\n{claims}\n{record['about'][:1].upper()}{record['about'][1:]}. {record['hardware']}; deitfast "
-        f"{record['deitfast']}, commit {record['commit']}; {libraries}.\nAgain: `{record['command']}`\n\n"
-    )
+    about, again = record["about"][:1].upper() + record["about"][1:], f"Again: `{record['command']}`\n\n"
+    if brief:
+        return f"\n{rows}\n{about}; {record['hardware']}.\n{again}"
+    versions = ", ".join(f"{library} {version}" for library, version in record["versions"].items() if version)
+    return f"\n{rows}\n{claims}\n{about}; {record['hardware']}; commit {record['commit']}; {versions}.\n{again}"
 
 
 def spread(column: str, values: list[float]) -> str:
@@ -113,11 +117,15 @@ def _for_each(texts: list[str]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-def filled(text: str) -> str:
-    """Return a document with every block's table as the records have it."""
-    return BLOCK.sub(
-        lambda found: found[1] + (study_table if found[2].startswith("study_") else table)(found[2]) + found[3], text
-    )
+def filled(document: Path) -> str:
+    """Return a document with every block's table as the records have it; in the README those of studies are brief."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found[2]
+        made = study_table(name, brief=document.name == "README.md") if name.startswith("study_") else table(name)
+        return found[1] + made + found[3]
+
+    return BLOCK.sub(block, document.read_text())
 
 
 def chart() -> str:
@@ -149,7 +157,7 @@ def chart() -> str:
 def main() -> None:
     """Rewrite the documents and the chart."""
     for path in [ROOT / "README.md", *sorted(HERE.parent.glob("*.md"))]:
-        path.write_text(filled(path.read_text()))
+        path.write_text(filled(path))
     CHART.write_text(chart())
     sys.stderr.write("tables and chart are as the records have them\n")
 
