@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Queue
 
+from deitfast.bench.workbench import forget_compiled
 from deitfast.config import recipe as recipes
 from deitfast.progress import Display
 from deitfast.run_folder import RunFolder
@@ -78,12 +79,16 @@ def train_here(plan: StudyPlan, runtime: Runtime, display: Display) -> Callable[
 
     def train_one(run: PlannedRun) -> str:
         job = TrainJob(run.recipe, run.data, plan.folder(run.name), resume=True, command=plan.command(run))
+        own = runtime.with_precision(run.recipe.train)
         try:
-            train(job, runtime.with_precision(run.recipe.train), display)
+            train(job, own, display)
         except DeitfastError as error:
             if runtime.world > 1:
                 raise
             return str(error)
+        finally:
+            if own.compile:
+                forget_compiled()  # torch compiles a function only so often in a process
         return ""
 
     return train_one

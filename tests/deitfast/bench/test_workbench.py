@@ -1,0 +1,43 @@
+"""What a bench compiled is dropped with it: torch compiles a function only so often in a process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from deitfast.bench import workbench
+from deitfast.bench.workbench import Student, forget_compiled
+from tests.helpers.small_runs import CPU, tiny_recipe
+
+
+def test_what_was_forgotten_does_not_count_against_torchs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch.compiler.reset()
+
+    def through(sizes: range, *, forgetting: bool) -> None:
+        for size in sizes:
+            torch.compile(torch.sin, backend="eager", fullgraph=True, dynamic=False)(torch.ones(size))
+            if forgetting:
+                forget_compiled()
+
+    through(range(1, 8), forgetting=True)
+    with pytest.raises(FailOnRecompileLimitHit):
+        through(range(1, 8), forgetting=False)
+    forget_compiled()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_student_that_was_compiled_is_forgotten_when_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    calls = []
+    monkeypatch.setattr(workbench, "forget_compiled", lambda: calls.append(1))
+    monkeypatch.setattr(workbench, "TrainStep", lambda *arguments: object())
+    student = Student(tiny_recipe(), None, replace(CPU, compile=compiled))  # pyright: ignore[reportArgumentType]
+    student.close()
+    assert calls == []  # nothing was built
+    monkeypatch.setattr(Student, "train_step", property(lambda self: setattr(self, "_train_step", object())))
+    _ = student.train_step
+    student.close()
+    assert calls == [1] * compiled
