@@ -15,8 +15,8 @@ from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
 
-PHOTOS = DataFacts("folder", 400, (60, 60), "f")
-MANY = DataFacts("imagenet", 400, (1300,) * 1000, "f")
+PHOTOS = DataFacts("folder", 400, (60, 60), "f", validated=True)
+MANY = DataFacts("imagenet", 400, (1300,) * 1000, "f", validated=True)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_defaults_fit_the_data_and_a_file_s_own_fields_stay(tmp_path: Path) -> N
 
 def test_a_share_of_the_images_counts_as_the_loader_counts_it() -> None:
     assert PHOTOS.images(0.1) == 12
-    assert DataFacts("folder", 400, (1, 0, 5), "f").images(0.5) == 4
+    assert DataFacts("folder", 400, (1, 0, 5), "f", validated=True).images(0.5) == 4
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_setting_without_effect_is_told(typed: list[str], says: str) -> None:
 
 
 def test_an_ablation_without_effect_is_told() -> None:
-    small = DataFacts("cifar10", 32, (5000,) * 10, "f")
+    small = DataFacts("cifar10", 32, (5000,) * 10, "f", validated=True)
     _, notes = make_recipe(RecipeOptions.of(ablate=["no-repeated-augmentation"]), small, None)
     assert any(note.startswith("augment.repeats = 1 changes nothing") for note in notes)
 

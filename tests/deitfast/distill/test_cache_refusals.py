@@ -28,7 +28,7 @@ __all__ = ["judged"]
 
 OTHER = {"crop": "resized", "policy": "autoaugment", "size": 64, "mix_group": 8, "repeats": 2, "seed": 1,
          "scale": [0.2, 1.0], "ratio": [0.5, 2.0], "erasing_area": [0.1, 0.3], "erasing_ratio": [0.5, 2.0],
-         "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "padding": 2}  # fmt: skip
+         "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "padding": 2, "mixup_off_epoch": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(AugmentSpec) if not field.name.startswith("eval_")])

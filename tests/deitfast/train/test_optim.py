@@ -250,7 +250,7 @@ def test_a_step_learns_by_the_loss_and_optimizer_that_are_named() -> None:
         (logits,) = step.model(inputs.pixels)
     rows = (inputs.labels, inputs.mix_labels, inputs.lam, 0.1, inputs.valid)
     expected = mixed_binary_cross_entropy(logits, *rows, threshold=0.2)
-    assert step.step(inputs, None, 0.01, 0)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step.step(step.prepare(inputs, 0), None, 0.01)[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert isinstance(step.optimizer, Lamb)
 
 
