@@ -48,7 +48,7 @@ def study_table(name: str, *, brief: bool) -> str:
 
     Args:
         name: of the record.
-        brief: top-1 alone, without claims and versions.
+        brief: top-1 of finished rows alone, without claims and versions.
     """
     record = read(name)
     record["columns"] = ["top1"] if brief else record["columns"]
@@ -58,6 +58,8 @@ def study_table(name: str, *, brief: bool) -> str:
         head += [HEADINGS.get(column, column), *["published"] * (column in published)]
     lines = []
     for row in record["rows"]:
+        if brief and not row["done"]:
+            continue
         line = [row["name"], str(row["done"])]
         for column in record["columns"]:
             line.append(spread(column, row["figures"].get(column, [])))
@@ -71,7 +73,7 @@ def study_table(name: str, *, brief: bool) -> str:
     )
     about, again = record["about"][:1].upper() + record["about"][1:], f"Again: `{record['command']}`\n\n"
     if brief:
-        return f"\n{rows}\n{about}; {record['hardware']}.\n{again}"
+        return f"\n{rows}\n{record['title']}. {about}; no GPU. {again}"
     versions = ", ".join(f"{library} {version}" for library, version in record["versions"].items() if version)
     return f"\n{rows}\n{claims}\n{about}; {record['hardware']}; commit {record['commit']}; {versions}.\n{again}"
 
