@@ -11,8 +11,8 @@ from deitfast.bench.workbench import Student, forget_compiled
 from tests.helpers.small_runs import CPU, tiny_recipe
 
 
-def test_what_was_forgotten_does_not_count_against_torchs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)  # pytest's own patch of it cannot be undone
+def test_what_was_forgotten_does_not_count_against_torchs_limit() -> None:
     torch.compiler.reset()
 
     def through(sizes: range, *, forgetting: bool) -> None:
