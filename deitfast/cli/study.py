@@ -117,13 +117,13 @@ def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "S
     from deitfast.study.results import gather
     from deitfast.study.run import (
         Failures,
-        study_held,
         train_all,
         train_here,
         train_side_by_side,
         unfinished,
         write_recipes,
     )
+    from pipelines.files import file_lock
 
     _check_disk(plan)
 
@@ -132,7 +132,7 @@ def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "S
 
     with start(plan.runs[0].recipe.train, plan.options.device) as runtime:
         main = runtime.is_main_process
-        with study_held(plan) if main else nullcontext():
+        with file_lock(plan.options.out, "study") if main else nullcontext():
             if main:
                 write_recipes(plan)
             if jobs > 1:

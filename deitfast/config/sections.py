@@ -14,6 +14,8 @@ MOST_EPOCHS, MOST_IMAGES = 100_000, 1 << 20
 Decay = Annotated[float, Field(ge=0, lt=1)]
 HEAD_WIDTH = 64
 """Width of an attention head in every ViT and DeiT."""
+TRANSFORMER_FIELDS = ("token", "width", "depth", "heads", "mlp_ratio", "patch", "drop_path", "dropout")
+"""Fields of a model that a CNN does not read."""
 WIDTHS = {"ti": 192, "s": 384, "b": 768}
 """Widths of the transformers, by the end of their names."""
 

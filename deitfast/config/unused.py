@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from deitfast.config.recipe import Recipe, flatten
+from deitfast.config.sections import TRANSFORMER_FIELDS
 
 Reads = Callable[[Recipe], object]
 
@@ -52,8 +53,7 @@ UNREAD: tuple[tuple[tuple[str, ...], Reads, str], ...] = (
     ),
     (("schedule.warmup_lr",), lambda r: r.schedule.warmup_epochs, "there is no warm-up"),
     (
-        ("model.width", "model.depth", "model.heads", "model.mlp_ratio", "model.patch", "model.drop_path",
-         "model.dropout", "model.token"),
+        tuple(f"model.{name}" for name in TRANSFORMER_FIELDS),
         lambda r: r.transformer,
         "the network is a CNN",
     ),

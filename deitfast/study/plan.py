@@ -13,14 +13,12 @@ import torch
 from deitfast.config import recipe as recipes
 from deitfast.config.fit_to_data import DataFacts, fit_to_data
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
-from deitfast.config.sections import ModelSpec
+from deitfast.config.sections import TRANSFORMER_FIELDS, ModelSpec
 from deitfast.models.vit import build_model
 from deitfast.run_folder import RunFolder
 from deitfast.study.spec import Row, Scale, Study, Training, chosen_rows, slug
 from pipelines.errors import UserError
 
-TRANSFORMER_FIELDS = ("token", "width", "depth", "heads", "mlp_ratio", "patch", "drop_path", "dropout")
-"""Fields of a model that a CNN does not read."""
 SHARED = ("recipe", "teacher", "finetune")
 """What a row has from the base unless it says otherwise."""
 COPIES = 3

@@ -4,9 +4,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from queue import Queue
 
 from deitfast.bench.workbench import forget_compiled
@@ -17,7 +16,7 @@ from deitfast.runtime import Runtime
 from deitfast.study.plan import PlannedRun, StudyPlan
 from deitfast.train.trainer import TrainJob, train
 from pipelines.errors import DeitfastError
-from pipelines.files import file_lock, write_text
+from pipelines.files import write_text
 
 log = logging.getLogger("deitfast")
 INTERRUPTED = 130
@@ -38,13 +37,6 @@ def unfinished(plan: StudyPlan) -> list[PlannedRun]:
     """Return the runs that are not done, in order."""
     folders = {run.name: RunFolder(plan.folder(run.name)) for run in plan.runs}
     return [run for run in plan.runs if not (folders[run.name].exists() and folders[run.name].finished())]
-
-
-@contextmanager
-def study_held(plan: StudyPlan) -> Iterator[None]:
-    """Keep another process of the same study out while the block runs."""
-    with file_lock(plan.options.out, "study"):
-        yield
 
 
 def train_all(
