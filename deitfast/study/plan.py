@@ -188,6 +188,8 @@ class _Planner:
             )
         key = _identity(recipe, data)
         if key not in self._by_recipe:
+            if name in self.runs:  # a teacher and a row of one name that are not trained alike
+                name += "-row"
             self._by_recipe[key] = name
             images = facts.images(recipe.train.fraction)
             self.runs[name] = PlannedRun(name, recipe, data, tuple(needs), images, facts.fingerprint,

@@ -107,6 +107,14 @@ def test_rows_that_are_trained_alike_share_a_run_and_a_teacher_is_a_row(tmp_path
     assert [row.runs for row in course.rows if row.row.name == "CNN"] == [("cnn",)]
 
 
+def test_a_row_and_a_teacher_of_one_name_that_learn_otherwise_are_two_runs(tiny: str, tmp_path: Path) -> None:
+    Path(tiny).write_text(TINY.replace('name = "class head"', 'name = "small"'))
+    plan = plan_of(tiny, CIFAR, tmp_path)
+    assert [run.name for run in plan.runs] == ["plain", "small", "small-row"]
+    assert [row.runs for row in plan.rows] == [("plain",), ("small-row",), ("small-row",)]
+    assert plan.runs[2].needs == ("small",)
+
+
 def test_settings_of_the_scale_give_way_to_the_rows_and_those_of_the_user_to_nothing(tmp_path: Path) -> None:
     ablation = {run.name: run.recipe for run in plan_of("ablation", CIFAR, tmp_path).runs}
     assert ablation["deit"].train.ema == 0
