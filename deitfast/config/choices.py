@@ -4,7 +4,7 @@ from typing import Literal
 
 Arch = Literal[
     "deit_ti", "deit_s", "deit_b", "vit_ti", "vit_s", "vit_b",
-    "resnet18", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
+    "resnet18", "resnet20", "resnet50", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf",
 ]  # fmt: skip
 DistillMode = Literal["none", "soft", "hard"]
 MethodName = Literal[

@@ -15,7 +15,7 @@ pipeline("image-classification", "FOLDER")("image.jpg")""",
     "timm": """import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
-    "torchvision": """# the same names and shapes as torchvision's network; from the command line:
+    "torchvision": """# the tensors have torchvision's names; from the command line:
 # deitfast eval --weights FOLDER --data DATA""",
 }
 METRICS = {"top1": "top-1", "top5": "top-5", "f1": "macro F1", "loss": "cross-entropy"}

@@ -32,7 +32,7 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     `out` ending in .safetensors is one file, whose metadata holds the configuration; ending in .onnx it is an ONNX
     file; any other name is a folder of model.safetensors, config.json and README.md, the model card:
 
-    - timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it; CNNs with an input of 64 px or more.
+    - timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it; CNNs with an input of 64 px or more, not resnet20.
     - torchvision (CNNs): torchvision's names.
     - hf: `transformers.AutoModelForImageClassification.from_pretrained(FOLDER)` reads it, and the image processor.
 
@@ -83,7 +83,7 @@ def _require_layout(trained: TrainedModel, form: str) -> None:
         from deitfast.models.cnn import SMALL  # torchvision takes a second to import
 
         small = trained.recipe.augment.size < SMALL
-        fits = ("torchvision",) if small else ("torchvision", "timm")
+        fits = ("torchvision",) if small or what == "resnet20" else ("torchvision", "timm")
         what += f" with the stem for inputs below {SMALL} px" if small and form == "timm" else ""
     if form not in fits:
         raise UserError(f"{what} has no {form} layout", expected=f"--format {', '.join(fits)} or onnx")

@@ -248,12 +248,13 @@ def _cnn_arch(tensors: dict[str, Tensor]) -> Arch | None:
     """Return which of deitfast's CNNs has these tensors, by the shapes of its stages; None for another."""
     stages = {
         "resnet18": {"layer4.1.conv2.weight": (512, 512, 3, 3), "layer1.1.conv2.weight": (64, 64, 3, 3)},
+        "resnet20": {"layer1.2.conv2.weight": (16, 16, 3, 3), "layer3.2.conv2.weight": (64, 64, 3, 3)},
         "resnet50": {"layer3.5.conv3.weight": (1024, 256, 1, 1), "layer4.2.conv3.weight": (2048, 512, 1, 1)},
         "regnet_y_4gf": {"trunk_output.block4.block4-1.f.c.0.weight": (1088, 1088, 1, 1)},
         "regnet_y_8gf": {"trunk_output.block4.block4-0.f.c.0.weight": (2016, 2016, 1, 1)},
         "regnet_y_16gf": {"trunk_output.block4.block4-0.f.c.0.weight": (3024, 3024, 1, 1)},
     }
-    beyond = {"resnet18": "layer1.2.conv1.weight", "resnet50": "layer3.6.conv1.weight"}
+    beyond = {"resnet18": "layer1.2.conv1.weight", "resnet20": "layer1.3.conv1.weight", "resnet50": "layer3.6.conv1.weight"}
     for arch, shapes in stages.items():
         if all(name in tensors and tensors[name].shape == shape for name, shape in shapes.items()):
             return None if beyond.get(arch) in tensors else cast(Arch, arch)

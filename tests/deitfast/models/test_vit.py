@@ -268,10 +268,20 @@ def test_convnets_take_torchvisions_weights_and_give_its_logits(arch):
         assert torch.equal(heads[0], theirs(pixels))
 
 
-@pytest.mark.parametrize(("arch", "side"), [("resnet18", 4), ("resnet50", 4), ("regnet_y_4gf", 2)])
+@pytest.mark.parametrize(("arch", "side"), [("resnet18", 4), ("resnet20", 8), ("resnet50", 4), ("regnet_y_4gf", 2)])
 def test_small_images_keep_their_resolution_through_the_stem(arch, side):
     model, seen = build(arch, 32, 10).eval(), []
     model.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
     with torch.no_grad():
         assert model(torch.randn(1, 3, 32, 32))[0].shape == (1, 10)
     assert seen == [(side, side)]
+
+
+def test_resnet20_is_the_papers_network_for_cifar():
+    """He et al., 2016, table 6: 20 layers with weights, 0.27 million parameters; section 4.2: 16, 32, 64 channels."""
+    model = build("resnet20", 32, 10)
+    assert sum(value.numel() for value in model.parameters()) == pytest.approx(0.27e6, rel=0.01)
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    shortcuts = [module for module in convolutions if module.kernel_size == (1, 1)]
+    assert len(convolutions) - len(shortcuts) + 1 == 20
+    assert {module.out_channels for module in convolutions} == {16, 32, 64}

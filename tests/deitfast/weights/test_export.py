@@ -112,6 +112,16 @@ def test_cnns_are_timms_where_that_is_asked_for(tmp_path: Path, arch: str) -> No
         export(trained(f"model.arch={arch}", "augment.size=32"), tmp_path / "small", "timm")
 
 
+def test_resnet20_comes_back_and_has_no_layout_of_timms(tmp_path: Path) -> None:
+    ours, pixels = trained("model.arch=resnet20", "augment.size=32", *FED), torch.randn(2, 3, 32, 32)
+    export(ours, tmp_path / "x", "")
+    back = load_model(tmp_path / "x", CPU)
+    assert (back.classes, back.recipe.model.arch, back.recipe.augment.size) == (ours.classes, "resnet20", 32)
+    torch.testing.assert_close(logits(back.model, pixels), logits(ours.model, pixels))
+    with pytest.raises(UserError, match="resnet20 has no timm layout"):
+        export(trained("model.arch=resnet20", "augment.size=64"), tmp_path / "large", "timm")
+
+
 @pytest.mark.parametrize(("arch", "name"), TIMM_REGNETS.items())
 def test_timms_regnets_have_the_names_and_shapes_of_ours(arch: str, name: str) -> None:
     with torch.device("meta"):

@@ -134,6 +134,15 @@ def test_torchvisions_files_give_their_networks_logits(tmp_path: Path) -> None:
         load_model(tmp_path / "resnet34.pth", CPU)
 
 
+def test_a_longer_network_of_resnet20s_widths_is_not_taken_for_it(tmp_path: Path) -> None:
+    state = build_model(ModelSpec(arch="resnet20"), size=32, classes=7, distilled=False).state_dict()
+    torch.save(state, tmp_path / "resnet20.pth")
+    assert load_model(tmp_path / "resnet20.pth", CPU).recipe.model.arch == "resnet20"
+    torch.save(state | {"layer1.3.conv1.weight": torch.zeros(16, 16, 3, 3)}, tmp_path / "resnet32.pth")
+    with pytest.raises(UserError, match="does not tell which network"):
+        load_model(tmp_path / "resnet32.pth", CPU)
+
+
 def without(state: dict, *names: str) -> dict:
     return {name: value for name, value in state.items() if name not in names}
 
