@@ -380,6 +380,7 @@ def choose(arch: Arch, dataset: str, side: int) -> Recipe:
     """
     exact = f"{arch}_{dataset}"
     kind = "demo" if dataset == "demo" else "cifar10" if side <= 64 else "imagenet"
-    family = "deit_ti" if arch.startswith(("deit_", "vit_")) else "resnet18"
+    cnn = "resnet20" if kind == "demo" else "resnet18"
+    family = "deit_ti" if arch.startswith(("deit_", "vit_")) else cnn
     recipe = load(exact if exact in names() else f"{family}_{kind}")
     return override(recipe, {"model.arch": arch})
