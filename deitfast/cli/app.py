@@ -28,7 +28,7 @@ DATA, MODEL, DISTILLATION, OPTIMIZATION, RUN = "Data", "Model", "Distillation", 
 OUTPUT, MEASURING, PREDICTION = "Output", "Measuring", "Prediction"
 """Panels of `--help`."""
 
-ARCHITECTURES = "deit_* or vit_* with ti, s or b; resnet18, resnet20 (CIFAR's, small), resnet50; regnet_y_* with 4gf, 8gf or 16gf."
+ARCHITECTURES = "deit_* or vit_* with ti, s or b; resnet18, resnet20, resnet50; regnet_y_* with 4gf, 8gf or 16gf."
 
 
 def complete_recipe(incomplete: str) -> Iterable[str]:

@@ -32,7 +32,7 @@ def export(trained: TrainedModel, out: Path, form: str) -> tuple[Path, ...]:
     `out` ending in .safetensors is one file, whose metadata holds the configuration; ending in .onnx it is an ONNX
     file; any other name is a folder of model.safetensors, config.json and README.md, the model card:
 
-    - timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it; CNNs with an input of 64 px or more, not resnet20.
+    - timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it; CNNs of 64 px or more, not resnet20.
     - torchvision (CNNs): torchvision's names.
     - hf: `transformers.AutoModelForImageClassification.from_pretrained(FOLDER)` reads it, and the image processor.
 

@@ -254,10 +254,11 @@ def _cnn_arch(tensors: dict[str, Tensor]) -> Arch | None:
         "regnet_y_8gf": {"trunk_output.block4.block4-0.f.c.0.weight": (2016, 2016, 1, 1)},
         "regnet_y_16gf": {"trunk_output.block4.block4-0.f.c.0.weight": (3024, 3024, 1, 1)},
     }
-    beyond = {"resnet18": "layer1.2.conv1.weight", "resnet20": "layer1.3.conv1.weight", "resnet50": "layer3.6.conv1.weight"}
+    deeper = {"resnet18": "layer1.2.conv1.weight", "resnet20": "layer1.3.conv1.weight"}
+    deeper["resnet50"] = "layer3.6.conv1.weight"
     for arch, shapes in stages.items():
         if all(name in tensors and tensors[name].shape == shape for name, shape in shapes.items()):
-            return None if beyond.get(arch) in tensors else cast(Arch, arch)
+            return None if deeper.get(arch) in tensors else cast(Arch, arch)
     return None
 
 
