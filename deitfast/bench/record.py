@@ -193,6 +193,24 @@ class FullRun:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ClusterJob:
+    """A part of a recipe's work, and how fast some machines do it."""
+
+    name: str
+    images: int
+    """Images to convert, or views to train on or to ask the teacher of."""
+    rate: float
+    """images/s of all machines that work on it."""
+    limit: str
+    """What limits it, as in `Scaling.limits`."""
+
+    @property
+    def seconds(self) -> float:
+        """Time for all of them."""
+        return self.images / self.rate
+
+
+@dataclass(frozen=True, config=STRICT)
 class Scaling:
     """Prediction for more GPUs and nodes, from what one process measured."""
 
@@ -214,6 +232,8 @@ class Scaling:
     exchange_seconds: float
     """Of exchanging the gradients of one step."""
     assumptions: tuple[str, ...]
+    jobs: tuple[ClusterJob, ...] = ()
+    """Conversion, the teacher's targets and training on these machines."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,6 +8,7 @@ import torch
 
 from deitfast.bench.baseline_loaders import SkipError, package_version
 from deitfast.bench.baselines import LOADERS, STEPS, Opener
+from deitfast.bench.cluster_jobs import predict_cluster
 from deitfast.bench.crop_baselines import compare_crops
 from deitfast.bench.machine import arithmetic, measure_disk
 from deitfast.bench.record import (
@@ -19,11 +20,10 @@ from deitfast.bench.record import (
     Disk,
     FullRun,
     Measured,
-    Scaling,
     new_record,
     pluralize,
 )
-from deitfast.bench.scaling import Cluster, gradient_bytes, scale
+from deitfast.bench.scaling import Cluster
 from deitfast.bench.stages import all_together, copying, device_stages, loader_stages, step_alone, whole_loader
 from deitfast.bench.suggestions import QUALITY, loader_alone, shrunk, suggest
 from deitfast.bench.threads import loader_scaling
@@ -131,6 +131,9 @@ def measure_recipe(bench: Workbench, options: BenchOptions, timing: TimingOption
     costs = _costs(stages, loader, disk, capacity)
     verdict = find_bottleneck(costs, capacity) if part == "all" else None
     step = next((stage for stage in stages if stage.name == "step"), None)
+    run, scaling = full_run(bench, together.rate) if together else None, None
+    if options.cluster and run:
+        scaling = predict_cluster(bench, costs, capacity, options.cluster, run, timing)
     return replace(
         new_record(part, options.command, bench.setting()),
         stages=stages,
@@ -140,9 +143,9 @@ def measure_recipe(bench: Workbench, options: BenchOptions, timing: TimingOption
         disk=disk,
         verdict=verdict,
         arithmetic=arithmetic(bench, step, timing) if step else None,
-        full_run=full_run(bench, together.rate) if together else None,
+        full_run=run,
         suggestions=suggest(bench, costs, capacity, timing) if verdict and loader_bound(costs, verdict) else (),
-        scaling=_scaling(bench, costs, capacity, options.cluster) if options.cluster else None,
+        scaling=scaling,
         trials=tuple(_try(bench, setting, costs, timing) for setting in options.tries),
         baselines=_baselines(bench, options, timing) if options.baselines else (),
         notes=options.notes,
@@ -194,12 +197,6 @@ def _costs(stages: tuple[Measured, ...], loader: Measured | None, disk: Disk | N
     if disk and disk.cold and not disk.fits:
         costs.append(cost_of(disk.cold))
     return costs
-
-
-def _scaling(bench: Workbench, costs: list[Cost], capacity: Capacity, cluster: Cluster) -> Scaling:
-    model, cpu = bench.student.train_step.model, bench.runtime.device.type == "cpu"
-    step_threads = torch.get_num_threads() if cpu else 0
-    return scale(costs, capacity, cluster, bench.recipe.train.batch, gradient_bytes(model), step_threads)
 
 
 def _try(bench: Workbench, setting: str, costs: list[Cost], timing: TimingOptions) -> Change:

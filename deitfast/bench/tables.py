@@ -117,6 +117,9 @@ def sentences(record: BenchRecord) -> Iterator[str]:
             f"(at most, in images/s: {limits}). Exchanging {volume(scaling.gradient_bytes)} of gradients takes "
             f"{scaling.exchange_seconds * 1000:.3g} ms a step."
         )
+        for job in scaling.jobs:
+            what = f"{job.name[0].upper()}{job.name[1:]}: {job.images:,} images at {format_rate(job.rate)} images/s"
+            yield f"{what} take {duration(job.seconds)}, limited by {job.limit}."
         yield f"Assumed: {'; '.join(scaling.assumptions)}."
 
 

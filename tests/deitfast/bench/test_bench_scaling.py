@@ -4,16 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+from deitfast.bench.cluster_jobs import conversion_job, predict_cluster, teacher_views
+from deitfast.bench.record import FullRun, Measured, Measurement
 from deitfast.bench.run import BenchOptions
 from deitfast.bench.scaling import NODE_GBITS, Cluster, exchange_seconds, gradient_bytes, scale
+from deitfast.bench.timing import TimingOptions
 from deitfast.bench.verdict import Capacity, Cost, predict
+from deitfast.bench.workbench import Workbench
 from pipelines.errors import UserError
+from pipelines.storage.dataset import Dataset
+from tests.helpers.small_runs import CPU, tiny_recipe
 
 ROOT = Path(__file__).parents[3]
 COSTS = [
@@ -79,6 +86,28 @@ def test_gradients_are_those_of_what_is_trained() -> None:
     model = nn.Linear(3, 5)
     model.bias.requires_grad_(False)
     assert gradient_bytes(model) == 4 * 15
+
+
+def test_a_recipes_whole_work_is_predicted(tiny_dataset: Path) -> None:
+    recipe = tiny_recipe("augment.crop=resized", "augment.repeats=1", "train.epochs=3", "train.fraction=0.5")
+    cluster, node, run = Cluster(2, 2, 1e6), Capacity(2, 4), FullRun(3, 48, 1.0, 0)
+    with closing(Dataset.open(tiny_dataset)) as data, closing(Workbench(data, recipe, CPU)) as bench:
+        teacher = Cost("teacher", "device", 60e-6, 0.0)
+        found = predict_cluster(bench, [*COSTS, teacher], node, cluster, run, TimingOptions(0.01, 1))
+        alone = predict_cluster(bench, COSTS, node, cluster, run, TimingOptions(0.01, 1))
+        with closing(bench.changed(["distill.mode=hard", "distill.cache=auto", "distill.targets=per_image"])) as once:
+            assert teacher_views(once) == 16  # one of each of the 16 images
+    converting, asking, training = found.jobs
+    assert (converting.name, converting.images, converting.limit) == ("converting (one node)", 40, "cores")
+    assert (asking.name, asking.images) == ("asking the teacher", 16 * 3)
+    assert asking.rate > training.rate == found.predicted  # neither step nor exchange
+    assert (training.images, training.seconds) == (48, pytest.approx(48 / found.predicted))
+    assert [job.name for job in alone.jobs] == ["converting (one node)", "training"]
+
+
+def test_conversion_takes_all_cores_of_one_node() -> None:
+    measured = Measured("converting", "", None, False, (Measurement(8, 0.5, 0.4),))
+    assert conversion_job(measured, 1000, Capacity(2, 16)).seconds == pytest.approx(1000 * 0.05 / 16)
 
 
 def test_what_cannot_be_predicted_is_refused() -> None:
