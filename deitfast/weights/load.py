@@ -110,7 +110,10 @@ def set_norm_eps(model: nn.Module, weights: Weights) -> None:
 def describe_input(trained: TrainedModel) -> str:
     """Return one line: how images are fed to a model, and where that and the class names come from."""
     augment, side = trained.recipe.augment, trained.sidecar
-    origin = f"as {side.input_from} says" if side.input else f"as recipe {trained.recipe.name} says (nothing else does)"
+    default = f"as recipe {trained.recipe.name} says (nothing else does)"
+    origin = f"as {side.input_from} says" if side.input else default
+    if side.input and not {"mean", "std"} <= side.input.keys():
+        origin += f", mean and std {default}"
     names = f"from {side.classes_from}" if side.classes else "not told"
     return f"images {origin}: {describe_augment(augment)}; class names {names}"
 

@@ -205,18 +205,23 @@ def _processor(tree: Mapping[str, Any], file: Path) -> dict[str, Any]:
     defaults = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     if kind.startswith("ViT"):
         defaults = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    mean, std = tree.get("image_mean") or defaults[0], tree.get("image_std") or defaults[1]
-    if not (_is_list(mean) and _is_list(std)):
-        raise _damaged(str(file), "lists as image_mean and image_std", f"{mean!r}, {std!r}")
     told: dict[str, Any] = {
-        "mean": tuple(mean) if normalized else (0.0, 0.0, 0.0),
-        "std": tuple(std) if normalized else (1.0, 1.0, 1.0),
+        "mean": _per_channel(tree.get("image_mean"), defaults[0], file) if normalized else (0.0, 0.0, 0.0),
+        "std": _per_channel(tree.get("image_std"), defaults[1], file) if normalized else (1.0, 1.0, 1.0),
     }
     resample = tree.get("resample", 3 if kind.startswith("DeiT") else 2)
     told["eval_interpolation"] = _interpolation(
         PIL_FILTERS.get(resample, str(resample)) if isinstance(resample, int) else str(resample), str(file)
     )
     return _checked(told | _resizing(tree, kind, file), str(file))
+
+
+def _per_channel(value: Any, default: tuple[float, ...], file: Path) -> tuple[float, ...]:
+    """Return a mean or standard deviation of three channels; transformers takes one number for all of them as well."""
+    values = default if value is None else tuple(value) if _is_list(value) else (value,) * 3
+    if len(values) != 3 or not all(isinstance(number, int | float) for number in values):
+        raise _damaged(str(file), "a number, or three, as image_mean and image_std", repr(value))
+    return values
 
 
 def _resizing(tree: Mapping[str, Any], kind: str, file: Path) -> dict[str, Any]:

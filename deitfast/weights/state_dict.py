@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from posixpath import commonprefix
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from pipelines.errors import UserError
 log = logging.getLogger(__name__)
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow|teacher|momentum)([._]|$)")
 """Parts of a name that say that averaged weights follow: model_ema, state_dict_ema, ema.model, teacher, ..."""
+WRAPPERS = re.compile(r"(?:^|(?<=\.))_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module|forward_module)\.")
+"""What torch.compile, activation checkpointing, FSDP and DeepSpeed put into names, inside a network as well."""
 DEPTH = 8
 """Dicts in dicts that are looked into."""
 
@@ -33,7 +36,8 @@ def select_network(
     """Return the tensors of the one network among `tensors`, without what stands before all its names.
 
     A network is wherever one of `anchors` is, whatever stands before it: `module.`, `_orig_mod.`, `model.`, the keys
-    of the dicts that it was saved in, in any nesting. Of several the plain weights are taken, or the averaged ones.
+    of the dicts that it was saved in, in any nesting; `WRAPPERS` inside its names do not count. Of several the plain
+    weights are taken, or the averaged ones.
 
     Args:
         tensors: what `flatten` returned.
@@ -42,14 +46,17 @@ def select_network(
         ema: take the averaged weights.
 
     Returns:
-        Its tensors; `tensors` themselves where no anchor is among them.
+        Its tensors; all of `tensors` where no anchor is among them.
 
     Raises:
         UserError: no averaged weights, or several networks that are equally meant.
     """
     longest_first = sorted(anchors, key=len, reverse=True)
+    tensors = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
     prefixes = {prefix for name in tensors if (prefix := _before(name, longest_first)) is not None}
-    averaged = {prefix for prefix in prefixes if _is_averaged(prefix, tensors)}
+    above = _common_parent(prefixes)  # of ema.online_model and ema.ema_model the second is averaged
+    averaged = {prefix for prefix in prefixes if _is_averaged(prefix, tensors, above)}
+    averaged = averaged or {prefix for prefix in prefixes if _is_averaged(prefix, tensors)}
     chosen = averaged if ema else prefixes - averaged or averaged
     if ema and not averaged:
         raise UserError(f"{owner} has no averaged weights", remedy="leave --ema out")
@@ -80,9 +87,15 @@ def _before(name: str, anchors: list[str]) -> str | None:
     return None
 
 
-def _is_averaged(prefix: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether a prefix says so, or torch's AveragedModel, which counts its updates, stands before it."""
-    if AVERAGED.search(prefix.rstrip(".")):
+def _common_parent(prefixes: set[str]) -> str:
+    """Return the dicts that several networks lie in together, dotted; "" for a single one."""
+    shared = commonprefix(list(prefixes)) if len(prefixes) > 1 else ""
+    return shared[: shared.rfind(".") + 1]
+
+
+def _is_averaged(prefix: str, tensors: dict[str, Tensor], above: str = "") -> bool:
+    """Whether a prefix says so below `above`, or torch's AveragedModel, which counts its updates, stands before it."""
+    if AVERAGED.search(prefix.removeprefix(above).rstrip(".")):
         return True
     outside = prefix.removesuffix("module.")
     return outside != prefix and f"{outside}n_averaged" in tensors

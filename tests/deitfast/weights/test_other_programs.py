@@ -1,6 +1,7 @@
 """Weights as other programs publish them: their logits, their classes and their preprocessing, or a refusal by name."""
 
 import json
+import re
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.errors import UserError
 from tests.deitfast.weights.test_read_weights import CPU, PIXELS, deit
 from tests.helpers.published_weights import hugging_face, randomized, timm_model
 
+BLOCK, CHECKPOINTED = r"(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module."
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7}
 
 
@@ -45,6 +47,8 @@ def assert_same_logits(path: Path, theirs: torch.nn.Module, pixels: torch.Tensor
         lambda s: {"model": {"state_dict": OrderedDict(s)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
         lambda s: {f"backbone.{k}": v for k, v in s.items()},
         lambda s: {"model_ema": {"module": s}},
+        lambda s: {f"model.{k.replace('blocks.0.', 'blocks.0._orig_mod.')}": v for k, v in s.items()},
+        lambda s: {f"_fsdp_wrapped_module.{re.sub(BLOCK, CHECKPOINTED, k)}": v for k, v in s.items()},
         lambda s: {
             "teacher": {f"backbone.{k}": v * 0 for k, v in s.items()},
             "student": {f"module.{k}": v for k, v in s.items()},
@@ -70,6 +74,7 @@ def test_wrappers_in_any_nesting_are_taken_off(tmp_path: Path, wrap) -> None:
             "averaged": {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in average.items()},
         },
         lambda plain, average: {"model": plain, "swa": AveragedModelState(average)},
+        lambda plain, average: {"ema_state_dict": {"online_model": plain, "ema_model": average}},
     ],
 )
 def test_plain_and_averaged_weights_are_told_apart(tmp_path: Path, wrap) -> None:
@@ -231,6 +236,7 @@ def test_hugging_faces_folder_tells_classes_normalization_and_epsilon(tmp_path: 
         ),
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}, (224, 256, "shorter", "bicubic", 0.485)),
         ({"size": 224, "do_normalize": False}, (224, 224, "shorter", "bilinear", 0.0)),
+        ({"size": 224, "image_mean": 0.25, "image_std": 0.5}, (224, 224, "shorter", "bilinear", 0.25)),
     ],
 )  # fmt: skip
 def test_hugging_faces_processors_are_read(tmp_path: Path, processor: dict, expected: tuple) -> None:
@@ -241,6 +247,14 @@ def test_hugging_faces_processors_are_read(tmp_path: Path, processor: dict, expe
     size, resized = told["size"], int(told["size"] / told["eval_crop"])
     found = (size, resized, told.get("eval_resize", "shorter"), told["eval_interpolation"], told["mean"][0])
     assert found == expected
+
+
+def test_a_normalization_that_nothing_tells_is_not_said_to_be_told(tmp_path: Path) -> None:
+    hugging_folder(tmp_path, ["red", "green", "blue"])
+    line = describe_input(load_model(tmp_path, CPU))
+    assert "config.json says, mean and std as recipe deit_ti_cifar10 says (nothing else does): 32 px" in line
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
+    assert "mean and std as" not in describe_input(load_model(tmp_path, CPU))
 
 
 def test_numbers_as_labels_are_names(tmp_path: Path) -> None:
@@ -297,7 +311,8 @@ def test_unnamed_labels_are_not_names(tmp_path: Path) -> None:
         ("config.json", '{"num_attention_heads": 7}', "divides its width, 192"),
         ("config.json", '{"architecture": "x", "pretrained_cfg": {"mean": [1]}}', "mean"),
         ("config.json", '{"architecture": "x", "label_names": [1, 2, 3]}', "a list of class names"),
-        ("preprocessor_config.json", '{"image_mean": 3}', "lists as image_mean"),
+        ("preprocessor_config.json", '{"image_mean": "a"}', "a number, or three, as image_mean"),
+        ("preprocessor_config.json", '{"image_std": [0.5, 0.5]}', "a number, or three, as image_mean and image_std"),
         ("preprocessor_config.json", '{"rescale_factor": 1}', "rescale_factor"),
         ("preprocessor_config.json", '{"size": {"height": 32, "width": 64}}', "square"),
         ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "std"),
