@@ -4,6 +4,7 @@ ImageNet's classes have several names: the synset (n01440764), WordNet's words (
 them), and the place among the sorted synsets (0 to 999, the folders of ImageNet-V2). All of them are understood.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,10 +74,9 @@ def match_classes(
     known = names or (imagenet_synsets() if num_outputs == IMAGENET else ())
     numbers = _numbers(wanted, num_outputs)
     if known:
-        for how, own, theirs in (
-            ("by name", tuple(known), tuple(wanted)),
-            ("by ImageNet's names", _keys(known), _keys(wanted)),
-        ):
+        keys = _keys(wanted)
+        spelled = "by ImageNet's names" if set(keys) & set(imagenet_synsets()) else "by name, however it is spelled"
+        for how, own, theirs in (("by name", tuple(known), tuple(wanted)), (spelled, _keys(known), keys)):
             if (index := _index(own, theirs)) is not None:
                 return ClassMatch(index, num_outputs, how if names else "by synset, in ImageNet's order")
     elif numbers:
@@ -106,6 +106,7 @@ def _numbers(names: Sequence[str], count: int) -> tuple[int, ...]:
 
 
 def _plain(name: str) -> str:
+    name = unicodedata.normalize("NFKC", name)  # macOS decomposes letters
     return " ".join(name.casefold().replace("_", " ").replace(",", " ").split())
 
 

@@ -48,6 +48,13 @@ def test_subsets_are_found(names: tuple) -> None:
     assert index(names, ("Golden Retriever", "n02099601")[:1]) == (207,)
 
 
+def test_the_same_name_spelled_otherwise_is_found() -> None:
+    found = match_classes("net", ("Toy_Box", " cafe\u0301", "RED"), 3, ("caf\u00e9", "red", "toy box"))
+    assert (found.index, found.how) == ((1, 2, 0), "by name, however it is spelled")
+    assert match_classes("net", (), 1000, ("tench",)).how == "by synset, in ImageNet's order"
+    assert match_classes("net", WORDS, 1000, ("n01440764",)).how == "by ImageNet's names"
+
+
 def test_timms_lists_of_imagenet_a_and_r_are_found() -> None:
     for subset in "ar":
         lists = resources.files(timm.data) / "_info"
