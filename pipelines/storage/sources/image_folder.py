@@ -1,6 +1,7 @@
 """Image trees: `train/<class>/*`, `val/<class>/*`, `test/<class>/*` in a folder or an archive; the kind `folder`."""
 
 import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
-from pipelines.storage.sources.listing import FileLocator, Listing, is_hidden, list_files, printable
+from pipelines.storage.sources.listing import DanglingLink, FileLocator, Listing, is_hidden, list_files, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 from pipelines.storage.sources.splits import SPLIT_NAMES, mentions_split, split_of
 
@@ -49,6 +50,8 @@ class Tree:
     """Visible folders by full name."""
     ignored: Counter[str]
     """Visible files that are not images by their names, by their ending (or name, where that has none)."""
+    dangling: list[str] = field(default_factory=list)
+    """Links that lead to no file and are not images by their names: to a folder that is gone, most likely."""
 
     def part(self, folder: str) -> Part:
         """Return what lies below `folder` (a name directly below the root; empty: the root itself).
@@ -136,17 +139,20 @@ def read_tree(listing: Listing) -> Tree:
     """
     images: Images = {}
     ignored: Counter[str] = Counter()
+    dangling: list[str] = []
     for name, locator in listing.files.items():
         *folders, base = name.split("/")
         if any(map(is_hidden, folders)):
             continue
         if base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith("._"):  # ._ are macOS notes
             images[name] = locator
+        elif isinstance(locator, DanglingLink):
+            dangling.append(f"{printable(name)} (to {printable(locator.target)})")
         else:
             ignored["._*" if base.startswith("._") else printable(posixpath.splitext(base)[1].lower() or base)] += 1
     visible = {name for name in listing.folders if not any(map(is_hidden, name.split("/")))}
     root = _root_of_splits(images, listing.origin)
-    return Tree(_common_root(images) if root is None else root, images, visible, ignored)
+    return Tree(_common_root(images) if root is None else root, images, visible, ignored, dangling)
 
 
 def assemble(
@@ -187,11 +193,21 @@ def assemble(
         if unknown:
             raise UserError(
                 f"{where}: {part.folder}/ has {len(unknown)} classes that {train.folder}/ has not",
-                found=some(unknown),
+                found=some([_beside_alike(name, labels, train.folder) for name in unknown]),
                 remedy="name the class folders of all splits alike",
             )
         splits[split] = _entries(part, labels)
     return tuple(labels), splits, tuple(notes)
+
+
+def _beside_alike(name: str, known: Iterable[str], folder: str) -> str:
+    """Return a class's name, with a known one that looks the same or differs only in case."""
+    alike = [other for other in known if _looks(other) == _looks(name)]
+    return f"{name} ({folder}/ has {alike[0]})" if alike else name
+
+
+def _looks(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").strip()
 
 
 def some(names: list[str]) -> str:
@@ -214,6 +230,8 @@ def _outside(tree: Tree, parts: Mapping[str, Part], splits: Mapping[str, list[En
     if tree.ignored:
         endings = some([ending for ending, _ in tree.ignored.most_common()])
         notes.append(f"{tree.ignored.total():,} files, not images by their names, are left out: {endings}")
+    if tree.dangling:
+        notes.append(f"links that lead nowhere are left out: {some(tree.dangling)}")
     return notes
 
 
@@ -259,15 +277,19 @@ def _root_of_splits(images: Iterable[str], origin: Path) -> str | None:
 
 
 def _common_root(images: Iterable[str]) -> str:
-    """Return the prefix below which classes lie: past folders that hold one folder and no images."""
+    """Return the prefix below which classes lie: past a folder that is alone, unless it is a class.
+
+    It is one where it holds images, except a few next to several folders that hold most.
+    """
     root = ""
     while True:
         below = [name[len(root) :].split("/", 2) for name in images if name.startswith(root)]
         tops = {parts[0] for parts in below if len(parts) > 1}
-        if len(tops) != 1 or any(len(parts) == 2 for parts in below):
+        if len(tops) != 1 or split_of(top := tops.pop()):
             return root
-        (top,) = tops
-        if split_of(top):
+        inner = {parts[1] for parts in below if len(parts) == 3}
+        here = sum(len(parts) == 2 for parts in below)
+        if here and (len(inner) < 2 or 2 * here >= len(below)):
             return root
         root += top + "/"
 

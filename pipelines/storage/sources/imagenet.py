@@ -55,6 +55,8 @@ def open_imagenet(path: Path, workspace: Workspace) -> OpenedSource:
             notes.append(f"{left_out:,} validation images of classes that are not in the training set are left out")
     if train.loose:
         notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
+    if tree.dangling:
+        notes.append(f"links that lead nowhere are left out: {some(tree.dangling)}")
     if len(train.classes) != 1000:
         notes.append(f"{len(train.classes):,} of ImageNet's 1,000 classes are here")
     classes, splits, more = assemble(listing.origin, {"train": train} | ({"val": val} if val is not None else {}))

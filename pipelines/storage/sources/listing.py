@@ -9,6 +9,8 @@ import gzip
 import lzma
 import os
 import posixpath
+import re
+import stat
 import struct
 import tarfile
 import unicodedata
@@ -31,8 +33,11 @@ JUNK_FOLDERS = {"__MACOSX", "@eaDir", "lost+found"}
 REPORT_EVERY = 5000
 FROM_DOS = 0
 """What a zip's member says that was written by a system whose names have no backslashes but as separators."""
-OURS = (".beton", ".journal", ".wds", ".partial")
-"""Endings of what a conversion writes next to dataset.json, finished or not."""
+OUR_DATA = re.compile(r"(train|val|test)\.(beton|wds)(\.partial)?")
+OUR_JOURNAL = re.compile(r"(train|val|test)\.journal")
+"""Names of what a conversion writes, next to dataset.json or before that."""
+LONGEST_LINK = 4096
+"""Bytes of the longest path that a link in a zip may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +165,13 @@ def _finish(listing: Listing) -> None:
     Windows programs write "\\" between folders where "/" belongs. macOS decomposes letters (NFD) that others write
     composed; of two files whose names differ in nothing else, the second gets a tilde.
     """
-    if not listing.origin.is_dir() and not any("/" in name for name in listing.files):
-        renamed = {name.replace("\\", "/"): where for name, where in listing.files.items()}
-        if any("/" in name for name in renamed):
-            listing.notes.append("names with backslashes are read as paths")
-            listing.files = {_normalized(name): where for name, where in renamed.items() if not name.endswith("/")}
-            listing.folders = {_normalized(name.replace("\\", "/")) for name in (*listing.folders, *renamed)}
-            listing.folders -= listing.files.keys()
+    flat = {name for name in listing.files if "\\" in name and "/" not in name}
+    if flat and not listing.origin.is_dir():
+        listing.notes.append("names with backslashes are read as paths")
+        renamed = {name.replace("\\", "/") if name in flat else name: where for name, where in listing.files.items()}
+        listing.files = {_normalized(name): where for name, where in renamed.items() if not name.endswith("/")}
+        ends = {name for name in renamed if name.endswith("/")}
+        listing.folders = {_normalized(name.replace("\\", "/")) for name in listing.folders | ends}
     files: dict[str, FileLocator] = {}
     for name, where in sorted(listing.files.items()):
         composed = unicodedata.normalize("NFC", name)
@@ -206,14 +211,16 @@ def _walk(root: Path, skip: frozenset[str], listing: Listing, workspace: Workspa
             children = [] if identity in above else list(os.scandir(folder))
         except OSError as error:
             raise DeitfastError(f"{printable(folder)} cannot be listed: {error.strerror}") from None
-        if prefix and (identity == output or any(_is_ours(child.name) for child in children)):
+        if prefix and (identity == output or _is_ours({child.name for child in children})):
             left_out.append(prefix[:-1])
+            if identity != output:
+                listing.notes.append(f"{printable(prefix)} is left out: it holds a converted data set")
             continue
         for child in children:
             name = prefix + child.name
             is_folder, is_file = _entry_type(child)
             if is_folder:
-                if child.name not in skip and not is_hidden(child.name) and not child.name.endswith(OURS):
+                if child.name not in skip and not is_hidden(child.name) and not OUR_DATA.fullmatch(child.name):
                     listing.folders.add(name)
                     pending.append((child.path, name + "/", above | {identity}))
             elif is_file:
@@ -235,8 +242,9 @@ def _identity(folder: str | Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _is_ours(name: str) -> bool:
-    return name == SPEC_FILE or name.endswith(OURS)
+def _is_ours(names: set[str]) -> bool:
+    """Say whether a folder of these names holds a data set that deitfast converted, or began to."""
+    return any(map(OUR_JOURNAL.fullmatch, names)) or (SPEC_FILE in names and any(map(OUR_DATA.fullmatch, names)))
 
 
 def _forget_folder(name: str, listing: Listing) -> None:
@@ -337,6 +345,11 @@ def _index_tar(tar: Extent, listing: Listing, workspace: Workspace) -> None:
         elif member.isreg() and not member.issparse():
             listing.files[name] = Extent(tar.path, member.offset_data, member.size)
             links.pop(name, None)
+    _follow(links, listing)
+
+
+def _follow(links: dict[str, str], listing: Listing) -> None:
+    """List an archive's links, given by name with the name that each leads to, as the members that they lead to."""
     for name, target in links.items():
         seen = {name}
         while target in links and target not in seen:
@@ -359,6 +372,7 @@ def _index_zip(path: Path, listing: Listing) -> None:
             f"{printable(path)} is several zips joined, of which only the last can be listed",
             remedy="extract each by itself and give the folder",
         )
+    links: dict[str, str] = {}
     for member in members:
         written = member.filename.replace("\\", "/") if member.create_system == FROM_DOS else member.filename
         name = _normalized(written)
@@ -372,7 +386,7 @@ def _index_zip(path: Path, listing: Listing) -> None:
                 found="a password" if member.flag_bits & 1 else f"compression method {member.compress_type}",
                 remedy="extract the archive and give the folder",
             )
-        listing.files[name] = ZipMember(
+        file = ZipMember(
             os.fspath(path),
             member.header_offset,
             member.compress_size,
@@ -380,6 +394,19 @@ def _index_zip(path: Path, listing: Listing) -> None:
             member.compress_type,
             member.CRC,
         )
+        if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= LONGEST_LINK:  # what it holds is a path
+            target = os.fsdecode(_link_text(file, path))
+            links[name] = _normalized(posixpath.join(posixpath.dirname(name), target))
+        else:
+            listing.files[name] = file
+    _follow(links, listing)
+
+
+def _link_text(file: ZipMember, path: Path) -> bytes:
+    try:
+        return file.read()
+    except OSError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def _begins_with_member(path: Path) -> bool:

@@ -96,6 +96,23 @@ def test_a_class_that_holds_a_folder_called_train_stays_a_class(tmp_path: Path) 
     assert open_source("folder", write_tree(tmp_path, files)).classes == ("cats", "toys")
 
 
+def test_a_picture_next_to_class_folders_does_not_make_them_one_class(tmp_path: Path) -> None:
+    files = {f"archive/{c}/{n}.png": b"" for c in "ab" for n in range(3)} | {"archive/preview.png": b""}
+    source = open_source("folder", write_tree(tmp_path / "wrapped", files))
+    assert (source.classes, counts(source)) == (("a", "b"), {"train": [3, 3]})
+    assert "class folders under archive/: 2 classes, 6 images" in source.notes
+    one = {f"cats/{n}.png": b"" for n in range(3)} | {"cats/more/4.png": b"", "cats/even_more/5.png": b""}
+    assert open_source("folder", write_tree(tmp_path / "one", one)).classes == ("cats",)
+
+
+@pytest.mark.parametrize("other", ["Cat", "c-at", "ﬁsh"])
+def test_a_class_that_is_spelled_otherwise_in_train_is_named_with_it(tmp_path: Path, other: str) -> None:
+    name = {"Cat": "cat", "c-at": "C_at", "ﬁsh": "fish"}[other]
+    files = {f"train/{other}/1.png": b"", "train/dog/1.png": b"", f"val/{name}/1.png": b""}
+    with pytest.raises(UserError, match=rf"{name} \(train/ has {other}\)"):
+        open_source("folder", write_tree(tmp_path, files))
+
+
 # joined and lying archives
 
 
@@ -176,6 +193,17 @@ def test_backslashes_in_a_zip_are_separators(tmp_path: Path, system: int, folder
     assert counts(source) == TWO_SPLITS
 
 
+def test_backslashes_are_separators_next_to_names_with_slashes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ["pics/README", *(f"pics\\{n.replace('/', chr(92))}" for n in SPLIT)]:
+            info = zipfile.ZipInfo("x")
+            info.filename, info.create_system = name, 3
+            archive.writestr(info, b"x")
+    source = open_source("folder", tmp_path / "x.zip")
+    assert counts(source) == TWO_SPLITS
+    assert "names with backslashes are read as paths" in source.notes
+
+
 def test_backslashes_stay_where_slashes_separate(tmp_path: Path) -> None:
     path = write_tree(tmp_path / "t", {"a/we\\ird.png": b"1", "b/2.png": b"2"})
     assert counts(open_source("folder", path)) == {"train": [1, 1]}
@@ -230,6 +258,33 @@ def test_shards_inside_the_source_are_not_part_of_it(tmp_path: Path) -> None:
     assert convert(open_source("folder", source, scratch=out), out, options) == first
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"photos/dataset.json": b"{}"},
+        {"photos/b/4.png.partial": b"", "photos/b/x.wds": b"", "photos/b/labels.beton": b""},
+        {"photos/b/train.beton": b"", "photos/dataset.json": b"{}"},
+    ],
+)
+def test_files_of_others_named_like_ours_leave_nothing_out(tmp_path: Path, files: dict[str, bytes]) -> None:
+    photos(tmp_path / "set" / "photos")
+    source = open_source("folder", write_tree(tmp_path / "set", files))
+    assert counts(source) == {"train": [4, 4]}
+    assert not any("converted" in note for note in source.notes)
+
+
+def test_a_class_may_be_called_like_a_format(tmp_path: Path) -> None:
+    files = {"a.partial/1.png": b"", "b.wds/1.png": b"", "c/1.png": b""}
+    assert open_source("folder", write_tree(tmp_path, files)).classes == ("a.partial", "b.wds", "c")
+
+
+def test_a_converted_data_set_in_the_source_is_left_out_and_named(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos")
+    convert(open_source("folder", source), source / "old", ONE)
+    assert "old/ is left out: it holds a converted data set" in open_source("folder", source).notes
+    assert not any("old/" in note for note in open_source("folder", source, scratch=source / "old").notes)
+
+
 # dangling links
 
 
@@ -253,6 +308,25 @@ def test_links_in_a_tar_lead_on_and_those_to_nowhere_are_named(tmp_path: Path) -
     source = open_source("folder", tmp_path / "x.tar")
     assert [source.read(entry) for entry in source.splits["train"][:3]] == [b"abc"] * 3
     with pytest.raises(Exception, match=r"a link to b/gone\.png, which does not exist"):
+        source.read(source.splits["train"][3])
+
+
+def test_links_to_folders_that_are_gone_are_named(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "photos", {f"train/{c}/1.png": b"" for c in "ab"})
+    (source / "val").symlink_to("/mnt/gone")
+    assert "links that lead nowhere are left out: val (to /mnt/gone)" in open_source("folder", source).notes
+
+
+def test_links_in_a_zip_lead_on_and_those_to_nowhere_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("s/a/1.png", b"abc")
+        for name, target in (("s/b/2.png", "../a/1.png"), ("s/b/3.png", "2.png"), ("s/b/4.png", "gone.png")):
+            info = zipfile.ZipInfo(name)
+            info.create_system, info.external_attr = 3, 0o120777 << 16  # as zip -y writes
+            archive.writestr(info, target)
+    source = open_source("folder", tmp_path / "x.zip")
+    assert [source.read(entry) for entry in source.splits["train"][:3]] == [b"abc"] * 3
+    with pytest.raises(Exception, match=r"a link to s/b/gone\.png, which does not exist"):
         source.read(source.splits["train"][3])
 
 
