@@ -12,6 +12,7 @@ from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe, differences
 from deitfast.environment import environment
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import write_text
+from pipelines.workers import local_world_size, world_size
 
 EPOCHS = "train.epochs"
 """The field in which a resumed run may have more than before."""
@@ -178,8 +179,8 @@ def resume_command(folder: Path, command: tuple[str, ...]) -> str:
         program, arguments = "deitfast", ["train"]
     start = "python -m deitfast" if Path(program).name == "__main__.py" else Path(program).name
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        nodes = int(os.environ.get("WORLD_SIZE", "1")) // ranks
+        ranks = local_world_size()
+        nodes = world_size() // ranks
         more = f" --nnodes={nodes} ..." if nodes > 1 else ""
         start = f"torchrun --nproc-per-node={ranks}{more} -m deitfast"
     if not any(argument.partition("=")[0] == "--out" for argument in arguments):

@@ -1,4 +1,7 @@
-"""Runs a function over tasks in several processes and gives the results back in the tasks' order."""
+"""Processes: this one's place among those that torchrun started, its cores, and workers of its own.
+
+`in_order` runs a function over tasks in several processes and gives the results back in the tasks' order.
+"""
 
 import multiprocessing
 import os
@@ -25,6 +28,26 @@ _work: Callable[[Any], Any]
 def usable_cores() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank() -> int:
+    """Return this process's number among all that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the processes that torchrun started on all nodes; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Return this process's number among those that torchrun started on this node; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return the processes that torchrun started on this node; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Generator[Result, None, None]:

@@ -1,6 +1,5 @@
 """What all commands share: the app, the consoles, the options that several have, their completion."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from deitfast.config.choices import Arch
 from deitfast.environment import __version__
+from pipelines.workers import rank
 
 if TYPE_CHECKING:
     from deitfast.progress import Display
@@ -176,6 +176,6 @@ def display() -> "Display":
     """Return where progress is shown, and send messages there as well; ranks other than 0 show nothing."""
     from deitfast.progress import Display, start_logging
 
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = rank() != 0
     start_logging(err, quiet=quiet)
     return Display(err, quiet=quiet)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.errors import DeitfastError, UserError
+from pipelines.workers import local_rank
 
 
 def expand_home(argument: str) -> str:
@@ -20,7 +21,7 @@ def check_launcher() -> None:
     Raises:
         UserError: they are no numbers, do not fit each other, or name no address to meet at.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found:
         return
@@ -28,10 +29,10 @@ def check_launcher() -> None:
     remedy = f"unset {' '.join(found)} for a single process, or start with torchrun"
     try:
         world, rank = int(found.get("WORLD_SIZE", "1")), int(found.get("RANK", "0"))
-        local = int(found.get("LOCAL_RANK", "0"))
+        local, here = int(found.get("LOCAL_RANK", "0")), int(found.get("LOCAL_WORLD_SIZE", "1"))
     except ValueError:
         raise UserError("the launcher's variables are no numbers", found=told, remedy=remedy) from None
-    if not 0 <= rank < world or local < 0:
+    if not 0 <= rank < world or local < 0 or here < 1:
         raise UserError(f"there is no rank {rank} among {world} processes", found=told, remedy=remedy)
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in os.environ]:
         raise UserError(
@@ -51,6 +52,6 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except DeitfastError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if local_rank() == 0:
             raise
         raise SystemExit(error.exit_code) from None

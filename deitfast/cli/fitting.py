@@ -1,6 +1,5 @@
 """What the user left to deitfast, fitted to the data set, the ranks and a teacher cache, with a line on each change."""
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from deitfast.config import recipe as recipes
 from deitfast.config.fit_to_data import Batching, DataFacts, fit_to_data
 from deitfast.distill.cache_files import is_cache, read_manifest
+from pipelines.workers import world_size
 
 OF_CACHE = ("augment.mix_group", "augment.repeats", "augment.mixup", "augment.cutmix")
 """Fields that may be fitted, and that a teacher cache was filled for."""
@@ -30,7 +30,7 @@ def fit_recipe(values: Mapping[str, Any], kept: Collection[str], facts: DataFact
     changes, notes = _of_cache(values, kept)
     good = recipes.with_defaults_for_bad({**values, **changes})
     valid = {key for key in (*kept, *_cached(values)) if good.get(key) == {**values, **changes}[key]}
-    ranks, images = int(os.environ.get("WORLD_SIZE", "1")), facts.images(good["train.fraction"])
+    ranks, images = world_size(), facts.images(good["train.fraction"])
     fitted, said = fit_to_data(good, valid, images, ranks)
     changes |= {key: value for key, value in fitted.items() if key not in kept}
     return changes, [*notes, *said, *_of_average({**good, **changes}, images)]

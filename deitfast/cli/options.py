@@ -1,7 +1,6 @@
 """From what the user typed to what runs: one table of flags, pure steps, one validation of the recipe at the end."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from deitfast.weights.load import normalization_of, recipe_of
 from deitfast.weights.read import read_weights
 from deitfast.weights.zoo import is_zoo_model
 from pipelines.errors import DeitfastError, UserError
+from pipelines.workers import rank
 
 log = logging.getLogger("deitfast")
 RUNS = Path("runs")
@@ -145,7 +145,7 @@ def plan_training(
     folder = Path(existing.info().data) if existing and not data else data_folder(data)
     facts = data_facts(folder)
     notes: list[str] = []
-    if resume and not out and os.environ.get("RANK", "0") == "0":  # the others are told which
+    if resume and not out and rank() == 0:  # the others are told which
         existing = unfinished_run(make_recipe(options, facts, None)[0], facts, options)
         notes.append(f"resuming {existing.path}, the newest unfinished run of this recipe and data")
     elif resume and out and not existing:

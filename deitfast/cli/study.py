@@ -20,6 +20,7 @@ from deitfast.cli.app import (
     out,
 )
 from pipelines.errors import DeitfastError, UserError
+from pipelines.workers import world_size
 
 if TYPE_CHECKING:
     from deitfast.progress import Display
@@ -67,7 +68,7 @@ def study(
     from deitfast.cli.options import data_facts, data_folder
     from deitfast.config.fit_to_data import DataFacts
     from deitfast.runtime import choose_device
-    from deitfast.study.plan import StudyOptions, plan_study, ranks
+    from deitfast.study.plan import StudyOptions, plan_study
     from deitfast.study.spec import load_study
 
     if name is None:
@@ -76,7 +77,7 @@ def study(
     shown = display()
     spec, comment = load_study(name)
     timed = spec.kind == "throughput"
-    if jobs > 1 and (ranks() > 1 or timed):
+    if jobs > 1 and (world_size() > 1 or timed):
         raise UserError("--jobs goes neither with torchrun nor with a study that measures throughput")
     scale = scale or ("gpu" if choose_device(device, 0).type == "cuda" else "cpu")
     options = StudyOptions(
@@ -84,7 +85,7 @@ def study(
         seeds=1 if timed else seeds, only=tuple(only or ()), settings=tuple(settings or ()), device=device,
     )  # fmt: skip
     as_imagenet = DataFacts("imagenet", 256, (1300,) * 1000, "", validated=True)
-    plan = plan_study(spec, options, (lambda _: as_imagenet) if timed else data_facts, DEMO_DATA, ranks())
+    plan = plan_study(spec, options, (lambda _: as_imagenet) if timed else data_facts, DEMO_DATA, world_size())
     for note in plan.notes:
         log.info("%s", note)
     if dry_run:

@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from deitfast.config.recipe import TrainSpec
 from deitfast.runtime.device import choose_amp, choose_compile, choose_device, emulated, step_stream
 from deitfast.runtime.ranks import RankWatch, failures_named
+from pipelines import workers
 
 log = logging.getLogger("deitfast")
 T = TypeVar("T")
@@ -111,8 +112,8 @@ def start(train: TrainSpec, device: str = "auto") -> Iterator[Runtime]:
         UserError: the device is not there.
         RankFailedError: another rank failed, or was lost.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    rank, world = workers.rank(), workers.world_size()
+    chosen = choose_device(device, workers.local_rank())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     amp, compiled = choose_amp(train.amp, chosen), choose_compile(train.compile, chosen)

@@ -19,6 +19,7 @@ from threading import Event, Thread
 from torch.distributed.distributed_c10d import Store
 
 from pipelines.errors import DeitfastError
+from pipelines.workers import local_rank
 
 BEAT_SECONDS = 1.0
 """How often a rank says that it lives, and looks for the others."""
@@ -147,7 +148,7 @@ def failures_named(watch: RankWatch) -> Iterator[None]:
                 _write_torchrun_file(f"rank {watch.rank}: {text}")
                 raise
             raise SystemExit(getattr(error, "exit_code", 1)) from None
-        if blamed.host == socket.gethostname() or os.environ.get("LOCAL_RANK", "0") != "0":
+        if blamed.host == socket.gethostname() or local_rank() != 0:
             raise SystemExit(blamed.exit_code) from None
         remedy = "mend the cause, then start the same command with --resume"
         told = RankFailedError(sentence(blamed), remedy=remedy)

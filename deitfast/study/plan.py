@@ -1,6 +1,5 @@
 """From a study's file and a data set to runs: every recipe, folder and command, before anything trains."""
 
-import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -280,8 +279,3 @@ def disk_bytes(runs: Sequence[PlannedRun]) -> int:
             bytes_a_view = 2 if run.recipe.distill.mode == "hard" else 4 * run.recipe.distill.top_k + 4
             total += bytes_a_view * run.images * run.recipe.views
     return total
-
-
-def ranks() -> int:
-    """Return the processes that torchrun started; 1 without."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

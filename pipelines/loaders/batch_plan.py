@@ -1,6 +1,5 @@
 """What every loader is opened with, and the errors for images that cannot be decoded."""
 
-import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pipelines.rng.view_params import ViewParams, draw_eval, draw_train
 from pipelines.spec import AugmentSpec, LoaderSpec
 from pipelines.storage.reader import Reader
 from pipelines.storage.transcode import BadImageError, stored_size
-from pipelines.workers import usable_cores
+from pipelines.workers import local_world_size, usable_cores
 
 MAX_FREE_BUFFERS = 4
 """Most unused buffers that are kept."""
@@ -70,8 +69,7 @@ class BatchPlan:
     @property
     def workers(self) -> int:
         """Decoding threads: as asked for, or this process's share of the cores that processes of its run may use."""
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-        return self.spec.workers or max(1, usable_cores() // max(1, ranks_here))
+        return self.spec.workers or max(1, usable_cores() // max(1, local_world_size()))
 
     def draw(self, epoch: int, step: int) -> tuple[Rows, ViewParams]:
         """Return one step's rows and everything drawn for them."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.files import atomic_write
+from pipelines.workers import local_rank
 
 log = logging.getLogger(__name__)
 SHARES = (1.0, 0.0, 0.9, 0.8, 0.65, 0.5, 0.3)
@@ -39,7 +40,7 @@ def decoder_share(key: str, measure: Callable[[float], float], needed: float) ->
     """
     if (known := _known(key)) is not None:
         return known
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if local_rank() > 0:
         return _wait_for_first_rank(key)
     rates: dict[float, float] = {}
     for share in SHARES:

@@ -156,6 +156,8 @@ def test_home_is_expanded_where_a_shell_does_not(argument: str, expanded: str) -
         {"RANK": "1"},
         {"WORLD_SIZE": "two"},
         {"LOCAL_RANK": "-1"},
+        {"LOCAL_WORLD_SIZE": "0"},
+        {"LOCAL_WORLD_SIZE": "two"},
     ],
 )
 def test_variables_left_over_by_a_launcher_are_named(capsys, monkeypatch, left_over: dict[str, str]) -> None:
