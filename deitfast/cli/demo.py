@@ -1,7 +1,6 @@
 """The built-in demo set and its teacher, made where they are wanted and missing."""
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from deitfast.run_folder import RunFolder
 from deitfast.train.trainer import TrainJob
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import SPEC_FILE
+from pipelines.workers import local_rank, rank
 
 log = logging.getLogger("deitfast")
 DEMO_DATA = Path("data/demo")
 SHARED_SECONDS = 90.0
 """Time for rank 0 to draw the demo set, after which another machine takes its folder for one that is not shared."""
 DEMO_TEACHER = Path("runs/demo-teacher")
-DEMO_TEACHER_ARCH: Arch = "resnet18"
+DEMO_TEACHER_ARCH: Arch = "resnet20"
 
 
 def make_demo_data(data: Path, display: Display) -> None:
@@ -32,8 +32,8 @@ def make_demo_data(data: Path, display: Display) -> None:
     if data != DEMO_DATA:
         return
     written = data / SPEC_FILE
-    began, draws = time.monotonic(), os.environ.get("LOCAL_RANK", "0") == "0"
-    patience = 0 if os.environ.get("RANK", "0") == "0" else SHARED_SECONDS
+    began, draws = time.monotonic(), local_rank() == 0
+    patience = 0 if rank() == 0 else SHARED_SECONDS
     while not written.exists():
         if draws and time.monotonic() - began >= patience:
             convert_dataset("demo", None, data, ConvertOptions(), display)
