@@ -9,7 +9,7 @@ from deitfast.config.choices import Arch
 from deitfast.config.recipe import Recipe
 from deitfast.progress import Display
 from deitfast.run_folder import RunFolder
-from deitfast.train.trainer import TrainJob
+from deitfast.train.job import TrainJob
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import SPEC_FILE
 from pipelines.workers import local_rank, rank

@@ -19,7 +19,7 @@ from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe
 from deitfast.config.unused import unchanged, unused
 from deitfast.distill.precompute import TeachJob
 from deitfast.run_folder import RunFolder
-from deitfast.train.trainer import TrainJob
+from deitfast.train.job import TrainJob
 from deitfast.weights.load import normalization_of, recipe_of
 from deitfast.weights.read import read_weights
 from deitfast.weights.zoo import is_zoo_model

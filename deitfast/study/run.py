@@ -14,7 +14,8 @@ from deitfast.progress import Display
 from deitfast.run_folder import RunFolder
 from deitfast.runtime import Runtime
 from deitfast.study.plan import PlannedRun, StudyPlan
-from deitfast.train.trainer import TrainJob, train
+from deitfast.train.job import TrainJob
+from deitfast.train.trainer import train
 from pipelines.errors import DeitfastError
 from pipelines.files import write_text
 

@@ -6,14 +6,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from deitfast.config.recipe import Recipe, flatten, override
 from deitfast.data_loaders import open_split, open_training
 from deitfast.distill.targets import plan_targets
 from deitfast.eval.evaluate import evaluate, final_head
@@ -23,8 +20,9 @@ from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from deitfast.runtime import Runtime
 from deitfast.train.callbacks import Callbacks
 from deitfast.train.checkpointer import Checkpointer, all_finite
+from deitfast.train.job import TrainJob
 from deitfast.train.loop import TrainLoop
-from deitfast.train.optim import learning_rate, peak_lr
+from deitfast.train.messages import describe_epoch, describe_lengthening
 from deitfast.train.state import DivergedError, TrainState
 from deitfast.train.step import TrainStep
 from deitfast.weights import checkpoint
@@ -37,33 +35,8 @@ from pipelines.storage.dataset import Dataset
 log = logging.getLogger("deitfast")
 SYNCS_AN_EVALUATION = 50
 """How often several ranks agree on a request to stop while they evaluate."""
-MACHINES_OWN = (
-    "model.weights", "model.finetune", "distill.teacher", "distill.teacher_weights", "distill.cache",
-)  # fmt: skip
-"""Fields that name files, which each machine may have in another place."""
 LEAST_SAVE_SECONDS = 10.0
 """An epoch's end saves a checkpoint only so long after the last one: resuming inside an epoch is as exact."""
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What to train, on what, into which folder."""
-
-    recipe: Recipe
-    data: Path
-    out: Path
-    resume: bool
-    command: tuple[str, ...]
-    tensorboard: bool = False
-
-    def of_rank0(self, runtime: Runtime) -> "TrainJob":
-        """Return this job with the recipe of rank 0, which may have read it in a folder that only its machine has.
-
-        Files that this rank's own line names stay: another machine may have them elsewhere.
-        """
-        theirs = runtime.broadcast_from_rank0(self.recipe)
-        own, default = flatten(self.recipe), flatten(Recipe())
-        return replace(self, recipe=override(theirs, {k: own[k] for k in MACHINES_OWN if own[k] != default[k]}))
 
 
 def train(job: TrainJob, runtime: Runtime, display: Display) -> dict[str, Any]:
@@ -339,7 +312,7 @@ class Trainer:
         if self.runtime.is_main_process:
             best = self._save_best(row)
             self.folder.append(row)
-        log.info("%s%s", describe(row, train.epochs, self.recipe.model.prediction), best)
+        log.info("%s%s", describe_epoch(row, train.epochs, self.recipe.model.prediction), best)
         with stop.interruptible():
             self.callbacks.log_epoch(self._steps_done(), row, last=last)
         self.state = TrainState.start(self.runtime.device, epoch)
@@ -383,31 +356,3 @@ class Trainer:
         self.checkpoints.save_best(path, epoch, top1[name], model, averaged=averaged)
         self.best_top1 = top1[name]
         return f"; best so far: the {'averaged' if averaged else 'plain'} weights"
-
-
-def describe_lengthening(recipe: Recipe, before: int, state: TrainState, steps: int) -> str:
-    """Return what more epochs do to a run's learning rate, which follows from the number of all of them, in a line."""
-    schedule, peak, epochs = recipe.schedule, peak_lr(recipe.optim, recipe.train.batch), recipe.train.epochs
-    last = min(state.epoch * steps + state.steps, before * steps - 1)
-    old = learning_rate(schedule, peak, before, steps, *divmod(last, steps))
-    new = learning_rate(schedule, peak, epochs, steps, state.epoch, state.steps)
-    said = f"{before} epochs are now {epochs}"
-    if schedule.shape == "cosine":
-        return (
-            f"{said}: the rate follows the cosine of {epochs} epochs from here, and goes from {old:.3g} to {new:.3g}; "
-            f"a run of {epochs} epochs would have had that cosine from the start"
-        )
-    return f"{said}: the rate stays on its course, at {new:.3g}"
-
-
-def describe(row: dict[str, Any], epochs: int, prediction: str = "auto") -> str:
-    """Return an epoch's row of metrics.jsonl as one human-readable line, with the figures of `model.prediction`."""
-    parts = [f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}"]
-    for name, label in (("val", "top-1"), ("val_ema", "averaged weights")):
-        if name in row:
-            parts.append(f"{label} {row[name][final_head(row[name], prediction)]['top1']:.2%}")
-    waiting = row["waited_seconds"] / max(row["seconds"], 1e-9)
-    if row["skipped"]:
-        parts.append(f"{row['skipped']:,} damaged skipped")
-    parts.append(f"{row['images_per_second']:,.0f} images/s, waiting {waiting:.0%}, {duration(row['seconds'])}")
-    return ", ".join(parts)

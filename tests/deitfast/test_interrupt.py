@@ -19,7 +19,8 @@ from deitfast.report import live
 from deitfast.run_folder import RunFolder
 from deitfast.train import step as step_module
 from deitfast.train import trainer as train_module
-from deitfast.train.trainer import TrainJob, train
+from deitfast.train.job import TrainJob
+from deitfast.train.trainer import train
 from pipelines.loaders import host
 from tests.helpers.small_runs import CPU, EVERY_STEP, SOON, run, tiny_recipe, weights
 from tests.helpers.small_teachers import distilled, judged, taught

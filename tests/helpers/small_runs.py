@@ -13,7 +13,8 @@ from deitfast.progress import Display
 from deitfast.report.live import LiveReport
 from deitfast.runtime import Runtime
 from deitfast.train import step as step_module
-from deitfast.train.trainer import TrainJob, train
+from deitfast.train.job import TrainJob
+from deitfast.train.trainer import train
 
 CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
 EVERY_STEP = "train.checkpoint_minutes=0"

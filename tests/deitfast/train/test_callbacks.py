@@ -12,7 +12,8 @@ from deitfast.progress import Display
 from deitfast.train import callbacks, monitor
 from deitfast.train import step as step_module
 from deitfast.train.callbacks import TensorBoard
-from deitfast.train.trainer import TrainJob, train
+from deitfast.train.job import TrainJob
+from deitfast.train.trainer import train
 from pipelines.errors import UserError
 from tests.helpers.small_runs import CPU, CrashError, crash_after, tiny_recipe
 
