@@ -56,9 +56,9 @@ def jpeg(height: int, width: int, seed: int = 0, **options) -> bytes:
     return encoded(drawn(height, width, seed), quality=options.pop("quality", 90), **options)
 
 
-def rotated_jpeg(height: int, width: int, seed: int = 0) -> bytes:
+def rotated_jpeg(height: int, width: int, seed: int = 0, orientation: int = 6) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return jpeg(height, width, seed, exif=exif.tobytes())
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -61,6 +62,27 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_writers
         assert (tmp_path / "x[1]").read_bytes() == b"quick"
     assert (tmp_path / "x[1]").read_bytes() == b"slow"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves the old file or the new one, whole: a rename may reach the disk before what is renamed."""
+    order, fsync, replace = [], os.fsync, Path.replace
+
+    def synced(fd: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else f"{os.fstat(fd).st_size} bytes")
+        fsync(fd)
+
+    def renamed(path: Path, target: Path) -> Path:
+        order.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"new")
+    assert order == ["3 bytes", "rename", "folder"]
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

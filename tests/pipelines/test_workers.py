@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.workers import in_order
+from pipelines.workers import in_order, usable_cores
 
 
 def square(number: int) -> int:
@@ -33,6 +33,15 @@ def test_workers_errors_and_deaths_are_reported():
     assert raised.value.found == "13"
     with pytest.raises(DeitfastError, match=r"worker process died(.|\n)*out of memory"):
         list(in_order(square, [1, 14, 2], 2))
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    """A container or a scheduler may leave a process a few of the machine's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 64
 
 
 def test_workers_import_no_torch():

@@ -1,11 +1,13 @@
 """From options to a recipe: what wins, what is fitted, what is told; arguments and environment before that."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from deitfast.cli.app import app
 from deitfast.cli.arguments import check_launcher, expand_home
@@ -14,6 +16,7 @@ from deitfast.config.recipe import Recipe, flatten
 from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from pipelines.errors import UserError
 from tests.helpers.command_line import call
+from tests.helpers.published_weights import timm_model
 
 PHOTOS = DataFacts("folder", 400, (60, 60), "f", validated=True)
 MANY = DataFacts("imagenet", 400, (1300,) * 1000, "f", validated=True)
@@ -73,6 +76,16 @@ def test_defaults_fit_the_data_and_a_file_s_own_fields_stay(tmp_path: Path) -> N
     (tmp_path / "mine.toml").write_text('extends = "deit_ti_imagenet"\n[train]\nbatch = 1024')
     with pytest.raises(UserError, match=r"train\.batch 1024 does not fit 120 images"):
         make_recipe(RecipeOptions.of(recipe="mine.toml"), PHOTOS, None)
+
+
+@pytest.mark.parametrize("recipe", ["", "deit_ti_cifar10"])
+def test_images_are_normalized_as_the_weights_ask_for_whatever_the_recipe(tmp_path: Path, recipe: str) -> None:
+    config = json.dumps({"architecture": "deit_tiny_patch16_224", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
+    save_file(timm_model(patch=4).state_dict(), tmp_path / "weights.safetensors", {"timm": config})
+    asked = {"recipe": recipe} if recipe else {}
+    found, notes = make_recipe(RecipeOptions.of(finetune=tmp_path / "weights.safetensors", **asked), MANY, None)
+    assert (found.augment.mean, found.augment.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert any(note.startswith("normalization as") for note in notes)
 
 
 def test_a_share_of_the_images_counts_as_the_loader_counts_it() -> None:

@@ -57,6 +57,9 @@ def test_a_row_drops_the_same_wherever_it_stands_and_something_else_in_another_e
         draw_kept(rates, rows(samples), 3, 5 + 2**32),
     ):
         assert 0.4 < (other == whole).mean() < 0.6
+        for shift in range(4, 24, 4):  # a block of four branches is no other one's either
+            assert 0.4 < (other[:, shift:] == whole[:, :-shift]).mean() < 0.6
+            assert 0.4 < (other[:, :-shift] == whole[:, shift:]).mean() < 0.6
 
 
 def test_dropout_has_a_seed_of_its_own_for_each_step_and_rank() -> None:

@@ -1,7 +1,10 @@
 """Drawing several steps at once gives each step what it would get alone, with fewer calls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from pipelines.loaders import batch_plan
 from pipelines.loaders.batch_plan import ROW_COLUMNS
@@ -22,6 +25,13 @@ def test_steps_drawn_together_are_those_drawn_alone(photos: Reader, spec, opened
             np.testing.assert_array_equal(params.table, expected.table)
             for column in ROW_COLUMNS:
                 np.testing.assert_array_equal(getattr(rows, column), getattr(alone, column))
+
+
+def test_training_resizes_with_bicubic_whatever_evaluation_takes(photos: Reader) -> None:
+    both = RESIZED, replace(RESIZED, eval_interpolation="bilinear")
+    for opened, same in ((open_train, True), (open_eval, False)):
+        one, other = (next(iter(opened("reference", photos, spec).epoch(0))).images for spec in both)
+        assert torch.equal(one, other) == same
 
 
 def test_few_calls_draw_many_small_steps(photos: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Conversion: what is written, whatever the number of workers, and what is refused."""
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from pipelines.storage.convert import split
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset, content_fingerprint, read_spec
+from pipelines.storage.formats.format import beton, shards
 from tests.helpers.sample_images import MemorySource, contents_of, entries, jpeg, mixed_source
 
 
@@ -38,6 +41,26 @@ def test_the_bytes_do_not_depend_on_the_workers(odd, tmp_path, monkeypatch):
     for workers in (1, 2):
         convert(mixed_source(odd), tmp_path / str(workers), ConvertOptions(workers=workers, max_side=100))
     assert contents_of(tmp_path / "1") == contents_of(tmp_path / "2")
+
+
+@pytest.mark.parametrize("form", [beton(), shards()], ids=["beton", "shards"])
+def test_data_is_on_the_disk_before_the_journal_speaks_of_it(odd, tmp_path, monkeypatch, form):
+    """And the journal with it: after a power cut it tells of no image that is not there."""
+    order, fsync = [], os.fsync
+
+    def synced(fd):
+        order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(split, "BATCH_IMAGES", 3)
+    monkeypatch.setattr(split, "FLUSH_BYTES", 0)
+    convert(mixed_source(odd), tmp_path / "d", ConvertOptions(workers=1, form=form))
+    journals = [place for place, name in enumerate(order) if name == "train.journal"]
+    assert len(journals) >= 13
+    assert {order[place - 1] for place in journals} == {
+        "train.beton.partial" if form.suffix == ".beton" else "000000.tar"
+    }
 
 
 def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path, caplog):

@@ -19,7 +19,7 @@ from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
 from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, Kind, stored_size, transcode
 from pipelines.storage.verify import verify
-from tests.helpers.sample_images import MemorySource, drawn, encoded, entries, jpeg, pixels
+from tests.helpers.sample_images import MemorySource, drawn, encoded, entries, jpeg, pixels, rotated_jpeg
 
 
 def stored(sample: EncodedImage) -> np.ndarray:
@@ -40,6 +40,7 @@ def test_color_jpegs_pass_through(odd, name):
     assert (sample.height, sample.width) == pixels(odd[name]).shape[:2]
     assert sample.kind & Kind.PASSED
     assert bool(sample.kind & Kind.ROTATED) == (name == "rotated.JPEG")
+    assert not transcode(rotated_jpeg(40, 90, orientation=1), name, EncodeOptions()).kind & Kind.ROTATED  # upright
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,8 @@ def test_max_side_shrinks_only_what_is_longer():
     expected = np.asarray(Image.fromarray(pixels(long)).resize((200, 67), Image.Resampling.BICUBIC))
     assert difference(stored(shrunk), expected) < 4
     assert transcode(short, "x.JPEG", EncodeOptions(max_side=300)).data == short
+    fine = jpeg(300, 200, 2, quality=99)  # encoded again, it would be smaller
+    assert transcode(fine, "x.JPEG", EncodeOptions(max_side=300)).data == fine
 
 
 def test_a_given_quality_reencodes_where_that_is_smaller():
@@ -201,6 +204,8 @@ def test_huge_images_are_read_where_asked_for(monkeypatch):
         assert (small.width, small.height) == (60, 40)
         full = Image.fromarray(drawn(200, 300)).resize((60, 40), Image.Resampling.BICUBIC)
         assert np.abs(stored(small).astype(int) - np.asarray(full)).mean() < 6
+        less = transcode(content, "x.jpg", EncodeOptions(max_side=100))
+        assert (less.width, less.height) == (100, 67)
     with pytest.raises(BadImageError, match=r"at most 90,000 are read$"):
         transcode(jpeg(301, 300), "x.jpg", EncodeOptions(allow_huge=True))
     assert Image.MAX_IMAGE_PIXELS == 2500
