@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deitfast.config.recipe import TrainSpec
-from deitfast.runtime import choose_compile, choose_device, device, start
+from deitfast.runtime import choose_amp, choose_compile, choose_device, device, start
 from pipelines.errors import UserError
 from pipelines.loaders.streams import side_stream
 from tests.helpers.command_line import call
@@ -66,6 +66,26 @@ def test_a_gpu_that_pytorch_has_no_kernels_for_is_named(monkeypatch, capability:
     else:
         with pytest.raises(UserError, match=r"(?s)no kernels for Tesla V100.*sm_75.*found: sm_70"):
             device.require_kernels_for(torch.device("cuda", 0))
+
+
+def test_every_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(device, "require_kernels_for", lambda chosen: None)
+    for name, rank, index in (("auto", 3, 3), ("cuda", 2, 2), ("cuda:1", 3, 1)):
+        assert choose_device(name, rank) == torch.device("cuda", index)
+    with pytest.raises(UserError, match="there is no cuda:4"):
+        choose_device("auto", 4)
+
+
+@pytest.mark.parametrize(("instructions", "amp"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_trains_in_the_half_precision_that_it_has(monkeypatch, instructions: bool, amp: torch.dtype) -> None:
+    def supported(including_emulation: bool = True) -> bool:  # a V100 emulates bf16, at a fraction of fp16's rate
+        return instructions or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda", 0)
+    assert [choose_amp(name, gpu) for name in ("auto", "bf16", "off")] == [amp, torch.bfloat16, None]
 
 
 @pytest.mark.parametrize("named", ["bf16", "fp16"])

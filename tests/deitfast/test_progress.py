@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from deitfast import progress as module
-from deitfast.progress import Display, duration
+from deitfast.progress import Display, duration, volume
 
 
 def test_plain_lines_say_rate_text_and_time_left(monkeypatch, caplog) -> None:
@@ -38,3 +38,10 @@ def test_a_terminal_of_80_columns_shows_all_of_it() -> None:
 )
 def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(512, "0.512 kB"), (1_000_000, "1 MB"), (1_500_000, "1.5 MB"), (2_560_000_000, "2.56 GB")]
+)
+def test_volumes_are_counted_in_thousands(size: int, said: str) -> None:
+    assert volume(size) == said

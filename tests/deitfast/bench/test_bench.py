@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from deitfast.bench import baseline_loaders, baselines, crop_baselines, machine
 from deitfast.bench.page import page
-from deitfast.bench.record import FORMAT, BenchRecord, Change, load, save
+from deitfast.bench.record import FORMAT, BenchRecord, Change, load, new_record, save
 from deitfast.bench.run import BenchOptions, benchmark
 from deitfast.bench.stages import all_together
 from deitfast.bench.suggestions import shrinking
@@ -168,6 +169,12 @@ def test_a_record_says_everything_three_ways(tiny_dataset: Path, tmp_path: Path)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(show(found))
     assert "Bottleneck: " in console.export_text()
+
+
+def test_a_record_says_when_it_was_made_wherever_it_is_read() -> None:
+    made = datetime.fromisoformat(new_record("all", ("bench",)).made)
+    assert made.utcoffset() is not None
+    assert abs((datetime.now(UTC) - made).total_seconds()) < 60
 
 
 def test_a_record_of_another_kind_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_resume_without_a_folder_finds_the_run_of_this_recipe_and_data() -> None
     ours = start_run("ours", options)
     start_run("longer", RecipeOptions.of(epochs=6))
     start_run("other-data", options, fingerprint="another")
+    start_run("done", options).append({"epoch": 5, "loss": 1.0})  # the newest one, to which nothing is left to do
+    ours.append({"epoch": 4, "loss": 1.0})
     assert unfinished_run(make_recipe(options, PHOTOS, None)[0], PHOTOS, options) == ours
     with pytest.raises(UserError, match="no unfinished run") as caught:
         unfinished_run(make_recipe(RecipeOptions.of(epochs=7), PHOTOS, None)[0], PHOTOS, RecipeOptions.of(epochs=7))

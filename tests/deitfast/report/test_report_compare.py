@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from deitfast.report import figures, summary
 from deitfast.report.compare import differences, distillation_pairs, efficiency
-from deitfast.report.markdown import markdown
+from deitfast.report.curves import panels
+from deitfast.report.markdown import markdown, markdown_table
 from deitfast.report.page import page
 from deitfast.report.read import distinct, read_run, read_runs
 from pipelines.errors import UserError
@@ -142,6 +143,46 @@ def test_runs_are_told_apart_and_their_recipes_compared(tmp_path: Path) -> None:
     found = {each.field: each.values for each in differences(runs)}
     assert found == {"augment.mixup": ("0.8", "0"), "optim.lr": ("0.0005", "0.25")}
     assert distinct([tmp_path, tmp_path]) == [tmp_path.name, tmp_path.name]
+
+
+def test_cells_of_a_matrix_are_shaded_by_their_share_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {}
+    monkeypatch.setattr(figures, "_cell", lambda axes, row, column, count, share: cells.update({(row, column): share}))
+    figures.matrix(np.array([[8, 2], [5, 15]]), TWO, named=True)
+    assert cells == {(0, 0): 0.8, (0, 1): 0.2, (1, 0): 0.25, (1, 1): 0.75}
+
+
+def test_nothing_in_a_cell_of_a_markdown_table_is_markup() -> None:
+    table = summary.TextTable(["run", "top-1"], [["a|b *c* `d` <e> [f]\\\ng", "7.0"]])
+    row = r"| a\|b \*c\* \`d\` \<e\> \[f\]\\ g | 7.0 |"
+    assert markdown_table(table).splitlines() == ["| run | top-1 |", "| --- | ---: |", row]
+
+
+@pytest.mark.parametrize(("seconds", "unit", "x"), [(600, "minutes", [10, 20]), (7200, "hours", [2, 4])])
+def test_curves_against_time_have_the_unit_that_their_axis_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, unit: str, x: list[int]
+) -> None:
+    metrics, drawn = fake(tmp_path / "run") / "metrics.jsonl", {}
+    metrics.write_text(metrics.read_text().replace('"seconds": 10.0', f'"seconds": {seconds}'))
+
+    def panel(title: str, axis: str, lines: list, **more: object) -> str:
+        drawn[title, axis] = [list(line.x) for line in lines]
+        return ""
+
+    monkeypatch.setattr(figures, "panel", panel)
+    panels(read_runs([tmp_path / "run"]))
+    for title in ("loss", "validation top-1 (%)", "learning rate"):
+        assert drawn[title, "epoch"][0] == [1, 2]
+        assert drawn[title, f"{unit} of training"][0] == pytest.approx(x)
+
+
+def test_of_two_lines_of_an_epoch_the_later_counts(tmp_path: Path) -> None:
+    """Versions that only appended left both where a run went back."""
+    metrics = fake(tmp_path / "run") / "metrics.jsonl"
+    again = {**json.loads(metrics.read_text().splitlines()[0]), "loss": 7.0}
+    metrics.write_text(metrics.read_text() + json.dumps(again) + "\n")
+    (found,) = read_runs([tmp_path / "run"])
+    assert [(row["epoch"], row["loss"]) for row in found.rows] == [(1, 7.0), (2, 1.0)]
 
 
 def test_fractions_of_the_data_make_a_curve_for_each_recipe(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +19,9 @@ from deitfast.report.read import read_run
 from deitfast.run_folder import RunFolder
 from deitfast.study import run as run_module
 from deitfast.study.plan import StudyOptions, StudyPlan, disk_bytes, plan_study
-from deitfast.study.results import Measurements, RowResult, judge
+from deitfast.study.results import Measurements, RowResult, StudyResult, judge
 from deitfast.study.spec import Claim, load_study
+from deitfast.study.tables import rows_table
 from pipelines.errors import DeitfastError, UserError
 from tests.helpers.command_line import call
 
@@ -292,6 +294,17 @@ def test_a_difference_inside_the_spread_is_never_called_one(better, than, column
     found = judge(Claim(better="a", than="b", column=column), rows_of(better, than, column))
     assert found.verdict == verdict
     assert found.reason
+
+
+def test_figures_stand_with_their_spread_and_what_was_published_in_the_same_unit() -> None:
+    few, one = Measurements((0.5, 0.6, 0.8)), Measurements((0.5,))
+    assert (few.mean, few.spread) == (pytest.approx(0.6333, abs=1e-4), pytest.approx(0.1528, abs=1e-4))  # n - 1
+    assert one.spread is None
+    rows = tuple(RowResult(name, {"top1": found}, {"top1": 74.5}) for name, found in (("few", few), ("one", one)))
+    study = SimpleNamespace(columns=("top1",))
+    shown = rows_table(StudyResult(SimpleNamespace(study=study), rows))  # pyright: ignore[reportArgumentType]
+    assert shown.head == ["row", "top-1 (%)", "published"]
+    assert [row[1:] for row in shown.rows] == [["63.33 ± 15.28", "74.50"], ["50.00", "74.50"]]
 
 
 def test_throughput_times_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
