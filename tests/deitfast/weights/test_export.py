@@ -1,6 +1,7 @@
 """Exports: the other program loads the folder, with the same logits, the same preprocessing and the same names."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from deitfast.config.recipe import ModelSpec
 from deitfast.models.vit import build_model, joint
-from deitfast.weights.export import TIMM_REGNETS, check_format, export
+from deitfast.weights.card import model_card
+from deitfast.weights.export import TIMM_REGNETS, check_format, export, timm_config
+from deitfast.weights.hf_config import hf_config, hf_processor
 from deitfast.weights.layouts import timm_regnet
 from deitfast.weights.load import TrainedModel, load_model
 from pipelines.errors import UserError
@@ -169,6 +172,23 @@ def test_the_card_tells_what_the_run_was(tiny_small: Path, tmp_path: Path) -> No
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert f"{row['val']['class']['top1']:.2%}" in card
     assert "10 classes" in card
+    tops = {"val": 0.1111, "val_ema": 0.2222}, {"val": 0.3333, "val_ema": 0.4444}  # the run went on: not of its weights
+    rows = [
+        {**row, "epoch": epoch, **{key: {"class": {"top1": top1}} for key, top1 in each.items()}}
+        for epoch, each in enumerate(tops, start=1)
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    for ema, shown in ((False, "11.11%"), (True, "22.22%")):
+        card = model_card(load_model(tmp_path / "run", CPU, which="last", ema=ema), "hf")
+        assert re.findall(r"\d\d\.\d\d%", card) == [shown]
+
+
+def test_configurations_tell_an_image_that_is_not_cropped_and_the_norms_own_epsilon() -> None:
+    ours = trained("model.token=on", "augment.crop=padded", "augment.eval_crop=0.5")
+    ours.model.norm.eps = 1e-12  # pyright: ignore
+    assert timm_config(ours)["pretrained_cfg"]["crop_pct"] == 1
+    assert hf_processor(ours)["size"] == {"shortest_edge": 32}
+    assert hf_config(ours)["layer_norm_eps"] == 1e-12
 
 
 def test_formats_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The whole way from crops and drawn parameters to the model's input, against a plain reading of the recipe."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,14 @@ def test_input_has_the_asked_dtype_channels_last_and_targets():
     assert got.params is batch.params
     assert torch.equal(batch.images, images), "the loader's images were written to"
     assert np.array_equal(batch.params.table, table)
+
+
+def test_a_batch_that_the_loader_has_mirrored_is_not_mirrored_again():
+    batch = drawn_batch(5)
+    mirrored = batch.images.clone()
+    mirrored[batch.params.flip == 1] = mirrored[batch.params.flip == 1].flip(2)
+    assert 0 < batch.params.flip.sum() < 12
+    assert torch.equal(train(replace(batch, images=mirrored, flipped=True)).pixels, train(batch).pixels)
 
 
 def test_evaluation_only_normalizes():

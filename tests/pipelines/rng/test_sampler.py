@@ -186,6 +186,20 @@ def test_orders_differ_between_seeds_passes_and_epochs():
     assert len({order(0, 0), order(1, 0), order(2**40, 0), order(0, 1), order(0, 2)}) == 5
 
 
+@pytest.mark.parametrize(
+    ("epoch", "samples"),
+    [
+        (0, [[23, 21, 0, 20, 21, 0, 20, 23], [12, 8, 15, 1, 8, 15, 1, 12], [18, 6, 3, 5, 6, 3, 5, 18]]),
+        (1, [[7, 17, 10, 11, 17, 10, 11, 7], [14, 19, 2, 4, 19, 2, 4, 14], [16, 22, 9, 13, 22, 9, 13, 16]]),
+        (2, [[12, 11, 13, 17, 11, 13, 17, 12], [3, 5, 7, 14, 5, 7, 14, 3], [22, 8, 4, 23, 8, 4, 23, 22]]),
+    ],
+)
+def test_the_orders_of_a_seed_never_change(epoch: int, samples: list[list[int]]) -> None:
+    """A run that an older version began goes on with the images that are left of its epoch."""
+    sampler = TrainSampler(SamplerSpec(samples=24, batch=8, seed=11, repeats=2, group=4))
+    assert [sampler.rows(epoch, step).samples.tolist() for step in range(3)] == samples
+
+
 def test_a_permutation_has_no_memory_of_the_order_it_came_from():
     first = [
         TrainSampler(SamplerSpec(samples=8, batch=8, seed=seed, repeats=1, group=1)).rows(0, 0).samples[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
-from pipelines.storage.dataset import Dataset
+from pipelines.storage.dataset import Dataset, content_fingerprint
 from pipelines.storage.formats.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
 from pipelines.storage.formats.beton_writer import RECORD, BetonWriter
 from pipelines.storage.reader import JPEG, RAW
@@ -203,6 +204,15 @@ def test_a_data_set_that_lost_its_description_is_no_data_set_of_ffcvs(tiny_small
         shutil.copy(tiny_small / name, tmp_path / name)
     with pytest.raises(UserError, match=r"lacks its dataset\.json"):
         Dataset.open(tmp_path)
+
+
+def test_a_fingerprint_follows_everything_that_is_known_of_a_sample():
+    known = {"labels": [0, 1], "heights": [5, 6], "widths": [7, 8], "modes": [JPEG, RAW], "crcs": [9, 10]}
+    columns = {name: np.array(values) for name, values in known.items()}
+    found = [content_fingerprint(SimpleNamespace(num_samples=2, **columns))]  # pyright: ignore
+    for name, values in columns.items():
+        found.append(content_fingerprint(SimpleNamespace(num_samples=2, **{**columns, name: values[::-1]})))  # pyright: ignore
+    assert len(set(found)) == 6
 
 
 def test_folders_without_a_dataset_are_mistakes(tmp_path):
