@@ -75,6 +75,10 @@ def test_eval_matches_classes_and_writes_every_prediction(capsys, folder: Path) 
     whole = json.loads((folder / "q.json").read_text())
     assert [image["heads"]["joint"][0]["class"] for image in whole] == [row["prediction"] for row in rows]
     assert [image["truth"] for image in whole] == [row["truth"] for row in rows]
+    command = ("predict", folder / "hf", folder / "data", "--split", "train", "--json", folder / "r.json")
+    code, out, err = call(capsys, *command, "--device", "cpu")
+    assert code == 0, err
+    assert [image["image"] for image in json.loads((folder / "r.json").read_text())] == [f"train/{n}" for n in range(9)]
 
 
 def test_pages_lists_and_bad_files(capsys, folder: Path, tmp_path: Path, monkeypatch) -> None:

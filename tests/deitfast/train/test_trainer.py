@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from deitfast.train import step as step_module
 from deitfast.train.checkpointer import Checkpointer
 from deitfast.train.monitor import StepMonitor
 from deitfast.train.optim import learning_rate, peak_lr
+from deitfast.train.trainer import Trainer
 from deitfast.weights.load import load_model
 from pipelines.errors import DeitfastError, UserError
 from tests.helpers.small_runs import EVERY_STEP, SHALLOW, CrashError, crash_after, run, tiny_recipe, weights
@@ -242,3 +244,35 @@ def test_a_look_proves_the_checkpoint_before_the_step_that_it_has_seen(
     run(tiny_small, tmp_path / "run", tiny_recipe("train.epochs=1", "train.ema=0"))
     ahead = [(looked[1], seen[1]) for looked, seen in proved]
     assert ahead == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (5, 5)]  # the epoch's end waits for all of it
+
+
+def test_the_bar_tells_rate_waiting_and_the_end_of_the_run() -> None:
+    """After 4 of 5 steps of the second of 3 epochs; two evaluations are to come."""
+    said, logged = [], []
+    run = SimpleNamespace(
+        recipe=tiny_recipe("train.epochs=3", "train.batch=16", "train.evaluate_every=1"),
+        state=SimpleNamespace(epoch=1, steps=4, seconds=2.0, waited=0.5),
+        loop=SimpleNamespace(loader=SimpleNamespace(steps_per_epoch=5)),
+        callbacks=SimpleNamespace(log_step=lambda step, **figures: logged.append((step, figures))),
+        seconds_to_evaluate=10.0,
+        _steps_done=lambda: 9,
+    )
+    bar = SimpleNamespace(reach=lambda *shown: said.append(shown))
+    Trainer._show(run, bar, {"loss": 1.5})  # pyright: ignore[reportArgumentType]
+    assert said == [(4, "loss 1.500, 32 images/s, waiting 25%, run ends in 23 s")]
+    assert logged == [(9, {"loss": 1.5, "images_per_second": 32, "waiting": 0.25})]
+
+
+@pytest.mark.parametrize(("top1", "saved"), [(0.59, 0), (0.6, 0), (0.61, 1)])
+def test_only_a_better_epoch_takes_the_best_ones_place(tmp_path: Path, top1: float, saved: int) -> None:
+    """Of equals the earlier stays: it is the one that was told, and may be in use."""
+    written = []
+    run = SimpleNamespace(
+        recipe=tiny_recipe(),
+        folder=RunFolder(tmp_path),
+        best_top1=0.6,
+        step=SimpleNamespace(ema=None, model=None),
+        checkpoints=SimpleNamespace(save_best=lambda *values, averaged: written.append(values)),
+    )
+    said = Trainer._save_best(run, {"epoch": 3, "val": {"class": {"top1": top1}}})  # pyright: ignore
+    assert (len(written), bool(said), run.best_top1) == (saved, bool(saved), max(0.6, top1))
