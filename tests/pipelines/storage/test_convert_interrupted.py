@@ -171,6 +171,18 @@ def test_a_partial_of_other_options_images_or_format_is_started_anew(odd, tmp_pa
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("version", ["1.0", split.pillow_version])
+def test_what_another_pillow_began_is_started_anew(odd, tmp_path, eager, form, monkeypatch, version):
+    """Its JPEGs may be other bytes: half a split of each would be a data set of no version."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(split, "pillow_version", version)
+        convert_until(mixed_source(odd), tmp_path, 20, form=form)
+    options = ConvertOptions(workers=1, form=form)
+    convert(mixed_source(odd), tmp_path, options, progress=lambda *step: seen.append(step))
+    assert seen[0][1] == (0 if version == "1.0" else 16)  # of 20: the last batch had not reached the journal
+
+
 @pytest.mark.parametrize("before", [beton(), shards(20_000), shards(10_000)], ids=["beton", "same", "smaller"])
 def test_a_finished_split_of_another_conversion_leaves_no_trace(odd, tmp_path, eager, form, before):
     convert(mixed_source(odd), tmp_path / "plain", ConvertOptions(workers=1, form=form))
