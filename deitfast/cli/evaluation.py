@@ -163,6 +163,6 @@ def run_export(run: Path, out_path: Path, form: str, *, which: WhichCheckpoint, 
     """Write a run's network for other programs and say where."""
     check_format(out_path, form)
     trained = load_model(run, torch.device("cpu"), ema=ema, which=which)
-    log.info("exporting the %s of epoch %d", trained.weights, trained.epoch)
+    log.info("exporting the %s%s", trained.weights, f" of epoch {trained.epoch}" if trained.epoch else "")
     for file in export(trained, out_path, form):
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)

@@ -63,7 +63,7 @@ def list_images(paths: Iterable[str], listed: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if str(path) == "-":
-            found += [Path(line) for line in map(str.strip, listed) if line]
+            found += [Path(line).expanduser() for line in map(str.strip, listed) if line]
         elif path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             found += [file for file in below if file.is_file() and not file.name.startswith("._")]

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from deitfast.eval.predict import ImagePrediction
+from deitfast.models.class_names import imagenet_word
 from deitfast.report.html import TEMPLATES, render
 
-THUMBNAIL = 128
-"""Longest side of a picture on the page, in pixels; pictures of attention are drawn larger."""
+THUMBNAIL = 256
+"""Longest side of a picture on the page, in pixels."""
+TINY = 96
+"""Pictures up to this side are shown with their pixels, not smoothed."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,33 @@ def predictions_page(title: str, lead: str, rows: Sequence[PredictionRow], skipp
         lead=lead,
         heads=list(first.prediction.heads),
         tokens=list(first.attention),
-        truths=any(row.prediction.truth for row in rows),
         skipped=skipped,
         rows=[
             {
-                "name": row.prediction.name,
-                "truth": row.prediction.truth,
+                **_named(row.prediction),
                 "heads": row.prediction.heads,
-                "picture": _data_uri(row.picture, THUMBNAIL),
-                "attention": {token: _data_uri(drawn, 2 * THUMBNAIL) for token, drawn in row.attention.items()},
+                "picture": _data_uri(row.picture),
+                "tiny": max(row.picture.size) <= TINY,
+                "attention": {token: _data_uri(drawn) for token, drawn in row.attention.items()},
             }
             for row in rows
         ],
     )
 
 
-def _data_uri(picture: Image.Image, side: int) -> str:
+def _named(prediction: ImagePrediction) -> dict[str, str]:
+    """Return an image's file and folder, and its true class in the words of the predicted ones."""
+    if prediction.truth is None:
+        folder, _, file = prediction.name.rpartition("/")
+        return {"file": file, "folder": folder, "truth": ""}
+    word = imagenet_word(prediction.truth)
+    truth = word if word == prediction.truth else f"{word} ({prediction.truth})"
+    return {"file": prediction.name, "folder": "", "truth": truth}
+
+
+def _data_uri(picture: Image.Image) -> str:
     small = picture.convert("RGB")
-    small.thumbnail((side, side))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -112,6 +112,7 @@ def test_images_are_listed_in_order(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "c.txt", "._d.png"):
         (tmp_path / name).touch()
     assert [file.name for file in list_images([str(tmp_path), "-"], ["x.png\n", "\n"])] == ["a.JPG", "b.png", "x.png"]
+    assert list_images(["-"], ["~/x.png\n"]) == [Path.home() / "x.png"]
     with pytest.raises(UserError, match="no image"):
         list_images(["-"], [])
 
