@@ -48,6 +48,22 @@ def test_what_evaluation_alone_reads_is_no_reason_to_refuse(tiny_small: Path, tm
     opened(tiny_small, tmp_path / "cache", distilled(*other))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eval_crop", "0.6"), ("eval_resize", "squash"), ("eval_interpolation", "bilinear"), ("crop", "resized"),
+     ("mean", "[0.5,0.5,0.5]"), ("std", "[0.5,0.5,0.5]")],
+)  # fmt: skip
+def test_another_preprocessing_of_whole_images_is_refused(
+    tiny_small: Path, tmp_path: Path, field: str, value: str
+) -> None:
+    """And what only a view is made by is no reason to."""
+    whole = ("distill.cache=auto", "distill.targets=per_image")
+    opened(tiny_small, tmp_path / "cache", distilled(*whole))
+    opened(tiny_small, tmp_path / "cache", distilled(*whole, "augment.flip=0.1", "augment.mixup=0.3"))
+    with pytest.raises(UserError, match=rf"another .*augment\.{field}"):
+        opened(tiny_small, tmp_path / "cache", distilled(*whole, f"augment.{field}={value}"))
+
+
 def test_another_share_of_the_images_or_other_targets_are_refused(tiny_small: Path, tmp_path: Path) -> None:
     opened(tiny_small, tmp_path / "cache", distilled())
     with pytest.raises(UserError, match="another fraction"):
