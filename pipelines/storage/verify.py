@@ -52,6 +52,8 @@ class VerifyReport:
     decoded: bool
     """Whether every image was decoded, or only its CRC32 compared."""
     damages: tuple[Damage, ...]
+    unsealed: int = 0
+    """Samples among them that have no CRC32, as in files that FFCV wrote."""
 
     @property
     def intact(self) -> bool:
@@ -83,7 +85,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
     except DeitfastError as failure:
         return VerifyReport(folder, {}, 0, decode, (Damage("", None, "", str(failure)),))
     damages: list[Damage] = []
-    samples, size = {}, 0
+    samples, size, unsealed = {}, 0, 0
     for name, split in spec.splits.items():
         try:
             reader = open_reader(folder / split.file)
@@ -95,8 +97,9 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
         damages += [Damage(name, number, _label(spec, reader, number), reason) for number, reason in found]
         samples[name] = reader.num_samples
         size += int(reader.sizes.sum())
+        unsealed += 0 if getattr(reader, "has_crcs", True) else reader.num_samples
         reader.close()
-    return VerifyReport(folder, samples, size, decode, tuple(damages))
+    return VerifyReport(folder, samples, size, decode, tuple(damages), unsealed)
 
 
 def damaged_samples(

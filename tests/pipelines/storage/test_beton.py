@@ -24,6 +24,7 @@ from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.transcode import EncodedImage, Kind
 from pipelines.storage.verify import verify
+from tests.helpers.command_line import call
 from tests.helpers.sample_images import MemorySource, drawn, entries, jpeg, pixels
 
 
@@ -339,12 +340,14 @@ def test_what_ffcv_wrote_is_read_verified_and_converted(written_by_ffcv, tmp_pat
         found = pixels(data.tobytes()) if reader.modes[number] == JPEG else data.reshape(shape)
         assert np.abs(found.astype(int) - drawn(30 + number, 40, number)).mean() < 8
     assert dataset.spec.classes == ("0", "1", "2", "3", "4")
-    assert verify(written_by_ffcv).intact
+    report = verify(written_by_ffcv)
+    assert (report.intact, report.unsealed) == (True, 48)
     assert list(Dataset.open(written_by_ffcv / "val.beton").spec.splits) == ["train"]
     spec = convert(open_source("dataset", written_by_ffcv), tmp_path / "d", ConvertOptions(workers=1))
     assert spec.splits["train"].counts == (8,) * 5
     assert spec.name == "ffcv"
-    assert verify(tmp_path / "d").intact
+    report = verify(tmp_path / "d")
+    assert (report.intact, report.unsealed) == (True, 0)
 
 
 def test_skipped_samples_leave_no_hole_in_the_index(tmp_path):
@@ -355,3 +358,10 @@ def test_skipped_samples_leave_no_hole_in_the_index(tmp_path):
     assert reader.modes.tolist() == [RAW, JPEG, RAW]
     assert reader.labels.tolist() == [0, 1, 1]
     assert reader.read_verified(2).tobytes() == contents[3].tobytes()
+
+
+def test_verify_does_not_claim_checksums_that_ffcv_did_not_write(written_by_ffcv, tiny_small, capsys):
+    code, _, err = call(capsys, "verify", written_by_ffcv)
+    assert (code, "images read and decoded: all intact" in err, "48 images have no CRC32" in err) == (0, True, True)
+    code, _, err = call(capsys, "verify", tiny_small)
+    assert (code, "compared with their CRC32 and decoded: all intact" in err, "no CRC32" in err) == (0, True, False)
