@@ -266,6 +266,8 @@ def test_verify_collects_all_damage(tiny_dataset, tmp_path):
     assert any("CRC32 of the index" in damage.reason for damage in report.damages)
     assert any("pixels, decoded" in damage.reason for damage in report.damages)
     assert any(damage.split == "val" and "val.beton: empty" in damage.reason for damage in report.damages)
+    (folder / "train.beton").write_bytes(b"")  # a split that cannot be opened ends nothing: the next is read as well
+    assert {damage.split for damage in verify(folder, decode=False).damages} == {"train", "val"}
     damaged_json(folder, lambda data: data.update(color="red"))
     assert "color" in verify(folder).damages[0].reason
     with pytest.raises(UserError):
