@@ -219,7 +219,8 @@ def image_formats() -> tuple[str, ...]:
 def _check_pixels(size: tuple[int, int], codec: EncodeOptions) -> None:
     """Refuse an image too large to be read in the memory that is allowed. Raises BadImageError."""
     if size[0] * size[1] > codec.max_pixels:
-        remedy = "" if codec.max_pixels == HUGE_PIXELS else f"; --max-side or --allow-huge read up to {HUGE_PIXELS:,}"
+        more = f"; `deitfast convert` with --max-side or --allow-huge reads up to {HUGE_PIXELS:,}"
+        remedy = "" if codec.max_pixels == HUGE_PIXELS else more
         raise BadImageError(f"{size[0]:,} x {size[1]:,} pixels; at most {codec.max_pixels:,} are read{remedy}")
 
 
