@@ -13,7 +13,8 @@ from pipelines.errors import DeitfastError, UserError
 from pipelines.files import explain_os_error
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES, open_tree
-from pipelines.storage.sources.listing import Extent, Listing, list_files, printable
+from pipelines.storage.sources.listing import list_files
+from pipelines.storage.sources.members import Extent, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 
 SIDE = 32

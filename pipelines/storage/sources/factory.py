@@ -11,7 +11,7 @@ from pipelines.storage.sources.converted import open_dataset
 from pipelines.storage.sources.demo import open_demo
 from pipelines.storage.sources.image_folder import open_folder
 from pipelines.storage.sources.imagenet import open_imagenet
-from pipelines.storage.sources.listing import printable
+from pipelines.storage.sources.members import printable
 from pipelines.storage.sources.opened_source import ListingProgress, OpenedSource, Workspace
 from pipelines.storage.sources.splits import with_validation
 

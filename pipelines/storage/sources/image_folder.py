@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.storage.entry import Entry
-from pipelines.storage.sources.listing import DanglingLink, FileLocator, Listing, is_hidden, list_files, printable
+from pipelines.storage.sources.listing import is_hidden, list_files
+from pipelines.storage.sources.members import DanglingLink, FileLocator, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 from pipelines.storage.sources.splits import SPLIT_NAMES, mentions_split, split_of
 

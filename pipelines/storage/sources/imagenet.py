@@ -7,7 +7,8 @@ from pathlib import Path
 from pipelines.errors import UserError
 from pipelines.storage.sources.image_folder import Images, Part, Tree, assemble, read_tree, some
 from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
-from pipelines.storage.sources.listing import Extent, Listing, list_files, list_tar, printable
+from pipelines.storage.sources.listing import list_files, list_tar
+from pipelines.storage.sources.members import Extent, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 from pipelines.storage.sources.splits import SPLIT_NAMES
 

@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import Any
 
 from pipelines.errors import DeitfastError, UserError
-from pipelines.storage.sources.listing import Listing, printable
+from pipelines.storage.sources.members import Listing, printable
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
