@@ -69,6 +69,8 @@ def os_remedy(error: OSError, otherwise: str = "") -> str:
         return "let a process open more files (`ulimit -n`)"
     if error.errno == errno.ENOMEM:
         return "free some memory"
+    if error.errno == errno.ENOENT:
+        return "the file or its folder was moved or removed: put it back"
     if error.errno in DISK_FULL:
         return otherwise or "free some space"
     return otherwise or ("check the rights" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "")

@@ -15,14 +15,15 @@ from pipelines.files import atomic_write, explain_os_error, file_lock, os_remedy
 
 
 def test_a_remedy_is_of_what_the_system_refused(tmp_path: Path) -> None:
-    numbers = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+    numbers = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.EACCES)
     remedies = []
     for number in numbers:
         with pytest.raises(DeitfastError) as caught, explain_os_error(tmp_path, "go on"):
             raise OSError(number, os.strerror(number))
         remedies.append(caught.value.remedy)
     limit = "let a process open more files (`ulimit -n`)"
-    assert remedies == ["go on", limit, limit, "free some memory", "go on"]
+    moved = "the file or its folder was moved or removed: put it back"
+    assert remedies == ["go on", limit, limit, "free some memory", moved, "go on"]
     assert os_remedy(OSError(errno.EDQUOT, "quota")) == "free some space"
 
 
