@@ -8,11 +8,13 @@ import torch
 
 from deitfast.bench.record import ClusterJob, FullRun, Measured, Scaling
 from deitfast.bench.scaling import Cluster, gradient_bytes, scale
+from deitfast.bench.suggestions import few_images
 from deitfast.bench.timing import BenchCase, TimingOptions, measure
 from deitfast.bench.verdict import CORES, Capacity, Cost
 from deitfast.bench.workbench import Workbench
+from deitfast.config.fit_to_data import share_of
 from pipelines.storage.convert.split import convert_batch
-from pipelines.storage.entry import Entry, InMemory
+from pipelines.storage.entry import InMemory
 from pipelines.storage.formats.format import beton
 from pipelines.storage.reader import RAW
 from pipelines.storage.transcode import EncodeOptions
@@ -55,7 +57,7 @@ def teacher_views(bench: Workbench) -> int:
     """Return the views of which `deitfast teach` asks the teacher: of every image all that the run looks at, or one."""
     recipe = bench.recipe
     views = 1 if recipe.distill.targets == "per_image" else recipe.views
-    return round(bench.reader.num_samples * recipe.train.fraction) * views
+    return share_of(bench.dataset.spec.splits["train"].counts, recipe.train.fraction) * views
 
 
 def conversion_case(bench: Workbench) -> BenchCase | None:
@@ -67,9 +69,7 @@ def conversion_case(bench: Workbench) -> BenchCase | None:
     encoded = np.flatnonzero(reader.modes != RAW)
     if not len(encoded):
         return None
-    chosen = encoded[np.linspace(0, len(encoded) - 1, min(CONVERTED_IMAGES, len(encoded))).astype(int)]
-    files = [reader.sample(index).tobytes() for index in chosen]
-    entries = [Entry(f"image {index}.jpg", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]
+    entries = few_images(reader, encoded, CONVERTED_IMAGES)
     source = InMemory("folder", f"a few images of {reader.path}", ("any",), {})
     call = partial(convert_batch, source, EncodeOptions(), beton().stored, entries)
     return BenchCase("converting", "as they are stored, by one process", None, len(entries), call)

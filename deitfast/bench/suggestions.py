@@ -19,7 +19,7 @@ from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.entry import Entry, InMemory
-from pipelines.storage.reader import RAW
+from pipelines.storage.reader import RAW, Reader
 
 SIDES = (500, 400)
 """Longest sides that are tried on a few images."""
@@ -91,11 +91,9 @@ def shrinking(bench: Workbench, sides: list[int], timing: TimingOptions) -> dict
 def shrunk(bench: Workbench, sides: Sequence[int], most: int, stack: ExitStack) -> list[Workbench]:
     """Return a workbench on a few of the images for each longest side (0: as stored), one view each, in one batch."""
     reader = bench.reader
-    chosen = np.linspace(0, reader.num_samples - 1, min(most, reader.num_samples)).astype(int)
-    files = [reader.sample(index).tobytes() for index in chosen]
-    entries = [Entry(f"image {index}", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]
+    entries = few_images(reader, np.arange(reader.num_samples), most)
     source = InMemory("folder", f"a few images of {reader.path}", ("any",), {"train": entries})
-    batch = [f"train.batch={len(chosen) // 2 * 2}", "train.accumulate=1", "train.fraction=1.0"]
+    batch = [f"train.batch={len(entries) // 2 * 2}", "train.accumulate=1", "train.fraction=1.0"]
     plain = ["augment.mixup=0.0", "augment.cutmix=0.0", "augment.repeats=1", f"loader.name={bench.loader.name}"]
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deitfast-bench-"))
     benches = []
@@ -105,3 +103,10 @@ def shrunk(bench: Workbench, sides: Sequence[int], most: int, stack: ExitStack) 
         dataset = stack.enter_context(closing(Dataset.open(path)))
         benches.append(stack.enter_context(closing(bench.changed([*batch, *plain], dataset))))
     return benches
+
+
+def few_images(reader: Reader, among: np.ndarray, most: int) -> list[Entry]:
+    """Return at most so many of the samples int64 [N], spread evenly, as images to convert; each is of class 0."""
+    chosen = among[np.linspace(0, len(among) - 1, min(most, len(among))).astype(int)]
+    files = [reader.sample(index).tobytes() for index in chosen]
+    return [Entry(f"image {index}", 0, data, len(data)) for index, data in zip(chosen, files, strict=True)]

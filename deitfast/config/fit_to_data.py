@@ -41,7 +41,12 @@ class DataFacts:
 
     def images(self, fraction: float) -> int:
         """Return the training images that a share of every class comes to, as `stratified_subset` takes them."""
-        return sum(max(math.floor(count * fraction + 0.5), 1) for count in self.counts if count)
+        return share_of(self.counts, fraction)
+
+
+def share_of(counts: tuple[int, ...], fraction: float) -> int:
+    """Return the images that a share of every class comes to, given each class's, as `stratified_subset` takes them."""
+    return sum(max(math.floor(count * fraction + 0.5), 1) for count in counts if count)
 
 
 class Batching(NamedTuple):
