@@ -127,7 +127,7 @@ def image_table(reader: Reader, table: CropTable) -> np.ndarray:
     """Return what `TurboCodec.render` reads of each image of a batch, int64 [n, IMAGE_COLUMNS]."""
     samples = table.samples
     descriptors, offsets = reader.stored_in(samples)
-    crcs = reader.crcs[samples].astype(np.int64) if getattr(reader, "has_crcs", True) else np.full(len(samples), -1)
+    crcs = reader.crcs[samples].astype(np.int64) if reader.has_crcs else np.full(len(samples), -1)
     sizes, modes, heights, widths = (
         column[samples].astype(np.int64) for column in (reader.sizes, reader.modes, reader.heights, reader.widths)
     )

@@ -103,6 +103,8 @@ class Reader(Protocol):
     """uint8 [N]: JPEG or RAW."""
     sizes: np.ndarray
     """int64 [N]: bytes that `sample` returns."""
+    has_crcs: bool
+    """Whether samples have a CRC32: FFCV writes none."""
     crcs: np.ndarray
     """uint32 [N]: CRC32 of these bytes; their number in a file that FFCV wrote, which has none."""
     file_size: int

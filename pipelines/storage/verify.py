@@ -97,7 +97,7 @@ def verify(folder: Path, *, decode: bool = True, workers: int = 0, progress: Pro
         damages += [Damage(name, number, _label(spec, reader, number), reason) for number, reason in found]
         samples[name] = reader.num_samples
         size += int(reader.sizes.sum())
-        unsealed += 0 if getattr(reader, "has_crcs", True) else reader.num_samples
+        unsealed += 0 if reader.has_crcs else reader.num_samples
         reader.close()
     return VerifyReport(folder, samples, size, decode, tuple(damages), unsealed)
 

@@ -41,6 +41,7 @@ class ShardReader:
         DeitfastError: the index or a shard is missing, damaged, or not what the index describes.
     """
 
+    has_crcs = True
     labels: np.ndarray
     """int64 [N]."""
     heights: np.ndarray
