@@ -132,6 +132,7 @@ class ImagesInMemory:
         self.widths = np.array([image.width for image in images], np.int32)
         self.modes = np.array([image.mode for image in images], np.uint8)
         self.sizes = np.array([len(image.data) for image in images], np.int64)
+        self.has_crcs = True
         self.crcs = np.array([image.crc32 for image in images], np.uint32)
         self.file_size, self.index_crc32 = int(self.sizes.sum()), 0
         self._images = images

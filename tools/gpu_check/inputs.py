@@ -33,7 +33,7 @@ class RepeatedReader:
     def __init__(self, reader: Reader, times: int) -> None:
         self._reader, self._own = reader, reader.num_samples
         self.path, self.file_size, self.index_crc32 = reader.path, reader.file_size, reader.index_crc32
-        self.num_samples = reader.num_samples * times
+        self.num_samples, self.has_crcs = reader.num_samples * times, reader.has_crcs
         self.labels, self.heights, self.widths = (
             np.tile(column, times) for column in (reader.labels, reader.heights, reader.widths)
         )
