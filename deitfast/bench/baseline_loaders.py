@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from deitfast.bench.record import pluralize
 from deitfast.bench.timing import BenchCase
 from deitfast.bench.workbench import Workbench
+from pipelines.errors import pluralize
 from pipelines.spec import AugmentSpec
 from pipelines.storage.dataset import open_reader
 from pipelines.storage.reader import RAW, Reader

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitfast.bench.record import Arithmetic, Disk, Measured, Measurement, pluralize
+from deitfast.bench.record import Arithmetic, Disk, Measured, Measurement
 from deitfast.bench.timing import BenchCase, Clock, TimingOptions, measure, processor_seconds
 from deitfast.bench.workbench import Workbench
 from deitfast.config.recipe import Recipe
 from deitfast.models.vit import build_model
 from deitfast.runtime import Runtime
+from pipelines.errors import pluralize
 from pipelines.loaders.factory import free_memory
 from pipelines.storage.reader import Reader
 

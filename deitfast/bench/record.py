@@ -389,9 +389,3 @@ def load(path: Path) -> BenchRecord:
 def versions(machine: dict[str, Any]) -> str:
     """Return the libraries of a record's machine in one line."""
     return ", ".join(f"{name} {version}" for name, version in machine["libraries"].items() if version)
-
-
-def pluralize(count: int, thing: str) -> str:
-    """Return a number of threads or processes in words: 1 thread, 2 processes."""
-    plural = "es" if thing.endswith("s") else "s"
-    return f"{count} {thing}{plural if count != 1 else ''}"

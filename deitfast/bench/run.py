@@ -21,7 +21,6 @@ from deitfast.bench.record import (
     FullRun,
     Measured,
     new_record,
-    pluralize,
 )
 from deitfast.bench.scaling import Cluster
 from deitfast.bench.stages import all_together, copying, device_stages, loader_stages, step_alone, whole_loader
@@ -43,7 +42,7 @@ from deitfast.config.recipe import Recipe
 from deitfast.environment import __version__
 from deitfast.progress import Bar, Display
 from deitfast.runtime import Runtime
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.storage.dataset import Dataset
 
 ROUNDS = 5

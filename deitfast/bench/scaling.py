@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deitfast.bench.record import Scaling, pluralize
+from deitfast.bench.record import Scaling
 from deitfast.bench.verdict import CORES, RESOURCES, Capacity, Cost, predict
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 
 NODE_GBITS = 200.0
 """Assumed between two GPUs of one node, in Gbit/s: PCIe 4.0 x16. NVLink has several times as much."""

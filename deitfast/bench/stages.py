@@ -6,13 +6,13 @@ from functools import partial
 
 import numpy as np
 
-from deitfast.bench.record import pluralize
 from deitfast.bench.timing import BenchCase, Stall
 from deitfast.bench.workbench import BenchLoader, Workbench, describe_targets
 from deitfast.interrupt import Stop
 from deitfast.train.loop import TrainLoop
 from deitfast.train.monitor import Observation
 from deitfast.train.state import TrainState
+from pipelines.errors import pluralize
 from pipelines.loaders.batch_plan import DRAWN_TOGETHER, BatchPlan
 from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.loaders.host import Codec, HostLoader, decode_window, resize_crop

@@ -19,9 +19,9 @@ from deitfast.bench.record import (
     Measured,
     Section,
     Setting,
-    pluralize,
 )
 from deitfast.progress import duration, volume
+from pipelines.errors import pluralize
 
 TITLES: dict[BaselineKind, str] = {
     "loader": "Loaders compared, one view per image",

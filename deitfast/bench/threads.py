@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from deitfast.bench.record import LoaderScaling, pluralize
+from deitfast.bench.record import LoaderScaling
 from deitfast.bench.timing import HOST, BenchCase, TimingOptions, measure
 from deitfast.bench.workbench import Workbench, endless
+from pipelines.errors import pluralize
 from pipelines.loaders.codecs.turbo import TurboCodec
 from pipelines.loaders.host import TurboLoader
 

@@ -35,7 +35,7 @@ from deitfast.runtime import Runtime, start
 from deitfast.weights.load import TrainedModel, describe_input, load_model
 from pipelines.augment.chain import augment
 from pipelines.batch import Loader
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.files import write_text
 from pipelines.storage.dataset import SPEC_FILE, Dataset
 
@@ -200,11 +200,10 @@ def _show(work: _Predicting, options: PredictOptions, out: Console) -> None:
             write_text(file, text(work.found))
             out.print(f"wrote {file}", highlight=False, soft_wrap=True)
     if options.page:
-        title = f"{options.source}: {len(work.found):,} images"
+        title = f"{options.source}: {pluralize(len(work.found), 'image')}"
         more = f"; the first {MOST_PICTURES:,} images" if len(work.found) > MOST_PICTURES else ""
         page = predictions_page(title, describe_input(work.trained) + more, work.rows, work.skipped)
         write_text(options.page, page)
         out.print(f"wrote {options.page}", highlight=False, soft_wrap=True)
     if work.skipped:
-        what = "1 image" if len(work.skipped) == 1 else f"{len(work.skipped):,} images"
-        out.print(f"{what} could not be read and left out", highlight=False)
+        out.print(f"{pluralize(len(work.skipped), 'image')} could not be read and left out", highlight=False)

@@ -19,7 +19,7 @@ from deitfast.cli.app import (
     display,
     out,
 )
-from pipelines.errors import DeitfastError, UserError
+from pipelines.errors import DeitfastError, UserError, pluralize
 from pipelines.workers import world_size
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _show(result: "StudyResult", comment: str) -> None:
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
     if failed := tables.failures(result):
         raise DeitfastError(
-            f"{len(failed)} of {len(result.plan.runs)} runs failed", found="; ".join(failed),
+            f"{len(failed)} of {pluralize(len(result.plan.runs), 'run')} failed", found="; ".join(failed),
             remedy="the same command trains what is missing",
         )  # fmt: skip
 
@@ -198,8 +198,8 @@ def _check_disk(plan: "StudyPlan") -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DeitfastError(
-            f"{plan.options.out}: not enough room for {len(left)} runs", expected=volume(needed), found=volume(free),
-            remedy="free some space, or give --out on another disk",
+            f"{plan.options.out}: not enough room for {pluralize(len(left), 'run')}",
+            expected=volume(needed), found=volume(free), remedy="free some space, or give --out on another disk",
         )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _predict(plan: "StudyPlan", shown: "Display") -> None:
     out.print(table)
     total = sum(run.seconds for run in predicted)
     out.print(
-        f"{len(left)} of {len(plan.runs)} runs are to be trained: {duration(total)} by one short measurement of each "
-        f"network, evaluations not counted; {volume(disk_bytes(left))} on disk.",
+        f"{len(left)} of {pluralize(len(plan.runs), 'run')} to be trained: {duration(total)} by one short measurement "
+        f"of each network, evaluations not counted; {volume(disk_bytes(left))} on disk.",
         highlight=False,
     )

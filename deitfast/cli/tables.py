@@ -17,6 +17,7 @@ from deitfast.eval.evaluate import Agreement
 from deitfast.eval.metrics import Metrics
 from deitfast.progress import duration, volume
 from deitfast.run_folder import RunFolder, read_rows
+from pipelines.errors import pluralize
 from pipelines.spec import DatasetSpec
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def describe_run(folder: RunFolder) -> RenderableType:
     teacher = f"{asked}, cache {distill.cache}"
     facts: dict[str, Any] = {
         "recipe": f"{recipe.name}, digest {recipe.digest}",
-        "data": f"{info.data} ({info.dataset}, {len(info.classes)} classes)",
+        "data": f"{info.data} ({info.dataset}, {pluralize(len(info.classes), 'class')})",
         "distillation": teacher if distill.mode != "none" else "none",
         "started from": f"{info.start['file']} ({info.start['fitted']})" if info.start else "drawn weights",
         "epochs": f"{len(rows)} of {recipe.train.epochs}",
@@ -164,7 +165,7 @@ def _fields(identity: Mapping[str, Any], part: str) -> str:
 
 def describe_dataset(spec: DatasetSpec, folder: Path) -> RenderableType:
     """Return what `deitfast info` shows of a data set."""
-    table = Table(title=f"{folder}: {spec.name}, {len(spec.classes):,} classes", title_justify="left")
+    table = Table(title=f"{folder}: {spec.name}, {pluralize(len(spec.classes), 'class')}", title_justify="left")
     table.add_column("split")
     table.add_column("stored in")
     for column in ("images", "of a class", "MB"):

@@ -8,6 +8,7 @@ import numpy as np
 from deitfast.progress import duration
 from deitfast.report.compare import DistillationPair, differences, format_value
 from deitfast.report.read import WEIGHTS, RunRecord
+from pipelines.errors import pluralize
 
 FIGURES = {
     "top1": "top-1 (%)",
@@ -55,8 +56,8 @@ def state(run: RunRecord) -> str:
     """Return how far a run is, in words."""
     done, planned = run.epochs
     if planned is None:
-        return f"{done} epochs"
-    return f"{done} of {planned} epochs" + ("" if run.finished else " (not finished)")
+        return pluralize(done, "epoch")
+    return f"{done} of {pluralize(planned, 'epoch')}" + ("" if run.finished else " (not finished)")
 
 
 def lead(run: RunRecord) -> str:

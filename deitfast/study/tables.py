@@ -5,6 +5,7 @@ from deitfast.report.read import RunRecord
 from deitfast.report.summary import TextTable
 from deitfast.study.results import RowResult, StudyResult, format_figure
 from deitfast.study.spec import SHARES
+from pipelines.errors import pluralize
 
 NONE = "–"  # noqa: RUF001  an en dash stands for no value
 HEADINGS = {
@@ -20,7 +21,7 @@ def lead(result: StudyResult) -> str:
     seeds = "one seed" if plan.seeds == 1 else f"{plan.seeds} seeds"
     about = plan.study.scales.get(plan.options.scale)  # pyright: ignore
     scale = f"Scale {plan.options.scale}" + (f": {about.about}" if about and about.about else "")
-    state = "" if done == planned else f" {done} of {planned} runs are finished; the others do not count yet."
+    state = "" if done == planned else f" {done} of {pluralize(planned, 'run')} finished; the others do not count yet."
     rows = f"{len(result.rows)} row{'s' * (len(result.rows) > 1)}"
     return f"{rows}, {seeds} each. {scale.rstrip('.')}.{state}"
 
@@ -44,7 +45,7 @@ def rows_table(result: StudyResult, rows: tuple[RowResult, ...] | None = None) -
         head += [HEADINGS.get(column, column), *(["published"] if column in published else [])]
     cells = []
     for row in rows:
-        line = [row.name if row.done == row.planned else f"{row.name} ({row.done} of {row.planned} runs)"]
+        line = [row.name if row.done == row.planned else f"{row.name} ({row.done} of {pluralize(row.planned, 'run')})"]
         for column in result.plan.study.columns:
             line.append(_cell(row, column))
             if column in published:

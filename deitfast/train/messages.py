@@ -7,6 +7,7 @@ from deitfast.eval.evaluate import final_head
 from deitfast.progress import duration
 from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.train.state import TrainState
+from pipelines.errors import pluralize
 
 
 def describe_lengthening(recipe: Recipe, before: int, state: TrainState, steps: int) -> str:
@@ -18,8 +19,8 @@ def describe_lengthening(recipe: Recipe, before: int, state: TrainState, steps: 
     said = f"{before} epochs are now {epochs}"
     if schedule.shape == "cosine":
         return (
-            f"{said}: the rate follows the cosine of {epochs} epochs from here, and goes from {old:.3g} to {new:.3g}; "
-            f"a run of {epochs} epochs would have had that cosine from the start"
+            f"{said}: the rate follows the cosine of {pluralize(epochs, 'epoch')} from here, and goes from {old:.3g} "
+            f"to {new:.3g}; a run of that length would have had that cosine from the start"
         )
     return f"{said}: the rate stays on its course, at {new:.3g}"
 

@@ -6,6 +6,7 @@ from typing import Any
 from deitfast.environment import __version__
 from deitfast.run_folder import RunFolder
 from deitfast.weights.load import TrainedModel, describe_augment
+from pipelines.errors import pluralize
 
 LIBRARIES = {"hf": "transformers", "timm": "timm", "torchvision": "pytorch"}
 """What Hugging Face's hub calls the library that loads a format."""
@@ -25,7 +26,7 @@ def model_card(trained: TrainedModel, form: str) -> str:
     """Return the card of a network in a format of `export.FORMATS`."""
     recipe, run = trained.recipe, RunFolder(trained.source)
     facts = {
-        "Network": f"{recipe.model.arch}, {_millions(trained)}M parameters, {trained.num_classes:,} classes",
+        "Network": f"{recipe.model.arch}, {_millions(trained)}M parameters, {pluralize(trained.num_classes, 'class')}",
         "Input": describe_augment(recipe.augment),
         "Weights": f"{trained.weights} of epoch {trained.epoch}" if trained.epoch else f"from {trained.source.name}",
     }
@@ -34,8 +35,8 @@ def model_card(trained: TrainedModel, form: str) -> str:
         distill, train = recipe.distill, recipe.train
         taught = f"{distill.mode}, from {distill.teacher or 'a cache'}"
         facts |= {
-            "Data": f"{info.dataset}, {len(info.classes):,} classes, fingerprint {info.fingerprint}",
-            "Recipe": f"{recipe.name}, digest {recipe.digest}: {train.epochs} epochs, batch {train.batch}",
+            "Data": f"{info.dataset}, {pluralize(len(info.classes), 'class')}, fingerprint {info.fingerprint}",
+            "Recipe": f"{recipe.name}, digest {recipe.digest}: {pluralize(train.epochs, 'epoch')}, batch {train.batch}",
             "Distillation": "none" if distill.mode == "none" else taught,
             "Command": f"`{' '.join(info.command)}`",
         }

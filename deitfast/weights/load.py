@@ -11,6 +11,7 @@ from torch import nn
 from deitfast.config import recipe as recipes
 from deitfast.config.choices import Arch, WhichCheckpoint
 from deitfast.config.recipe import ModelSpec, Recipe
+from deitfast.models.class_names import IMAGENET
 from deitfast.models.vit import VisionTransformer, build_model
 from deitfast.run_folder import RunFolder
 from deitfast.weights.adapt import load_weights
@@ -114,7 +115,8 @@ def describe_input(trained: TrainedModel) -> str:
     origin = f"as {side.input_from} says" if side.input else default
     if side.input and not {"mean", "std"} <= side.input.keys():
         origin += f", mean and std {default}"
-    names = f"from {side.classes_from}" if side.classes else "not told"
+    assumed = "not told, ImageNet's assumed" if trained.num_classes == IMAGENET else "not told"
+    names = f"from {side.classes_from}" if side.classes else assumed
     return f"images {origin}: {describe_augment(augment)}; class names {names}"
 
 

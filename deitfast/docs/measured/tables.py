@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deitfast.study.results import format_figure
+from deitfast.study.tables import HEADINGS, NONE
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEADINGS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "f1": "F1", "auc": "AUC", "minutes": "minutes"}
 CHART = HERE / "peers.svg"
 
 
@@ -64,7 +66,7 @@ def study_table(name: str, *, brief: bool) -> str:
         for column in record["columns"]:
             line.append(spread(column, row["figures"].get(column, [])))
             if column in published:
-                line.append(str(row["published"].get(column, "–")))  # noqa: RUF001
+                line.append(str(row["published"].get(column, NONE)))
         lines.append(line)
     rows = "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
     claims = "".join(
@@ -81,10 +83,9 @@ def study_table(name: str, *, brief: bool) -> str:
 def spread(column: str, values: list[float]) -> str:
     """Return the mean of some runs' figures, and their standard deviation where there are several."""
     if not values:
-        return "–"  # noqa: RUF001
-    scale, digits = (100, 2) if column in ("top1", "top5") else (1, 1 if column == "minutes" else 3)
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+        return NONE
+    mean = format_figure(column, statistics.fmean(values))
+    return f"{mean} ± {format_figure(column, statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 GPUS = "sm_80", "sm_89", "sm_90"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.listing import is_hidden, list_files
 from pipelines.storage.sources.members import DanglingLink, FileLocator, Listing, printable
@@ -189,11 +189,13 @@ def assemble(
             continue
         unknown = sorted(name for name, images in part.classes.items() if images and name not in labels)
         if split == "test" and not any(images and name in labels for name, images in part.classes.items()):
-            notes.append(f"{part.folder}/ has none of the training classes: {part.num_images:,} images are left out")
+            notes.append(
+                f"{part.folder}/ has none of the training classes: {pluralize(part.num_images, 'image')} left out"
+            )
             continue
         if unknown:
             raise UserError(
-                f"{where}: {part.folder}/ has {len(unknown)} classes that {train.folder}/ has not",
+                f"{where}: {part.folder}/ has {pluralize(len(unknown), 'class')} that {train.folder}/ has not",
                 found=some([_beside_alike(name, labels, train.folder) for name in unknown]),
                 remedy="name the class folders of all splits alike",
             )
@@ -224,13 +226,13 @@ def _outside(tree: Tree, parts: Mapping[str, Part], splits: Mapping[str, list[En
         found = " and ".join(f"{folder}/" for folder in folders) or "class folders"
         counts = " + ".join(f"{len(entries):,}" for entries in splits.values())
         under = f" under {printable(tree.root)}" if tree.root else ""
-        notes.append(f"{found}{under}: {len(parts['train'].classes):,} classes, {counts} images")
+        notes.append(f"{found}{under}: {pluralize(len(parts['train'].classes), 'class')}, {counts} images")
     if unused := len(tree.images) - sum(part.num_images for part in parts.values()):
         seen = " and ".join(f"{folder}/<class>/" for folder in folders)
-        notes.append(f"{unused:,} images outside {seen or 'the class folders'} are left out")
+        notes.append(f"{pluralize(unused, 'image')} outside {seen or 'the class folders'} left out")
     if tree.ignored:
         endings = some([ending for ending, _ in tree.ignored.most_common()])
-        notes.append(f"{tree.ignored.total():,} files, not images by their names, are left out: {endings}")
+        notes.append(f"{pluralize(tree.ignored.total(), 'file')} left out, not images by name: {endings}")
     if tree.dangling:
         notes.append(f"links that lead nowhere are left out: {some(tree.dangling)}")
     return notes
@@ -298,8 +300,8 @@ def _common_root(images: Iterable[str]) -> str:
 def _contents(part: Part, ignored: int) -> str:
     """Say what there is instead of images in class folders."""
     found = [
-        f"{len(part.classes):,} folders without images" * bool(part.classes),
-        f"{len(part.loose):,} images outside class folders" * bool(part.loose),
-        f"{ignored:,} files that are not images by their names" * bool(ignored),
+        f"{pluralize(len(part.classes), 'folder')} without images" * bool(part.classes),
+        f"{pluralize(len(part.loose), 'image')} outside class folders" * bool(part.loose),
+        f"{pluralize(ignored, 'file')} not images by name" * bool(ignored),
     ]
     return ", ".join(filter(None, found)) or "nothing"

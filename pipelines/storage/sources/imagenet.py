@@ -4,7 +4,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.storage.sources.image_folder import Images, Part, Tree, assemble, read_tree, some
 from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
 from pipelines.storage.sources.listing import list_files, list_tar
@@ -41,7 +41,7 @@ def open_imagenet(path: Path, workspace: Workspace) -> OpenedSource:
     tree = read_tree(listing)
     train = _train(tree, listing, workspace)
     if not train.num_images:
-        outside = f", with {len(tree.images):,} images in none of these" if tree.images else ""
+        outside = f", with {pluralize(len(tree.images), 'image')} in none of these" if tree.images else ""
         raise UserError(
             f"{printable(path)} holds no ImageNet training images",
             expected=f"{TRAIN_TAR}, or folders train/<wnid>/ such as train/n01440764/",
@@ -53,9 +53,11 @@ def open_imagenet(path: Path, workspace: Workspace) -> OpenedSource:
     if val is not None:
         val = _label(_named_classes(val), train, listing)
         if left_out := _leave_out_unknown(val, train):
-            notes.append(f"{left_out:,} validation images of classes that are not in the training set are left out")
+            notes.append(
+                f"{pluralize(left_out, 'validation image')} left out: their classes are not in the training set"
+            )
     if train.loose:
-        notes.append(f"{len(train.loose):,} images outside {train.folder}/<wnid>/ are left out")
+        notes.append(f"{pluralize(len(train.loose), 'image')} outside {train.folder}/<wnid>/ left out")
     if tree.dangling:
         notes.append(f"links that lead nowhere are left out: {some(tree.dangling)}")
     if len(train.classes) != 1000:

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.storage.entry import Entry
 from pipelines.storage.sources.opened_source import OpenedSource
 
@@ -48,7 +48,7 @@ def with_validation(source: OpenedSource, fraction: float, seed: int) -> OpenedS
             remedy="leave the fraction out",
         )
     train, val = split_off(splits["train"], fraction, seed)
-    note = f"val is {fraction:.3g} of each training class: {len(val):,} images, drawn with seed {seed}"
+    note = f"val is {fraction:.3g} of each training class: {pluralize(len(val), 'image')}, drawn with seed {seed}"
     rest = {"test": splits["val"]} if "val" in splits else {k: v for k, v in splits.items() if k == "test"}
     if "val" in splits:
         note += "; the source's own validation images are the split test"

@@ -268,7 +268,7 @@ def test_a_dry_run_prints_the_commands_and_trains_nothing(tiny: str, tiny_small:
     result = cli("study", tiny, "--data", tiny_small, "--out", tmp_path / "out", "--dry-run", "--only", "plain")
     assert result.exit_code == 0
     assert f"--out {tmp_path}/out/runs/plain --resume" in result.stdout
-    assert "1 of 1 runs are to be trained" in result.stdout
+    assert "1 of 1 run to be trained" in result.stdout
     assert not RunFolder(tmp_path / "out" / "runs" / "plain").exists()
 
 

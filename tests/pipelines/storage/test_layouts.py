@@ -51,11 +51,11 @@ TWO_SPLITS = {"train": [3, 3], "val": [2, 2]}
         ),
         (
             below("archive/", SPLIT) | {"preview.png": b""},
-            "1 images outside train/<class>/ and val/<class>/ are left out",
+            "1 image outside train/<class>/ and val/<class>/ left out",
         ),
         (WRAPPED | {"docs/figure.png": b"", "docs/2.png": b""}, "2 images outside train/"),
         (below("a/b/c/", SPLIT) | {"a/1.png": b"", "a/b/2.png": b""}, "train/ and val/ under a/b/c/"),
-        (SPLIT | {"banner.jpg": b""}, "1 images outside"),
+        (SPLIT | {"banner.jpg": b""}, "1 image outside"),
         (
             {
                 name.replace("train/", "training_set/").replace("val/", "val_images/"): data

@@ -149,14 +149,14 @@ def test_parts_of_imagenet_work_with_a_word(tmp_path: Path) -> None:
     assert source.classes == (WNIDS[0], WNIDS[2])
     assert [data for *_, data in contents(source, "val")] == [b"val 1", b"val 2", b"val 5"]
     assert source.notes == (
-        "2 validation images of classes that are not in the training set are left out",
+        "2 validation images left out: their classes are not in the training set",
         "2 of ImageNet's 1,000 classes are here",
     )
     source = open_source("imagenet", write_tree(tmp_path / "no val", TREE))
     assert list(source.splits) == ["train"]
     assert any("no validation split" in note for note in source.notes)
     spilt = open_source("imagenet", write_tree(tmp_path / "spilt", TREE | {"train/n02084071_1.JPEG": b""}))
-    assert "1 images outside train/<wnid>/ are left out" in spilt.notes
+    assert "1 image outside train/<wnid>/ left out" in spilt.notes
     source = open_source("imagenet", tmp_path / "no val", val_fraction=0.3)
     assert [entry.label for entry in source.splits["val"]] == [0, 1, 2]
 

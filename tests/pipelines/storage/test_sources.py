@@ -70,7 +70,7 @@ def test_a_tree_is_the_same_in_every_shape(tmp_path: Path, shape: str) -> None:
     assert contents(source) == [item for item in expected if item[1].startswith("train")]
     assert contents(source, "val") == [("dog", "val/dog/9.jpg", b"dog nine")]
     left_out = ".md, .db, .txt, ._*, .heic"  # of hidden folders nothing is said
-    assert source.notes[-1] == f"5 files, not images by their names, are left out: {left_out}"
+    assert source.notes[-1] == f"5 files left out, not images by name: {left_out}"
     guess = ("train/ and val/ under my set/: 3 classes, 5 + 1 images",) if shape == "below a top folder" else ()
     assert source.notes[:-1] == guess
     copy = pickle.loads(pickle.dumps(source))
@@ -130,7 +130,7 @@ def test_folders_without_train_are_classes_even_one_called_train(tmp_path: Path)
     source = open_source("folder", write_tree(tmp_path, {"bus/1.jpg": b"b", "train/2.jpg": b"t", "preview.png": b""}))
     assert contents(source) == [("bus", "bus/1.jpg", b"b"), ("train", "train/2.jpg", b"t")]
     assert list(source.splits) == ["train"]
-    assert any("1 images outside" in note for note in source.notes)
+    assert any("1 image outside" in note for note in source.notes)
     assert any("no validation split" in note for note in source.notes)
 
 
@@ -151,7 +151,7 @@ def test_test_is_a_split_of_its_own_and_unlabeled_test_is_left_out(tmp_path: Pat
     other = write_tree(tmp_path / "other", {"train/a/1.jpg": b"1", "test/unknown/2.jpg": b"2"})
     source = open_source("folder", other)
     assert list(source.splits) == ["train"]
-    assert "test/ has none of the training classes: 1 images are left out" in source.notes
+    assert "test/ has none of the training classes: 1 image left out" in source.notes
     flat = write_tree(tmp_path / "flat", {"train/a/1.jpg": b"1", "test/2.jpg": b"2"})
     assert list(open_source("folder", flat).splits) == ["train"]
 
@@ -235,10 +235,10 @@ def test_val_fraction_depends_on_names_alone(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ({}, "no images in class folders.*found: nothing"),
-        ({"train/cat/notes.txt": b"", "train/dog/notes.txt": b""}, "no images in class folders.*2 files that are not"),
+        ({"train/cat/notes.txt": b"", "train/dog/notes.txt": b""}, "holds no images.*2 files not images by name"),
         ({"1.jpg": b"", "2.jpg": b""}, "no images in class folders.*2 images outside class folders"),
         ({"train/cat/1.jpg": b"", "train/dog/1.txt": b""}, "1 of 2 classes have no images.*dog"),
-        ({"train/cat/1.jpg": b"", "val/cow/1.jpg": b""}, "classes that train/ has not.*cow"),
+        ({"train/cat/1.jpg": b"", "val/cow/1.jpg": b""}, "1 class that train/ has not.*cow"),
         ({"val/cat/1.jpg": b""}, "no training images.*no train/"),
         ({"train/cat.1.jpg": b"", "test1/2.jpg": b""}, "named like splits.*found: test1, train"),
         ({"images/train/1.jpg": b"", "images/val/2.jpg": b""}, "named like splits.*found: train, val"),
