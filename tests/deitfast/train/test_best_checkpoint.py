@@ -1,11 +1,12 @@
 """The best checkpoint of a run: of the best validation top-1, plain or averaged, whichever is better."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from deitfast.config.recipe import DistillSpec, ModelSpec
+from deitfast.config.recipe import DistillSpec
 from deitfast.distill.teacher import load_teacher
 from deitfast.models.vit import build_model
 from deitfast.run_folder import RunFolder
@@ -73,7 +74,7 @@ def test_the_best_epochs_weights_are_kept_beside_the_last(
         teacher = load_teacher(DistillSpec(mode="hard", teacher=str(out), teacher_checkpoint=which), classes)
         assert torch.equal(teacher.model.state_dict()["head.weight"], state["head.weight"])
         for start in ("weights", "finetune"):
-            spec = ModelSpec(patch=RECIPE.model.patch, start_checkpoint=which, **{start: str(out)})
+            spec = replace(RECIPE.model, start_checkpoint=which, **{start: str(out)})
             model = build_model(spec, size=32, classes=len(classes), distilled=False)
             init_from_pretrained(model, spec, classes)
             assert torch.equal(model.state_dict()["head.weight"], state["head.weight"])

@@ -85,6 +85,7 @@ def test_one_bad_number_anywhere_is_found(value: float, where: str) -> None:
     tree = {"model": {"a": torch.zeros(3), "count": torch.tensor(3)}, "ema": {"model": {"a": torch.zeros(3)}}}
     tree |= {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "groups": [{"lr": 1.0}]}}
     assert all_finite(tree)
+    assert all_finite(tree | {"large": torch.full((2,), -1e30)})  # its square is not
     tensors = {
         "model": tree["model"]["a"],
         "ema": tree["ema"]["model"]["a"],

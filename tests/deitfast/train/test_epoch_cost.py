@@ -16,7 +16,7 @@ from deitfast.models.vit import reads_patches
 from deitfast.train import trainer
 from deitfast.train.step import TrainStep
 from pipelines.augment.chain import augment
-from tests.helpers.small_runs import CPU, SHALLOW, run, tiny_recipe
+from tests.helpers.small_runs import CPU, run, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, batch_for
 
 EPOCHS = 6
@@ -73,7 +73,7 @@ def test_an_epoch_of_a_second_pays_for_its_steps_and_evaluations_alone(
     monkeypatch.setattr(trainer, "LEAST_SAVE_SECONDS", 1e9)
     monkeypatch.setattr(trainer.Trainer, "_evaluate", evaluate)
     monkeypatch.setattr(TrainStep, "step", lambda self, *arguments: torch.ones(3))
-    run(tiny_small, tmp_path / "run", tiny_recipe(SHALLOW, f"train.epochs={EPOCHS}", "train.ema=0"))
+    run(tiny_small, tmp_path / "run", tiny_recipe(f"train.epochs={EPOCHS}", "train.ema=0"))
     first, *between, last, after = counted
     assert len(between) == EPOCHS - 2
     usual = Counter({"writes metrics.jsonl": 1, "starts deitfast-prefetch": 1, "checks weights": 1})
@@ -93,7 +93,7 @@ def test_weights_and_their_average_share_one_compiled_evaluation(monkeypatch: py
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    recipe = tiny_recipe(SHALLOW)
+    recipe = tiny_recipe()
     learner, batch = TrainStep(recipe, CLASSES, replace(CPU, compile=True)), batch_for(recipe)
     patch = reads_patches(learner.model)
 

@@ -21,7 +21,7 @@ from pipelines.loaders.prefetch import prefetched
 from pipelines.storage.dataset import Dataset
 from pipelines.storage.reader import Reader
 from tests.helpers.loader_contract import RESIZED, open_eval, open_train
-from tests.helpers.small_runs import CPU, SHALLOW, tiny_recipe
+from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import batch_for, targets
 
 GPU = torch.device("cuda", 0)
@@ -119,9 +119,7 @@ def test_a_compiled_step_learns_what_an_eager_one_does(compiled: str) -> None:
     sums, weights = [], []
     for how in ("off", compiled):
         torch.compiler.reset()
-        recipe = tiny_recipe(
-            SHALLOW, "model.drop_path=0.0", f"train.compile={how}", "distill.mode=hard", "distill.teacher=x"
-        )
+        recipe = tiny_recipe("model.drop_path=0.0", f"train.compile={how}", "distill.mode=hard", "distill.teacher=x")
         learner = TrainStep(recipe, 10, HERE.with_precision(replace(recipe.train, amp="off")))
         total = torch.zeros(3, device=GPU)
         for epoch in range(6):
@@ -159,7 +157,7 @@ def test_training_never_makes_the_host_wait(tiny_small: Path) -> None:
 def test_a_step_drops_what_it_is_given_also_in_a_graph(compiled: str) -> None:
     """The same epoch twice is the same loss, another epoch is another: a graph that captured a draw would repeat it."""
     torch.compiler.reset()
-    recipe = tiny_recipe(SHALLOW, "model.drop_path=0.5", "train.ema=0", "optim.name=sgd", f"train.compile={compiled}")
+    recipe = tiny_recipe("model.drop_path=0.5", "train.ema=0", "optim.name=sgd", f"train.compile={compiled}")
     learner = TrainStep(recipe, 10, HERE.with_precision(replace(recipe.train, amp="off")))
     inputs = inputs_on(recipe, GPU)
     losses = [learner.step(learner.prepare(inputs, epoch), None, 0.0)[0].item() for epoch in (0, 1, 2, 3, 1, 0)]

@@ -234,7 +234,7 @@ def test_layer_decay_gives_timms_rates(arch: str) -> None:
 
 
 def test_rates_follow_the_schedule_layer_by_layer() -> None:
-    recipe = tiny_recipe("optim.layer_decay=0.5", "train.ema=0")
+    recipe = tiny_recipe("optim.layer_decay=0.5", "train.ema=0", "model.depth=12")
     step = TrainStep(recipe, 10, CPU)
     step.step(step.prepare(inputs_for(recipe), 0), None, 0.01)
     rates = [group["lr"] for group in step.optimizer.param_groups]

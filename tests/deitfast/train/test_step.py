@@ -16,7 +16,7 @@ from deitfast.train.loop import TrainLoop
 from deitfast.train.step import TrainStep, keep_gradient_layout, takes_graphs
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.errors import UserError
-from tests.helpers.small_runs import CPU, SHALLOW, tiny_recipe
+from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, ROWS, NoWaiting, batch_for, targets
 
 # Dynamo looks at the logits' .grad under a filter of its own, which pytest's turning of warnings into errors precedes.
@@ -32,7 +32,7 @@ def uncompiled() -> None:
 
 def recipe_of(mode: str, *settings: str) -> Recipe:
     distill = [f"distill.mode={mode}", "distill.teacher=somewhere"] if mode != "none" else []
-    return tiny_recipe(SHALLOW, *distill, *settings)
+    return tiny_recipe(*distill, *settings)
 
 
 def inputs_for(recipe: Recipe, patch: int, dtype: torch.dtype = torch.float32) -> AugmentedBatch:

@@ -11,7 +11,7 @@ from deitfast.train.step import TrainStep, split_batch
 from deitfast.train.stochastic_depth import draw_kept, dropout_seed
 from pipelines.augment.chain import AugmentedBatch, augment
 from pipelines.rng.view_params import COLUMNS, ViewParams
-from tests.helpers.small_runs import CPU, SHALLOW, tiny_recipe
+from tests.helpers.small_runs import CPU, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, batch_for
 
 TRACED = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -30,7 +30,7 @@ def rows(samples: np.ndarray, view: int = 0) -> ViewParams:
 
 
 def augmented(*settings: str) -> tuple[AugmentedBatch, TrainStep]:
-    recipe = tiny_recipe(SHALLOW, "model.drop_path=0.5", "train.ema=0", *settings)
+    recipe = tiny_recipe("model.drop_path=0.5", "train.ema=0", *settings)
     inputs = augment(batch_for(recipe), recipe.augment, dtype=torch.float32, train=True, patch=16)
     return inputs, TrainStep(recipe, CLASSES, CPU)
 

@@ -18,7 +18,7 @@ from deitfast.train.optim import learning_rate, peak_lr
 from deitfast.train.trainer import Trainer
 from deitfast.weights.load import load_model
 from pipelines.errors import DeitfastError, UserError
-from tests.helpers.small_runs import EVERY_STEP, SHALLOW, CrashError, crash_after, run, tiny_recipe, weights
+from tests.helpers.small_runs import EVERY_STEP, CrashError, crash_after, run, tiny_recipe, weights
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_accumulation_changes_memory_not_what_is_learned(tiny_small: Path, tmp_p
 def test_a_finished_run_is_lengthened_and_says_what_that_does_to_its_rate(
     tiny_small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: tuple[str, ...]
 ) -> None:
-    plain = (SHALLOW, "train.ema=0", "schedule.warmup_epochs=1", "schedule.min_lr=0.00001", *settings)
+    plain = ("train.ema=0", "schedule.warmup_epochs=1", "schedule.min_lr=0.00001", *settings)
     out, recipes = tmp_path / "run", [tiny_recipe(*plain, f"train.epochs={epochs}") for epochs in (2, 4)]
     run(tiny_small, out, recipes[0])
     caplog.clear()

@@ -16,10 +16,10 @@ from deitfast.eval.evaluate import predict
 from deitfast.train.step import TrainStep
 from pipelines.augment.chain import augment
 from pipelines.storage.dataset import Dataset
-from tests.helpers.small_runs import CPU, SHALLOW, run, tiny_recipe
+from tests.helpers.small_runs import CPU, run, tiny_recipe
 from tests.helpers.step_inputs import CLASSES, batch_for
 
-FLAT = (SHALLOW, "model.drop_path=0.0", "train.ema=0", "train.epochs=1")
+FLAT = ("model.drop_path=0.0", "train.ema=0", "train.epochs=1")
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def test_a_resumed_step_has_the_scale_that_was_reached() -> None:
 
 def test_one_seed_moves_nothing_of_the_other(tiny_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.seed` draws weights and drop path; `augment.seed` images, their order and the share that is used."""
-    common = (SHALLOW, "model.drop_path=0.5", "train.ema=0", "train.epochs=1", "train.fraction=0.5")
+    common = ("model.drop_path=0.5", "train.ema=0", "train.epochs=1", "train.fraction=0.5")
     runs = {
         name: steps_of(monkeypatch, tiny_small, tmp_path / name, tiny_recipe(*common, *seeds))
         for name, seeds in (("plain", ()), ("train", ("train.seed=1",)), ("augment", ("augment.seed=1",)))
@@ -126,7 +126,7 @@ def same_where_both_are(ours: dict[Any, Any], theirs: dict[Any, Any]) -> float:
 
 
 def test_every_step_and_rank_draws_dropout_of_its_own(tiny_small: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(SHALLOW, "model.dropout=0.1", "model.drop_path=0.0")
+    recipe = tiny_recipe("model.dropout=0.1", "model.drop_path=0.0")
     step, seeds = TrainStep(recipe, CLASSES, CPU), []
     with closing(Dataset.open(tiny_small)) as dataset:
         for rank in range(2):

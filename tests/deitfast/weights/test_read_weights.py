@@ -276,7 +276,7 @@ def test_a_token_without_a_head_gets_one_in_fine_tuning(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def student(tiny_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "student"
-    run(tiny_small, out, tiny_recipe("train.epochs=1", "model.token=on", "model.patch=8"))
+    run(tiny_small, out, tiny_recipe("train.epochs=1", "model.token=on", "model.patch=8", "model.depth=12"))
     return out
 
 
