@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 from pipelines.files import atomic_write, explain_os_error, file_lock
 from pipelines.spec import DatasetSpec
 from pipelines.storage.convert.options import ConvertOptions
@@ -35,8 +35,8 @@ SKIPPED_FILE, REENCODED_FILE = "skipped.txt", "reencoded.txt"
 CLASSES_FILE = "classes.txt"
 """Next to shards: a class name a line, in label order, for other programs."""
 SAID = {
-    SKIPPED_FILE: "%d images are left out; %s says which and why",
-    REENCODED_FILE: "%d JPEGs were re-encoded as not every decoder reads them alike; %s says which and why",
+    SKIPPED_FILE: ("image", "left out"),
+    REENCODED_FILE: ("JPEG", "re-encoded as not every decoder reads it alike"),
 }
 GO_ON = "make room, or check the rights, and run the same command again; it goes on where it stopped"
 
@@ -85,7 +85,7 @@ def convert(
                 file.write("".join(f"{name}\n" for name in source.classes).encode(errors="backslashreplace"))
         for kind, remark in REMARKS.items():
             if count := sum(split.converted.get(KIND_NAMES[kind], 0) for split in splits.values()):
-                log.warning("%d images have %s", count, remark)
+                log.warning("%s with %s", pluralize(count, "image"), remark)
         write_spec(job.output, spec)
         _remove_leftovers(job)
     return spec
@@ -96,7 +96,8 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     if lines:
         with atomic_write(path) as file:
             file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
-        log.info(SAID[path.name], len(lines), path)
+        thing, what = SAID[path.name]
+        log.info("%s %s; %s says which and why", pluralize(len(lines), thing), what, path)
 
 
 def _check_source(source: Source) -> None:

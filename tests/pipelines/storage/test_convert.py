@@ -72,7 +72,7 @@ def test_bad_files_stop_a_conversion_or_are_skipped(odd, tmp_path, caplog):
     assert not (tmp_path / "d" / "dataset.json").exists()
     with caplog.at_level(logging.INFO, logger="pipelines"):
         spec = convert(source, tmp_path / "d", ConvertOptions(workers=1, skip_bad=True))
-    assert f"3 images are left out; {tmp_path / 'd' / 'skipped.txt'} says which and why" in caplog.messages
+    assert f"3 images left out; {tmp_path / 'd' / 'skipped.txt'} says which and why" in caplog.messages
     assert spec.splits["train"].samples == 3
     assert spec.splits["train"].converted["skipped"] == 3
     lines = (tmp_path / "d" / "skipped.txt").read_text().splitlines()

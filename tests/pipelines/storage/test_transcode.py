@@ -259,7 +259,7 @@ def test_what_not_every_decoder_reads_is_re_encoded_and_named(content, reason, t
     spec = convert(source, tmp_path / "d", ConvertOptions(workers=1))
     assert spec.splits["train"].converted["not read by every decoder"] == 1
     assert re.fullmatch(f"1.JPEG\t{reason}\n", (tmp_path / "d" / "reencoded.txt").read_text())
-    assert "1 JPEGs were re-encoded" in caplog.text
+    assert "1 JPEG re-encoded as not every" in caplog.text
     assert verify(tmp_path / "d").intact
 
 
