@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from queue import Queue
 
 from deitfast.bench.workbench import forget_compiled
@@ -90,6 +90,8 @@ def train_here(plan: StudyPlan, runtime: Runtime, display: Display) -> Callable[
 def train_side_by_side(plan: StudyPlan, jobs: int, devices: int, told: Callable[[Failures], None]) -> Failures:
     """Train as many runs at once, each in a process of its own and, where there are GPUs, on one of its own.
 
+    A run starts when there is a place and what it needs is trained.
+
     Args:
         plan: the study.
         jobs: runs at once.
@@ -100,27 +102,33 @@ def train_side_by_side(plan: StudyPlan, jobs: int, devices: int, told: Callable[
     places: Queue[int] = Queue()
     for number in range(jobs):
         places.put(number)
+    trained: dict[str, Future[None]] = {}
 
-    def train_one(run: PlannedRun) -> str:
-        if reason := _missing(run, failures):
-            return reason
-        place = places.get()
+    def train_one(run: PlannedRun) -> None:
+        for name in run.needs:
+            if name in trained:  # it stands before this one, and so is under way
+                trained[name].result()
+        reason = _missing(run, failures)
+        if not reason:
+            place = places.get()
+            try:
+                reason = _in_process(plan, run, place, jobs, devices)
+            finally:
+                places.put(place)
+        if reason:
+            log.error("%s failed: %s", run.name, reason)
+            failures[run.name] = reason
+
+    with ThreadPoolExecutor(jobs) as pool:
         try:
-            return _in_process(plan, run, place, jobs, devices)
-        finally:
-            places.put(place)
-
-    left = unfinished(plan)
-    while left:
-        waiting = {run.name for run in left}
-        ready = [run for run in left if not waiting & set(run.needs)]
-        with ThreadPoolExecutor(jobs) as pool:
-            for run, reason in zip(ready, pool.map(train_one, ready), strict=True):
-                if reason:
-                    log.error("%s failed: %s", run.name, reason)
-                    failures[run.name] = reason
-        told(failures)
-        left = [run for run in left if run not in ready]
+            for run in unfinished(plan):
+                trained[run.name] = pool.submit(train_one, run)
+            for done in as_completed(list(trained.values())):
+                done.result()
+                told(dict(failures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failures
 
 

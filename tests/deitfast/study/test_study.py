@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +253,26 @@ def test_runs_side_by_side_learn_the_same(
     assert cli(*common, "two", "--jobs", "2").exit_code == 0
     found = [json.loads((tmp_path / out / "study.json").read_text())["rows"] for out in ("one", "two")]
     assert [row["figures"]["top1"] for row in found[0]] == [row["figures"]["top1"] for row in found[1]]
+
+
+def test_a_run_starts_when_what_it_needs_is_trained(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tiny, CIFAR, tmp_path)
+    assert [(run.name, run.needs) for run in plan.runs] == [("plain", ()), ("small", ()), ("class-head", ("small",))]
+    started, after_small = [], threading.Event()
+
+    def train(command: list[str], **_) -> subprocess.CompletedProcess:
+        name = Path(command[command.index("--out") + 1]).name
+        started.append(name)
+        if name == "class-head":
+            after_small.set()
+        if name == "plain":  # the longest of all holds nothing up that does not need it
+            assert after_small.wait(30)
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(run_module.subprocess, "run", train)
+    told = []
+    assert run_module.train_side_by_side(plan, 2, 0, told.append) == {}
+    assert (sorted(started[:2]), started[2], len(told)) == (["plain", "small"], "class-head", 3)
 
 
 def test_one_run_that_is_asked_to_stop_ends_them_all(
