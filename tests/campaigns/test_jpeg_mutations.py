@@ -10,8 +10,9 @@ from PIL import Image
 
 from pipelines.loaders.codecs.nvimgcodec import RegionCodec
 from pipelines.storage.decoders import MEAN_DIFFERENCE
+from pipelines.storage.image_kinds import Kind
 from pipelines.storage.reader import JPEG
-from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, Kind, stored_size, transcode
+from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, stored_size, transcode
 from tests.helpers.sample_images import drawn
 
 BATCH = 64

@@ -9,8 +9,9 @@ from PIL import Image
 
 from pipelines.storage.formats.beton_writer import RECORD
 from pipelines.storage.formats.format import beton, shards
+from pipelines.storage.image_kinds import Kind
 from pipelines.storage.reader import Reader
-from pipelines.storage.transcode import EncodedImage, Kind
+from pipelines.storage.transcode import EncodedImage
 from tools.parity.pictures import photograph
 
 

@@ -27,7 +27,7 @@ from pipelines.storage.dataset import (
     write_spec,
 )
 from pipelines.storage.entry import Source
-from pipelines.storage.transcode import KIND_NAMES, REMARKS
+from pipelines.storage.image_kinds import KIND_NAMES, REMARKS
 from pipelines.storage.verify import Progress
 
 DEFAULTS = ConvertOptions()

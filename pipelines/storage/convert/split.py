@@ -25,7 +25,8 @@ from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import content_fingerprint
 from pipelines.storage.entry import Entry, Source
 from pipelines.storage.formats.format import Format, Writer, beton, shards
-from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, count_kinds, transcode
+from pipelines.storage.image_kinds import count_kinds
+from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, transcode
 from pipelines.storage.verify import Progress, damaged_samples
 from pipelines.workers import in_order, usable_cores
 

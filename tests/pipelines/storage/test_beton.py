@@ -20,9 +20,10 @@ from pipelines.storage.convert.options import ConvertOptions
 from pipelines.storage.dataset import Dataset, content_fingerprint
 from pipelines.storage.formats.beton import HEADER, PREAMBLE, SAMPLE, BetonReader
 from pipelines.storage.formats.beton_writer import RECORD, BetonWriter
+from pipelines.storage.image_kinds import Kind
 from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.factory import open_source
-from pipelines.storage.transcode import EncodedImage, Kind
+from pipelines.storage.transcode import EncodedImage
 from pipelines.storage.verify import verify
 from tests.helpers.command_line import call
 from tests.helpers.sample_images import MemorySource, drawn, entries, jpeg, pixels

@@ -15,9 +15,10 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.storage.convert.converter import convert
 from pipelines.storage.convert.options import ConvertOptions
+from pipelines.storage.image_kinds import Kind
 from pipelines.storage.reader import JPEG, RAW
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
-from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, Kind, stored_size, transcode
+from pipelines.storage.transcode import BadImageError, EncodedImage, EncodeOptions, stored_size, transcode
 from pipelines.storage.verify import verify
 from tests.helpers.sample_images import MemorySource, drawn, encoded, entries, jpeg, pixels, rotated_jpeg
 
