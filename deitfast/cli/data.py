@@ -170,7 +170,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A converted data set, a ru
     """Show what is in a data set, a run or a teacher cache."""
     from deitfast.cli.tables import describe_cache, describe_dataset, describe_run
     from deitfast.distill.cache import TeacherCache
-    from deitfast.distill.cache_files import is_cache
+    from deitfast.distill.cache_manifest import is_cache
     from deitfast.run_folder import RunFolder
     from pipelines.storage.dataset import read_spec
 
@@ -184,7 +184,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A converted data set, a ru
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A converted data set or a teacher cache.")]) -> None:
     """Read a whole data set or teacher cache, compare it with its checksums, and decode every image."""
-    from deitfast.distill.cache_files import is_cache
+    from deitfast.distill.cache_manifest import is_cache
 
     if not (_verify_cache if is_cache(folder) else _verify_dataset)(folder, display()):
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from deitfast.config import recipe as recipes
 from deitfast.config.fit_to_data import Batching, DataFacts, fit_to_data
-from deitfast.distill.cache_files import is_cache, read_manifest
+from deitfast.distill.cache_manifest import is_cache, read_manifest
 from pipelines.workers import world_size
 
 OF_CACHE = ("augment.mix_group", "augment.repeats", "augment.mixup", "augment.cutmix")

@@ -24,23 +24,25 @@ from pathlib import Path
 import numpy as np
 
 from deitfast.distill.cache_files import (
-    MANIFEST,
-    MOST_VIEWS,
     PARTS,
-    Manifest,
-    TargetSpec,
     check_table,
-    damaged,
-    explain_write_error,
     first_views,
-    is_cache,
     is_present,
-    read_manifest,
     read_parts,
     read_table,
-    write_manifest,
     write_part,
     write_table,
+)
+from deitfast.distill.cache_manifest import (
+    MANIFEST,
+    MOST_VIEWS,
+    Manifest,
+    TargetSpec,
+    damaged,
+    explain_write_error,
+    is_cache,
+    read_manifest,
+    write_manifest,
 )
 from deitfast.runtime import Runtime
 from pipelines.errors import DeitfastError, UserError

@@ -10,7 +10,7 @@ import numpy as np
 
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler, training_subset
-from deitfast.distill.cache_files import (
+from deitfast.distill.cache_manifest import (
     ABSENT,
     FORMAT,
     MANIFEST,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deitfast.distill.cache_files import TargetSpec
+from deitfast.distill.cache_manifest import TargetSpec
 from pipelines.device import to_device
 
 

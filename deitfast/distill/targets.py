@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deitfast.config.recipe import Recipe
 from deitfast.distill.build_cache import TeacherViews, build_cache, spot_check
 from deitfast.distill.cache import MemoryCache, TeacherCache, is_shared, require_shared
-from deitfast.distill.cache_files import Manifest, is_cache, is_present
+from deitfast.distill.cache_files import is_present
 from deitfast.distill.cache_key import (
     cache_folder,
     needed_manifest,
@@ -22,6 +22,7 @@ from deitfast.distill.cache_key import (
     teacher_fingerprint,
     uses_cache,
 )
+from deitfast.distill.cache_manifest import Manifest, is_cache
 from deitfast.distill.cached_teacher import CachedTeacher
 from deitfast.distill.encoding import decode, from_records
 from deitfast.distill.teacher import LoadedTeacher, Teacher

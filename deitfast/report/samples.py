@@ -19,7 +19,8 @@ from deitfast.config import recipe as recipes
 from deitfast.config.recipe import Recipe
 from deitfast.data_loaders import training_sampler
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import is_cache, is_present
+from deitfast.distill.cache_files import is_present
+from deitfast.distill.cache_manifest import is_cache
 from deitfast.distill.teacher import Teacher, load_teacher
 from deitfast.report.read import RunRecord
 from deitfast.runtime import Runtime

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import ABSENT, FORMAT, MANIFEST, PARTS, Manifest, TargetSpec, _digest
+from deitfast.distill.cache_files import PARTS
+from deitfast.distill.cache_manifest import ABSENT, FORMAT, MANIFEST, Manifest, TargetSpec, _digest
 from pipelines.errors import DeitfastError
 from tests.campaigns.damage import BYTES, edited
 

@@ -17,7 +17,8 @@ import pytest
 
 from deitfast.config import recipe as recipes
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import MANIFEST, PARTS, TARGETS
+from deitfast.distill.cache_files import PARTS, TARGETS
+from deitfast.distill.cache_manifest import MANIFEST
 from deitfast.distill.targets import CachedTargets
 from deitfast.run_folder import RunFolder
 from pipelines.choices import LoaderName

@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deitfast.distill.cache import TeacherCache
-from deitfast.distill.cache_files import (
+from deitfast.distill.cache_files import PARTS, TARGETS, is_present
+from deitfast.distill.cache_manifest import (
     ABSENT,
     FORMAT,
     MANIFEST,
-    PARTS,
-    TARGETS,
     Manifest,
     TargetSpec,
-    is_present,
     read_manifest,
     require_same,
     write_manifest,

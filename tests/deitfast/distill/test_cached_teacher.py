@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deitfast.distill.cache import TeacherCache, require_shared
-from deitfast.distill.cache_files import PARTS, read_manifest
+from deitfast.distill.cache_files import PARTS
+from deitfast.distill.cache_manifest import read_manifest
 from deitfast.distill.teacher import Teacher
 from deitfast.runtime import Runtime
 from pipelines.errors import DeitfastError, UserError

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deitfast.distill.cache_files import TargetSpec, is_present
+from deitfast.distill.cache_files import is_present
+from deitfast.distill.cache_manifest import TargetSpec
 from deitfast.distill.encoding import decode, encode, from_records, to_records
 
 
