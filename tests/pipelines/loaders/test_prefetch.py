@@ -59,6 +59,31 @@ def test_prefetching_hands_on_what_came_before_an_exception() -> None:
         next(batches)
 
 
+@pytest.mark.parametrize(("cores", "making"), [(1, 1), (2, 1), (15, 1), (16, 2)])
+def test_batches_are_made_by_few_of_torchs_threads_and_no_other_thread_is_left_with_as_few(
+    cores: int, making: int
+) -> None:
+    found: list[int] = []
+
+    def source(stop: threading.Event) -> Iterator[Batch]:
+        yield one_batch()
+
+    def then(batch: Batch) -> Batch:
+        found.append(torch.get_num_threads())
+        return batch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(cores)
+        for _ in prefetched(source, 1, CPU, then):
+            later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            later.start()
+            later.join()
+        assert (found, torch.get_num_threads()) == ([making, cores], cores)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_are_at_the_next_batch_while_one_waits_for_its_slowest_image(
     photos: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
