@@ -74,7 +74,7 @@ class StudyPlan:
     options: StudyOptions
     seeds: int
     runs: tuple[PlannedRun, ...]
-    """In the order in which they can be trained."""
+    """In an order in which they can be trained; all of one seed before any of the next."""
     rows: tuple[PlannedRow, ...]
     notes: tuple[str, ...] = ()
     """What was fitted to the data."""
@@ -124,7 +124,8 @@ def plan_study(
     """
     planner = _Planner(study, options, facts_of, demo, ranks)
     rows = [planner.row(row) for row in chosen_rows(study, list(options.only))]
-    plan = StudyPlan(study, options, planner.seeds, tuple(planner.runs.values()), tuple(rows), tuple(planner.notes))
+    runs = sorted(planner.runs.values(), key=lambda run: run.recipe.train.seed)  # teachers, of seed 0, stay in front
+    plan = StudyPlan(study, options, planner.seeds, tuple(runs), tuple(rows), tuple(planner.notes))
     _check_folders(plan)
     return plan
 
@@ -153,7 +154,7 @@ class _Planner:
         changes |= row.changes(self.options.scale)  # what tells the rows apart is no matter of scale
         names, head = [], "auto"
         for seed in range(self.seeds):
-            name = slug(row.name) + (f"-seed{seed}" if self.seeds > 1 else "")
+            name = slug(row.name) + (f"-seed{seed}" if seed else "")  # more seeds go on from what fewer have left
             run = self._run(name, training, {**changes, "train.seed": seed}, self.options.data)
             head = run[1].model.prediction
             names.append(run[0])

@@ -118,6 +118,12 @@ def test_a_row_and_a_teacher_of_one_name_that_learn_otherwise_are_two_runs(tiny:
     assert plan.runs[2].needs == ("small",)
 
 
+def test_more_seeds_go_on_from_what_fewer_have_left(tiny: str, tmp_path: Path) -> None:
+    one, three = ([run.name for run in plan_of(tiny, CIFAR, tmp_path, seeds=seeds).runs] for seeds in (1, 3))
+    assert one == ["plain", "small", "class-head"]
+    assert three == [*one, "plain-seed1", "class-head-seed1", "plain-seed2", "class-head-seed2"]
+
+
 def test_settings_of_the_scale_give_way_to_the_rows_and_those_of_the_user_to_nothing(tmp_path: Path) -> None:
     ablation = {run.name: run.recipe for run in plan_of("ablation", CIFAR, tmp_path).runs}
     assert ablation["deit"].train.ema == 0
