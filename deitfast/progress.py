@@ -169,7 +169,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
         yield
         return
     with explain_os_error(path):
-        handler = _LogFile(path)
+        handler = _LogFile(path, errors="backslashreplace")  # a folder may have a name that is no text
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger in LOGGERS:
         logger.addHandler(handler)

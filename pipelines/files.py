@@ -77,8 +77,8 @@ def os_remedy(error: OSError, otherwise: str = "") -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; see `write_bytes`."""
-    write_bytes(path, text.encode())
+    r"""Write a text file atomically, what is no text in a file's name as \udcff; see `write_bytes`."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from deitfast.cli import data, evaluate, inspect, study, train
 from deitfast.cli.app import app, err
-from deitfast.cli.arguments import check_launcher, expand_home
+from deitfast.cli.arguments import check_arguments, check_launcher, expand_home
 from pipelines.errors import DeitfastError
 from pipelines.files import DISK_FULL, TOO_MANY_FILES, os_remedy
 
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     code = 1
     try:
+        check_arguments(arguments)
         check_launcher()
         code = int(app(arguments, prog_name="deitfast", standalone_mode=False) or 0)
         if code == INTERRUPTED:  # Typer turns Ctrl-C into this code

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,22 @@ from pipelines.workers import local_rank
 def expand_home(argument: str) -> str:
     """Return an argument with the home folder for a leading ~, also behind a =, where a shell leaves it as it is."""
     return re.sub(r"(?<==)~(?=/|$)|^~(?=/|$)", lambda _: str(Path.home()), argument, count=1)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what no option takes: an empty argument (a shell variable that is not set), or bytes that are no text.
+
+    Raises:
+        UserError: there is one.
+    """
+    for number, argument in enumerate(arguments):
+        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            before = argument.rstrip("=") or (arguments[number - 1] if number else "deitfast")
+            raise UserError(
+                f"nothing is given after {before}", found='""', remedy="is a variable of the shell not set?"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # what Python makes of such bytes
+            raise UserError(f"{argument!r} is no text in UTF-8", remedy="rename that file or folder")
 
 
 def check_launcher() -> None:

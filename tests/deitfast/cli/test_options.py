@@ -164,6 +164,25 @@ def test_home_is_expanded_where_a_shell_does_not(argument: str, expanded: str) -
 
 
 @pytest.mark.parametrize(
+    ("line", "after"),
+    [
+        (["eval", "r", "--json", ""], "--json"),
+        (["eval", "r", "--json="], "--json"),
+        (["convert", "folder", ""], "folder"),
+        ([""], "deitfast"),
+    ],
+)
+def test_an_empty_argument_is_named(capsys: pytest.CaptureFixture[str], line: list[str], after: str) -> None:
+    code, _, err = call(capsys, *line)
+    assert (code, f"nothing is given after {after}" in err) == (2, True)
+
+
+def test_a_name_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "train", "--out", "a\udcff")  # as Python reads a byte of Latin-1
+    assert (code, "'a\\udcff' is no text in UTF-8" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
     "left_over",
     [
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
