@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
+import torch
 
 from deitfast.bench.timing import BenchCase, Stall
 from deitfast.bench.workbench import BenchLoader, Workbench, describe_targets
@@ -16,6 +17,7 @@ from pipelines.errors import pluralize
 from pipelines.loaders.batch_plan import DRAWN_TOGETHER, BatchPlan
 from pipelines.loaders.geometry import Geometry, by_image
 from pipelines.loaders.host import Codec, HostLoader, decode_window, resize_crop
+from pipelines.loaders.prefetch import torch_threads
 from pipelines.rng.sampler import Rows
 from pipelines.rng.view_params import ViewParams
 
@@ -105,7 +107,15 @@ def device_stages(bench: Workbench) -> list[BenchCase]:
     def stage(name: str, what: str, call: Callable[[], object]) -> BenchCase:
         return BenchCase(name, what, "device", len(batch.labels), call, on_device=True)
 
-    stages = [stage("augmentation", "flip, operations, normalize, erase, mix", lambda: bench.inputs(batch))]
+    def augment() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(torch_threads())  # as where batches are made
+        try:
+            bench.inputs(batch)
+        finally:
+            torch.set_num_threads(threads)
+
+    stages = [stage("augmentation", "flip, operations, normalize, erase, mix", augment)]
     found = None
     if targets := bench.student.targets:
         found = targets.get(inputs)

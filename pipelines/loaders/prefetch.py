@@ -28,6 +28,15 @@ CORES_PER_THREAD = 8
 """For each of torch's threads that make batches: on a CPU a DeiT-Ti's step takes 25 times as long as augmentation."""
 
 
+def torch_threads() -> int:
+    """Return with how many of torch's threads batches are made.
+
+    With as many as the step's there would be more than there are cores, and libgomp would have all of them sleep after
+    each operation instead of spinning: a DeiT-Ti of 32 px then takes 1.7 times as long on two cores.
+    """
+    return max(1, torch.get_num_threads() // CORES_PER_THREAD)
+
+
 class PrefetchingLoader(ABC):
     """What loaders have in common: one thread makes their batches ahead. See `pipelines.batch.Loader`."""
 
@@ -120,9 +129,7 @@ def _produce(
     slots: Semaphore,
     stop: Event,
 ) -> None:
-    # With a team as large as the step's there would be more threads than cores, and libgomp would have both sleep after
-    # each operation instead of spinning: a DeiT-Ti of 32 px then takes 1.7 times as long on two cores.
-    torch.set_num_threads(max(1, torch.get_num_threads() // CORES_PER_THREAD))
+    torch.set_num_threads(torch_threads())
     try:
         with transfer.streams.making(), explain_oom(BUFFER, REMEDY):
             batches = make(stop)
