@@ -3,22 +3,36 @@
 import json
 import os
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from deitfast.config import recipe as recipes
 from deitfast.config.recipe import RESUME_SAFE_FIELDS, Recipe, differences
 from deitfast.environment import environment
 from pipelines.errors import DeitfastError, UserError
 from pipelines.files import write_text
+from pipelines.spec import STRICT
 from pipelines.workers import local_world_size, world_size
 
 EPOCHS = "train.epochs"
 """The field in which a resumed run may have more than before."""
 
 
-@dataclass(frozen=True)
+START = {"file", "kind", "blake2b", "fitted"}
+"""What run.json says of the weights that a run began with."""
+
+
+def _is_whole(start: dict[str, str]) -> dict[str, str]:
+    if start and not start.keys() >= START:
+        raise ValueError(f"must have {', '.join(sorted(START))}")
+    return start
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class RunInfo:
     """What a run was made of besides its recipe (`run.json`)."""
 
@@ -32,8 +46,8 @@ class RunInfo:
     """Class names in label order: what the heads' outputs mean."""
     command: tuple[str, ...]
     """The command line."""
-    start: dict[str, str] = field(default_factory=dict)
-    """Weights that the run began with, as `fit.init_from_pretrained` describes them; empty where they were drawn."""
+    start: Annotated[dict[str, str], AfterValidator(_is_whole)] = Field(default_factory=dict)
+    """Weights that the run began with, as `init_from_pretrained` describes them; empty where they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -143,17 +157,17 @@ class RunFolder:
     def info(self) -> RunInfo:
         """Return what the run was made of."""
         try:
-            tree = json.loads((self.path / "run.json").read_text())
-            return RunInfo(**{**tree, "classes": tuple(tree["classes"]), "command": tuple(tree["command"])})
+            return TypeAdapter(RunInfo).validate_json((self.path / "run.json").read_bytes(), strict=True)
         except FileNotFoundError:
             raise UserError(
                 f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValidationError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else {}
             raise DeitfastError(
                 f"{self.path / 'run.json'} is damaged",
                 expected="what `deitfast train` wrote",
-                found=str(error),
+                found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error),
                 remedy="copy it again from where it is whole: without it the data and classes of the run are unknown",
             ) from error
 
@@ -188,6 +202,17 @@ def resume_command(folder: Path, command: tuple[str, ...]) -> str:
     return " ".join([start, shlex.join(arguments), *["--resume"] * ("--resume" not in arguments)])
 
 
+@checked_dataclass(frozen=True)
+class _Row:
+    """What a line of metrics.jsonl must have, and of which types; the rest of it is read by who shows it."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    loss: float
+    seconds: float = 0.0
+    val: dict[str, dict[str, float]] = Field(default_factory=dict)
+    val_ema: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any).
 
@@ -201,13 +226,9 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
         )
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            row = json.loads(line)
-            whole = isinstance(row, dict) and isinstance(row["epoch"], int)
-        except (ValueError, KeyError):
-            whole = False
-        if whole:
-            rows.append(row)
-        else:
+            TypeAdapter(_Row).validate_json(line, strict=True)
+            rows.append(json.loads(line))
+        except ValueError:
             damaged += 1
     lines, are = ("1 line", "is") if damaged == 1 else (f"{damaged} lines", "are")
     return rows, f"{lines} of {file.name} could not be read and {are} left out." if damaged else ""

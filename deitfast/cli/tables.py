@@ -118,7 +118,7 @@ def describe_run(folder: RunFolder) -> RenderableType:
         "epochs": f"{len(rows)} of {recipe.train.epochs}",
     }
     if rows:
-        facts["training time"] = duration(sum(row["seconds"] for row in rows))
+        facts["training time"] = duration(sum(row.get("seconds", 0.0) for row in rows))
         facts["loss"] = f"{rows[-1]['loss']:.4f}"
     if damage:
         facts["damaged"] = damage

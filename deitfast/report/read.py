@@ -60,7 +60,8 @@ class RunRecord:
 
     def final_head(self, heads: Mapping[str, object]) -> str:
         """Return the name of the head whose prediction is the model's, of those that were evaluated."""
-        return final_head(heads, str(self.settings.get("model.prediction", "auto")))
+        name = final_head(heads, str(self.settings.get("model.prediction", "auto")))
+        return name if name in heads else next(iter(heads), name)  # of an edited file
 
     @property
     def epochs(self) -> tuple[int, int | None]:

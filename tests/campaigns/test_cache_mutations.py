@@ -127,7 +127,8 @@ def judge(trial: Path, expected: list[bytes], what: str, *, removed: bool = Fals
         assert refusal.remedy or refusal.expected, f"{what}: the message says no way out: {refusal}"
         return "refused"
     if not forged and not removed:
-        assert found == expected, what
-    for row, undamaged in zip(found, expected, strict=not forged):
-        assert forged or row == undamaged or (np.frombuffer(row, "<u2") == ABSENT).any(), what
+        assert b"".join(found) == b"".join(expected), what  # passes may be others, where a valid manifest says so
+    if removed:
+        for row, undamaged in zip(found, expected, strict=not forged):
+            assert forged or row == undamaged or (np.frombuffer(row, "<u2") == ABSENT).any(), what
     return "same"
