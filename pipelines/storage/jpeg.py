@@ -1,7 +1,10 @@
 """What a JPEG's header says of its frame (ITU-T T.81, annex B), without decoding anything."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+TABLES, SCAN = 0xC4, 0xDA
+"""Markers of Huffman tables and of a scan."""
 BASELINE = 0xC0
 """Marker of a baseline frame, the only kind that the GPUs' own JPEG decoders take."""
 PROGRESSIVE = 0xC2
@@ -30,25 +33,20 @@ class Frame:
 
 
 def read_frame(content: bytes) -> Frame:
-    """Return the frame of a JPEG. Reads from marker to marker: some ten steps.
+    """Return the frame of a JPEG.
 
     Raises:
         ValueError: no JPEG, or one that ends before its first scan.
     """
-    frame, position = 0, 2
-    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
-        marker = content[position + 1]
-        if marker == 0xDA and frame:
+    frame = 0
+    for marker, position in _segments(content):
+        if marker == SCAN and frame:
             height, width = (int.from_bytes(content[frame + at : frame + at + 2], "big") for at in (5, 7))
             factors = content[frame + 11 : frame + 10 + 3 * content[frame + 9] : 3]
             sampling = tuple((factor >> 4, factor & 15) for factor in factors)
             return Frame(content[frame + 1], height, width, content[frame + 9], position, sampling)
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill bytes, markers without length
-            position += 1 if marker == 0xFF else 2
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if 0xC0 <= marker <= 0xCF and marker not in (TABLES, 0xC8, 0xCC):
             frame = position
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     raise ValueError("the JPEG stops before its image data")
 
 
@@ -57,10 +55,23 @@ def lacks_tables(content: bytes, frame: Frame) -> bool:
     count = content[frame.scan + 4]
     selectors = content[frame.scan + 6 : frame.scan + 5 + 2 * count : 2]
     needed = {selector >> 4 for selector in selectors} | {0x10 | selector & 15 for selector in selectors}
-    position = 2
-    while (position := content.find(b"\xff\xc4", position, frame.scan)) >= 0:
-        at, position = position + 4, position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-        while at + 17 <= position:
+    for marker, position in _segments(content):  # a thumbnail or a comment may hold tables too: not the image's
+        if position >= frame.scan:
+            break
+        at, end = position + 4, position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        while marker == TABLES and at + 17 <= end:
             needed.discard(content[at])
             at += 17 + sum(content[at + 1 : at + 17])
     return bool(needed) and frame.marker != PROGRESSIVE
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """Yield marker and place of each segment, by their lengths: some ten up to the first scan."""
+    position = 2
+    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
+        marker = content[position + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill bytes, markers without length
+            position += 1 if marker == 0xFF else 2
+            continue
+        yield marker, position
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
