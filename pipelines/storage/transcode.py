@@ -198,12 +198,21 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: EncodeOptio
 
 
 def _undisputed(image: Image.Image, sample: EncodedImage, codec: EncodeOptions) -> EncodedImage:
-    """Return a re-encoded JPEG at the first quality that every decoder reads alike: noise needs less than 95."""
-    for quality in (*(q for q in FALLBACK_QUALITIES if q < (codec.quality or FORCED_QUALITY)), None):
+    """Return a re-encoded JPEG at the first quality that every decoder reads alike: noise needs less than 95.
+
+    Raises:
+        BadImageError: there is none, and the image is too large to be stored raw.
+    """
+    rgb = image.convert("RGB")
+    for quality in (None, *(q for q in FALLBACK_QUALITIES if q < (codec.quality or FORCED_QUALITY))):
+        if quality is not None:
+            sample = _store(rgb, sample.kind, replace(codec, quality=quality), lossless=False)
         with open_image(sample.data, ("JPEG",)) as written:
-            if quality is None or not objection(sample.data, np.asarray(written)):
-                break
-        sample = _store(image.convert("RGB"), sample.kind, replace(codec, quality=quality), lossless=False)
+            if not objection(sample.data, np.asarray(written)):
+                return sample
+    sample = _store(rgb, sample.kind & ~Kind.REENCODED, codec, lossless=True)
+    if sample.mode != RAW:
+        raise BadImageError("damage or noise of which no JPEG is read alike by every decoder")
     return sample
 
 

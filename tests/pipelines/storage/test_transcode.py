@@ -271,3 +271,13 @@ def test_other_words_on_standard_error_go_on(capfd):
         os.write(2, b"progress 50 %\nCorrupt JPEG data: bad Huffman code\nmore")
     assert messages == ["Corrupt JPEG data: bad Huffman code"]
     assert capfd.readouterr().err == "progress 50 %\nmore"
+
+
+def test_what_no_jpeg_holds_is_stored_raw_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.storage.transcode.objection", lambda data, pixels: "planted")
+    small = transcode(jpeg(60, 90), "x.jpg", EncodeOptions())
+    assert (small.mode, small.kind & Kind.DISPUTED, small.kind & Kind.REENCODED) == (RAW, Kind.DISPUTED, Kind(0))
+    assert small.objection == "planted"
+    assert small.data == pixels(jpeg(60, 90)).tobytes()
+    with pytest.raises(BadImageError, match="no JPEG is read alike"):
+        transcode(jpeg(60, 290), "x.jpg", EncodeOptions())
