@@ -50,6 +50,9 @@ class RunInfo:
     """Weights that the run began with, as `init_from_pretrained` describes them; empty where they were drawn."""
 
 
+_INFO = TypeAdapter(RunInfo)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
@@ -157,7 +160,7 @@ class RunFolder:
     def info(self) -> RunInfo:
         """Return what the run was made of."""
         try:
-            return TypeAdapter(RunInfo).validate_json((self.path / "run.json").read_bytes(), strict=True)
+            return _INFO.validate_json((self.path / "run.json").read_bytes(), strict=True)
         except FileNotFoundError:
             raise UserError(
                 f"there is no run in {self.path}", expected="a folder that `deitfast train` wrote"
@@ -213,6 +216,9 @@ class _Row:
     val_ema: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
+_ROW = TypeAdapter(_Row)
+
+
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of a metrics.jsonl that are whole, and a sentence on those that are not ("" without any).
 
@@ -226,7 +232,7 @@ def read_rows(file: Path) -> tuple[list[dict[str, Any]], str]:
         )
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            TypeAdapter(_Row).validate_json(line, strict=True)
+            _ROW.validate_json(line, strict=True)
             rows.append(json.loads(line))
         except ValueError:
             damaged += 1

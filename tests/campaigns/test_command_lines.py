@@ -65,7 +65,7 @@ VALUES = [
 
 
 def mutated(rng: np.random.Generator) -> list[str]:
-    """Return a line of `LINES` with one to three changes."""
+    """Return a line of `LINES` with one or two changes."""
 
     def one_of(items: list[Any]) -> Any:
         return items[int(rng.integers(len(items)))]
