@@ -51,7 +51,7 @@ def convert(
         bool,
         typer.Option(
             "--allow-huge",
-            help="Read images of up to 500 million pixels, in up to 4 GB a worker.",
+            help="Read images of up to 500 million pixels, in up to 8 GB a worker, and shrink them to 179 million.",
             rich_help_panel=DATA,
         ),
     ] = False,

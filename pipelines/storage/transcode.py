@@ -6,8 +6,10 @@ what torchvision's ImageFolder feeds to a model; EXIF orientation is ignored, as
 """
 
 import io
+import math
 import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -29,9 +31,12 @@ FALLBACK_QUALITIES = (90, 80, 60, 40)
 LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
 USUAL_PIXELS = 178_956_970
-"""Pixels above which an image is refused unless huge ones are allowed: Pillow's own limit against bombs."""
+"""Pixels above which an image is refused, or shrunk where huge ones are allowed: Pillow's own limit against bombs, and
+the most that nvImageCodec and DALI decode (half a GiB of RGB)."""
 HUGE_PIXELS = 500_000_000
 """Pixels above which an image is refused in any case: Pillow takes 4 bytes a pixel, twice where it has to convert."""
+BAND_PIXELS = 1 << 20
+"""Gray pixels of more than 8 bits that are scaled at a time."""
 _LIMIT = threading.Lock()
 """Held while Pillow's limit is lifted."""
 
@@ -49,7 +54,8 @@ class EncodeOptions:
             filter that the recipe resizes with; 0 shrinks nothing.
         quality: JPEG quality. None: 95, and only where an image must be re-encoded. Given: every JPEG is re-encoded,
             and the original kept where that is no smaller.
-        allow_huge: read images of more than USUAL_PIXELS, up to HUGE_PIXELS; max_side does so as well.
+        allow_huge: read images of more than USUAL_PIXELS, up to HUGE_PIXELS, and shrink them to USUAL_PIXELS; max_side
+            reads them as well.
     """
 
     max_side: int = 0
@@ -74,17 +80,19 @@ class EncodeOptions:
         """Pixels of the largest image that is read."""
         return HUGE_PIXELS if self.allow_huge or self.max_side else USUAL_PIXELS
 
-    def shrinks(self, size: tuple[int, int]) -> bool:
-        """Return whether an image of this (width, height) is too long."""
-        return 0 < self.max_side < max(size)
+    def shrunk_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (width, height) at which an image of this one is stored."""
+        longest, shortest = max(size), min(size)
+        most = min(longest, self.max_side or longest)
+        if longest * shortest > USUAL_PIXELS:
+            most = min(most, math.isqrt((USUAL_PIXELS - longest) * longest // shortest))
+        width, height = (max(1, round(side * most / longest)) for side in size)
+        return width, height
 
     def shrink(self, image: Image.Image) -> Image.Image:
-        """Return the image with its longest side at max_side at most."""
-        if not self.shrinks(image.size):
-            return image
-        longest = max(image.size)
-        width, height = (max(1, round(side * self.max_side / longest)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        """Return the image at the size at which it is stored."""
+        size = self.shrunk_size(image.size)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -177,22 +185,22 @@ def _transcode(image: Image.Image, content: bytes, name: str, codec: EncodeOptio
         image.load()
         rgb, more = _to_rgb(image, kind)
         return _store(rgb, kind | more, codec, lossless=True)
-    size = image.size
+    size, shrunk = image.size, codec.shrunk_size(image.size)
     passable = image.mode == "RGB" and read_frame(content).marker in HUFFMAN_FRAMES
-    as_it_is = codec.quality is None and not codec.shrinks(size)
+    as_it_is = codec.quality is None and shrunk == size
     _check_end(content)
-    if size[0] * size[1] > USUAL_PIXELS and codec.shrinks(size):
-        image.draft(None, (2 * codec.max_side, 2 * codec.max_side))  # decoded smaller: a 64th of the memory at best
+    if size[0] * size[1] > USUAL_PIXELS:
+        image.draft(None, (2 * shrunk[0], 2 * shrunk[1]))  # decoded smaller: a 64th of the memory at best
     image.load()
     if image.mode == "L" and as_it_is:
         return _encoded_image(JPEG, size, _gray_to_rgb(image), kind | Kind.REENCODED)
     reason = ""
-    if passable and not codec.shrinks(size) and (reason := objection(content, np.asarray(image))):
+    if passable and shrunk == size and (reason := objection(content, np.asarray(image))):
         passable, kind = False, kind | Kind.DISPUTED
     if passable and as_it_is:
         return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     sample = _store(_to_rgb(image, kind)[0], kind, codec, lossless=False)
-    if passable and (sample.width, sample.height) == size and len(sample.data) >= len(content):
+    if passable and shrunk == size and len(sample.data) >= len(content):
         return _encoded_image(JPEG, size, content, kind | Kind.PASSED)
     return replace(_undisputed(image, sample, codec) if reason else sample, objection=reason)
 
@@ -222,7 +230,8 @@ def _store(image: Image.Image, kind: Kind, codec: EncodeOptions, *, lossless: bo
     if shrunk is not image:
         kind |= Kind.SHRUNK
     if max(shrunk.size) > LONGEST_SIDE:
-        raise BadImageError(f"a side of {max(shrunk.size)} pixels; at most {LONGEST_SIDE} can be stored")
+        found = f"a side of {max(shrunk.size)} pixels"
+        raise BadImageError(f"{found}; at most {LONGEST_SIDE} can be stored; --max-side shrinks it")
     if lossless and max(shrunk.size) <= RAW_SIDE:
         return _encoded_image(RAW, shrunk.size, shrunk.tobytes(), kind | Kind.RAW)
     return _encoded_image(JPEG, shrunk.size, codec.encode(shrunk), kind | Kind.REENCODED)
@@ -251,28 +260,41 @@ def _to_rgb(image: Image.Image, kind: Kind) -> tuple[Image.Image, Kind]:
     where the file states its range (16-bit PGM) it is 65535.
     """
     if image.mode == "F" or image.mode.startswith("I"):
-        pixels, white, more = _white(np.asarray(image), kind, stated=image.format == "PPM")
-        scaled = (pixels * 255 + white // 2) // white if pixels.dtype == np.int64 else np.rint(pixels * (255 / white))
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB"), more
+        white, more = _white(image, kind)
+        gray = np.empty((image.height, image.width), np.uint8)
+        for rows, pixels in _bands(image):
+            whole = pixels.dtype == np.int64
+            gray[rows] = (pixels * 255 + white // 2) // white if whole else np.rint(pixels * (255 / white))
+        return Image.fromarray(gray).convert("RGB"), more
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     narrow = kind & Kind.DEEP and np.asarray(rgb).max() < 16  # Pillow kept the upper 8 bits
     return rgb, Kind.NARROW if narrow else Kind(0)
 
 
-def _white(pixels: np.ndarray, kind: Kind, *, stated: bool) -> tuple[np.ndarray, int, Kind]:
-    """Return gray pixels as int64 or float64, the value that becomes 255, and NARROW where few bits are used."""
-    if not np.isfinite(pixels).all():
-        raise BadImageError("floating-point pixels that are not finite")
-    floats = pixels.dtype.kind == "f"
-    pixels = pixels.astype(np.float64 if floats else np.int64)
-    low, high = pixels.min(), pixels.max()
-    allowed = (1, 255) if floats else (65535,) if stated else (255, 4095, 65535)
+def _white(image: Image.Image, kind: Kind) -> tuple[int, Kind]:
+    """Return the value of a gray image that becomes 255, and NARROW where few bits are used."""
+    extremes = []
+    for _, pixels in _bands(image):
+        if not np.isfinite(pixels).all():
+            raise BadImageError("floating-point pixels that are not finite")
+        extremes += [pixels.min(), pixels.max()]
+    low, high, floats = min(extremes), max(extremes), image.mode == "F"
+    allowed = (1, 255) if floats else (65535,) if image.format == "PPM" else (255, 4095, 65535)
     if low < 0 or high > allowed[-1]:
         what = "floating-point" if floats else "integer"
         raise BadImageError(f"{what} pixels from {low:g} to {high:g}; 0 to {allowed[-1]} can be converted")
     white = next(value for value in allowed if high <= value)
     narrow = not floats and white < 65535 and not kind & Kind.LONG
-    return pixels, white, Kind.NARROW if narrow else Kind(0)
+    return white, Kind.NARROW if narrow else Kind(0)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield a gray image's pixels, some rows after another: int64 or float64 of all would take 4 GB of a huge one."""
+    step = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        pixels = np.asarray(image.crop((0, top, image.width, bottom)))
+        yield slice(top, bottom), pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.int64)
 
 
 def _check_end(content: bytes) -> None:

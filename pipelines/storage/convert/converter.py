@@ -36,7 +36,7 @@ CLASSES_FILE = "classes.txt"
 """Next to shards: a class name a line, in label order, for other programs."""
 SAID = {
     SKIPPED_FILE: ("image", "left out"),
-    REENCODED_FILE: ("JPEG", "re-encoded as not every decoder reads it alike"),
+    REENCODED_FILE: ("JPEG", "re-encoded or stored raw, as not every decoder reads it alike"),
 }
 GO_ON = "make room, or check the rights, and run the same command again; it goes on where it stopped"
 

@@ -14,7 +14,7 @@ class ConvertOptions:
     quality: int | None = None
     """JPEG quality; None: re-encode (at 95) only what must be. See `transcode.EncodeOptions`."""
     allow_huge: bool = False
-    """Read images above Pillow's limit of 179 million pixels, up to `transcode.HUGE_PIXELS`; `max_side` does so too."""
+    """Read images above 179 million pixels, up to `transcode.HUGE_PIXELS`, and shrink them; `max_side` does so too."""
     form: Format = field(default_factory=beton)
     """How splits are stored."""
     val_fraction: float = 0.0
