@@ -109,7 +109,8 @@ def sentences(record: BenchRecord) -> Iterator[str]:
         )
     if scaling := record.scaling:
         unit = "process" if record.setting and record.setting.device == "cpu" else "GPU"
-        size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, unit)} each"
+        each = " each" if scaling.nodes > 1 else ""
+        size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, unit)}{each}"
         limits = ", ".join(f"{name} {format_rate(rate)}" for name, rate in scaling.limits.items())
         yield (
             f"Predicted for {size}: {format_rate(scaling.predicted)} images/s, {scaling.efficiency:.0%} of "

@@ -119,11 +119,11 @@ def test_what_cannot_be_predicted_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_two_gloo_ranks_are_as_fast_as_predicted(tiny_small: Path, tmp_path: Path) -> None:
-    """Steps of a known length and a real exchange, through `train`: within 15 % of the model, for 1 and 2 ranks."""
+def test_gloo_ranks_are_as_fast_as_predicted(tiny_small: Path, tmp_path: Path) -> None:
+    """Steps of a known length and a real exchange, through `train`: within 15 % of the model, for 1, 2 and 4 ranks."""
     seconds, batch, size = 1.5, 8, 8_000_000
     costs = [Cost("step", "device", seconds / batch, 0.0)]
-    for world in (1, 2):
+    for world in (1, 2, 4):
         folder = tmp_path / str(world)
         folder.mkdir()
         images = ["--data", str(tiny_small), "--batch", str(batch * world), "--epochs", "1", "--out", "run"]
@@ -146,5 +146,6 @@ def test_two_gloo_ranks_are_as_fast_as_predicted(tiny_small: Path, tmp_path: Pat
         row = json.loads((folder / "run" / "metrics.jsonl").read_text())
         timed = 9 * 2 * (world - 1) / world * size * 8 / gbits / 1e9  # the exchanges that were timed alone
         measured = row["images"] / (row["seconds"] - timed)
-        found = scale(costs, Capacity(2, 2), Cluster(1, world, gbits), batch, size, step_threads=1)
+        cores = max(2, world)  # a step that sleeps needs none
+        found = scale(costs, Capacity(2, cores), Cluster(1, world, gbits), batch, size, step_threads=1)
         assert measured == pytest.approx(found.predicted, rel=0.15), (world, gbits, row)
