@@ -7,6 +7,7 @@ from typing import Any
 from deitfast.config import recipe as recipes
 from deitfast.config.fit_to_data import Batching, DataFacts, fit_to_data
 from deitfast.distill.cache_manifest import is_cache, read_manifest
+from pipelines.errors import pluralize
 from pipelines.workers import world_size
 
 OF_CACHE = ("augment.mix_group", "augment.repeats", "augment.mixup", "augment.cutmix")
@@ -33,6 +34,8 @@ def fit_recipe(values: Mapping[str, Any], kept: Collection[str], facts: DataFact
     ranks, images = world_size(), facts.images(good["train.fraction"])
     fitted, said = fit_to_data(good, valid, images, ranks)
     changes |= {key: value for key, value in fitted.items() if key not in kept}
+    if len(facts.counts) == 1:
+        notes.append("the data set has one class: whatever is learned, top-1 is 100 %")
     return changes, [*notes, *said, *_of_average({**good, **changes}, images)]
 
 
@@ -60,4 +63,4 @@ def _of_average(values: Mapping[str, Any], images: int) -> list[str]:
     if not decay or steps * (1 - decay) >= 1:
         return []
     highest = steps / (9 + steps)  # `train.ema.Ema`'s in its last update
-    return [f"averaged weights: decay at most {highest:.3g} instead of {decay:g}: {steps:,} steps in all"]
+    return [f"averaged weights: decay at most {highest:.3g} instead of {decay:g}: {pluralize(steps, 'step')} in all"]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, pluralize
 
 GRANULARITIES = (32, 16, 8, 4, 2, 1)
 """A rank's micro-batch is a multiple of the first of these that uses enough of the images."""
@@ -87,7 +87,7 @@ def fit_to_data(
     changes = {key: value for key, value in changes.items() if value != values[key]}
     notes = []
     if changes:
-        shared = f"{images:,} images" + (f" on {ranks} ranks" if ranks > 1 else "")
+        shared = pluralize(images, "image") + (f" on {ranks} ranks" if ranks > 1 else "")
         notes.append(f"{', '.join(_say(key, value, values[key]) for key, value in changes.items())}: {shared}")
     schedule, said = _schedule({**values, **changes}, typed)
     return changes | schedule, [*notes, *said]
@@ -126,7 +126,7 @@ def _batching(values: Mapping[str, Any], typed: Collection[str], images: int, ra
         nearest = _search(plain, (), images, unit, ranks)
     if nearest is None:
         raise UserError(
-            f"{images:,} images cannot be shared by {ranks} ranks"
+            f"{pluralize(images, 'image')} cannot be shared by {ranks} ranks"
             + (f" x train.accumulate {unit // ranks}" if unit > ranks else ""),
             remedy=f"use at most {images} processes and train.accumulate 1, or more images",
         )
@@ -135,8 +135,8 @@ def _batching(values: Mapping[str, Any], typed: Collection[str], images: int, ra
     parts = f", in {unit} equal parts" if unit > 1 else ""
     groups = ", each rank's share a whole number of mixing groups of an even size" if mixes else ""
     raise UserError(
-        f"{' with '.join(wanted)} does not fit {images:,} images on {ranks} rank{'s' * (ranks > 1)}",
-        expected=f"a batch of at most {images:,} views{parts}{groups}",
+        f"{' with '.join(wanted)} does not fit {pluralize(images, 'image')} on {pluralize(ranks, 'rank')}",
+        expected=f"a batch of at most {pluralize(images, 'view')}{parts}{groups}",
         remedy=f"these work together: {', '.join(works)}",
     )
 
@@ -189,7 +189,7 @@ def _schedule(values: Mapping[str, Any], typed: Collection[str]) -> tuple[dict[s
     epochs, warmup = values["train.epochs"], values["schedule.warmup_epochs"]
     if warmup > WARMUP_SHARE * epochs and "schedule.warmup_epochs" not in typed:
         changes["schedule.warmup_epochs"] = fitted = round(WARMUP_SHARE * epochs, 2)
-        notes.append(f"{fitted:g} epochs of warm-up instead of {warmup:g}: {epochs} epoch{'s' * (epochs > 1)} in all")
+        notes.append(f"{fitted:g} epochs of warm-up instead of {warmup:g}: {pluralize(epochs, 'epoch')} in all")
     scale = values["train.batch"] / values["optim.lr_batch"] if values["optim.lr_batch"] else 1
     peak = values["optim.lr"] * scale
     for key, share in (("schedule.min_lr", 0.01), ("schedule.warmup_lr", 0.001)):

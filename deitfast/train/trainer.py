@@ -28,7 +28,7 @@ from deitfast.train.step import TrainStep
 from deitfast.weights import checkpoint
 from deitfast.weights.adapt import init_from_pretrained
 from pipelines.batch import Loader
-from pipelines.errors import DeitfastError, UserError
+from pipelines.errors import DeitfastError, UserError, pluralize
 from pipelines.files import file_lock, write_text
 from pipelines.storage.dataset import Dataset
 
@@ -203,9 +203,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.step.model.parameters())
         how = f"{runtime.precision}, compiled" if runtime.compile else runtime.precision
         log.info("%s (%s parameters) on %s, %s", recipe.model.arch, f"{parameters:,}", runtime.device, how)
-        epochs, steps = recipe.train.epochs, loader.steps_per_epoch
-        s = "s" * (epochs > 1), "s" * (steps > 1)
-        log.info("%s: %d epoch%s of %d step%s, loader %s", self.folder.path, epochs, s[0], steps, s[1], loader.name)
+        epochs, steps = pluralize(recipe.train.epochs, "epoch"), pluralize(loader.steps_per_epoch, "step")
+        log.info("%s: %s of %s, loader %s", self.folder.path, epochs, steps, loader.name)
         if self.targets:
             log.info("%s", self.targets.describe())
         if self.validation is None:

@@ -1,9 +1,10 @@
 """Image trees: `train/<class>/*`, `val/<class>/*`, `test/<class>/*` in a folder or an archive; the kind `folder`."""
 
 import posixpath
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
+LIST = re.compile(r"[^/]*annotations[^/]*\.txt")
 EXPECTED = "train/<class>/* and, if you have them, val/<class>/* (or valid, validation) and test/<class>/*"
 Images = dict[str, FileLocator]
 
@@ -107,6 +109,8 @@ def open_tree(kind: str, listing: Listing, workspace: Workspace) -> OpenedSource
     """Open the image tree in a listing; without a train folder, every folder at the top is a class."""
     tree = read_tree(listing)
     parts = find_splits(tree, listing.origin)
+    known = parts["train"].classes
+    parts |= {split: _by_list(part, tree.root, listing, known) for split, part in parts.items() if split != "train"}
     classes, splits, notes = assemble(listing.origin, parts, tree.ignored.total())
     notes = (*_outside(tree, parts, splits), *notes, *listing.notes)
     return OpenedSource(kind, str(listing.origin), classes, splits, notes, workspace.unpacked)
@@ -130,6 +134,27 @@ def find_splits(tree: Tree, origin: Path) -> dict[str, Part]:
             found=some(sorted(parts["train"].classes)),
         )
     return parts
+
+
+def _by_list(part: Part, root: str, listing: Listing, known: Collection[str]) -> Part:
+    """Return a split sorted into classes by the list in its folder, where it has one and no class folders.
+
+    So does Tiny ImageNet: val/images/*.JPEG, and val/val_annotations.txt with a name and a class in each line.
+
+    Raises:
+        UserError: the list lacks an image.
+    """
+    lists = [name for name in listing.files if LIST.fullmatch(name.removeprefix(f"{root}{part.folder}/"))]
+    if len(lists) != 1 or not part.classes.keys().isdisjoint(known):
+        return part
+    lines = listing.files[lists[0]].read().decode("utf-8-sig", "replace").splitlines()
+    class_of = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    sorted_part = Part(part.folder)
+    for name, locator in [pair for images in (*part.classes.values(), part.loose) for pair in images.items()]:
+        if (found := class_of.get(posixpath.basename(name))) is None:
+            raise UserError(f"{printable(lists[0])} does not say the class of {name}")
+        sorted_part.classes.setdefault(printable(found), {})[name] = locator
+    return sorted_part
 
 
 def read_tree(listing: Listing) -> Tree:

@@ -1,5 +1,6 @@
 """What fits a recipe to its data is told: the teacher cache's mixing, the averaged weights of a short run."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,13 @@ def test_the_averaged_weights_of_a_short_run_are_told() -> None:
     assert said(PHOTOS, "train.ema=0.99") == []
     assert said(PHOTOS, "train.ema=0") == []
     assert said(MANY) == []
+
+
+def test_a_data_set_of_one_class_is_told() -> None:
+    alone = replace(PHOTOS, counts=(sum(PHOTOS.counts),))
+    for facts, lines in ((PHOTOS, 0), (alone, 1)):
+        _, notes = make_recipe(RecipeOptions.of(settings=[]), facts, None)
+        assert [note.startswith("the data set has one class") for note in notes].count(True) == lines
 
 
 @pytest.mark.parametrize(("local", "lines"), [("0", 1), ("1", 0)])

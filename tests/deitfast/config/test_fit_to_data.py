@@ -26,7 +26,7 @@ def fitted(values: Mapping[str, Any], images: int, ranks: int = 1, **typed: Any)
 @pytest.mark.parametrize("images", [2, 3, 17, 65, 120, 1000])
 def test_the_sampler_takes_what_was_fitted(values: dict[str, Any], images: int, ranks: int) -> None:
     if images < ranks:
-        with pytest.raises(UserError, match=f"{images} images cannot be shared by {ranks} ranks"):
+        with pytest.raises(UserError, match=f"{images} images? cannot be shared by {ranks} ranks"):
             fitted(values, images, ranks)
         return
     changes, notes = fitted(values, images, ranks)

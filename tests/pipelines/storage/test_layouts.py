@@ -363,3 +363,23 @@ def test_a_fraction_is_recorded_and_a_converted_set_takes_one_too(tmp_path: Path
     convert(open_source("folder", source), tmp_path / "plain", ONE)
     again = open_source("dataset", tmp_path / "plain", val_fraction=0.25)
     assert counts(again) == {"train": [6, 6], "val": [2, 2], "test": [2, 0]}
+
+
+def test_a_split_is_sorted_into_classes_by_the_list_in_its_folder(tmp_path: Path) -> None:
+    """As Tiny ImageNet lies: train/<class>/images/*, val/images/*, val/val_annotations.txt, test/images/*."""
+    train = {f"tiny/train/{c}/images/{c}_{n}.JPEG": b"x" for c in "ab" for n in range(3)}
+    val = {f"tiny/val/images/val_{n}.JPEG": b"x" for n in range(3)}
+    boxes = {"tiny/train/a/a_boxes.txt": b"a_0.JPEG\t0\t0\t9\t9\n", "tiny/test/images/test_0.JPEG": b"x"}
+    lines = "".join(f"val_{n}.JPEG\t{c}\t0\t32\t44\t62\r\n" for n, c in enumerate("bab")).encode()
+    write_tree(tmp_path / "s", {**train, **val, **boxes, "tiny/val/val_annotations.txt": lines})
+    source = open_source("folder", tmp_path / "s")
+    assert counts(source) == {"train": [3, 3], "val": [1, 2]}
+    names = ["val/images/val_1.JPEG", "val/images/val_0.JPEG", "val/images/val_2.JPEG"]
+    assert [entry.name for entry in source.splits["val"]] == names
+    assert any("test/ has none of the training classes: 1 image left out" in note for note in source.notes)
+    write_tree(tmp_path / "s", {"tiny/val/images/val_3.JPEG": b"x"})
+    with pytest.raises(UserError, match=r"val_annotations.txt does not say the class of val/images/val_3.JPEG"):
+        open_source("folder", tmp_path / "s")
+    write_tree(tmp_path / "s", {"tiny/val/val_annotations.txt": lines + b"val_3.JPEG\tc\t0\n"})
+    with pytest.raises(UserError, match="val/ has 1 class that train/ has not"):
+        open_source("folder", tmp_path / "s")
