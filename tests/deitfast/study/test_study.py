@@ -20,7 +20,7 @@ from deitfast.report.read import read_run
 from deitfast.run_folder import RunFolder
 from deitfast.study import run as run_module
 from deitfast.study.plan import StudyOptions, StudyPlan, disk_bytes, plan_study
-from deitfast.study.results import Measurements, RowResult, StudyResult, judge
+from deitfast.study.results import Measurements, RowResult, StudyResult, gather, judge
 from deitfast.study.spec import Claim, load_study
 from deitfast.study.tables import rows_table
 from pipelines.errors import DeitfastError, UserError
@@ -195,6 +195,8 @@ def test_a_study_is_trained_once_stopped_and_gone_on_with(
     figures = {row["name"]: row["figures"]["top1"] for row in whole["rows"]}
     assert figures["class head"] == [heads["class"]["top1"]]
     assert figures["both heads"] == [heads["joint"]["top1"]]
+    rows = [json.loads(line) for line in Path("whole/runs/class-head/metrics.jsonl").read_text().splitlines()]
+    assert whole["rows"][1]["figures"]["minutes"] == pytest.approx([sum(row["seconds"] for row in rows) / 60])
     assert whole["claims"][0]["verdict"] == "not decided"  # one run of each
     for name in ("study.html", "study.md"):
         text = (tmp_path / "whole" / name).read_text()
@@ -214,7 +216,8 @@ def test_a_study_is_trained_once_stopped_and_gone_on_with(
     arguments[5] = "stopped"
     monkeypatch.setattr(run_module, "train", stopped_at_the_second)
     assert cli(*arguments).exit_code == 130
-    assert json.loads((tmp_path / "stopped" / "study.json").read_text())["rows"][0]["done"] == 1
+    half = json.loads((tmp_path / "stopped" / "study.json").read_text())["rows"]
+    assert [row["done"] for row in half] == [1, 0, 0, 0]
     assert cli(*arguments).exit_code == 0
     assert begun == ["plain", "small", "small", "class-head"]
     again = json.loads((tmp_path / "stopped" / "study.json").read_text())
@@ -227,6 +230,14 @@ def test_a_study_is_trained_once_stopped_and_gone_on_with(
     refused = cli(*arguments[:-1], "optim.lr=0.5")
     assert refused.exit_code == 2
     assert "holds this study with other settings" in refused.stderr
+
+    # a run that has not come to its last epoch is begun, not done, and its figures do not count
+    (tmp_path / "whole" / "runs" / "class-head" / "metrics.jsonl").write_text("")
+    options = StudyOptions(data=tiny_small, out=tmp_path / "whole", scale="cpu", settings=("train.epochs=1",))
+    plan = plan_study(load_study(tiny)[0], options, data_facts, tmp_path / "demo")
+    rows = {row.name: row for row in gather(plan, {}).rows}
+    assert [(row.done, len(row.runs)) for row in rows.values()] == [(1, 1), (0, 1), (0, 1)]
+    assert rows["class head"].figures == {}
 
 
 def test_a_row_that_fails_is_reported_and_does_not_stop_the_others(

@@ -172,8 +172,11 @@ def test_what_is_no_image_is_refused_with_the_reason(content, reason):
         (np.float32([[0, 0.25, 254.6]]), "TIFF", 255, Kind.FLOAT),
     ],
 )
-def test_integers_and_floats_by_their_own_rule(pixels, form, white, kinds):
+def test_integers_and_floats_by_their_own_rule(pixels, form, white, kinds, monkeypatch):
+    monkeypatch.setattr("pipelines.storage.transcode.BAND_PIXELS", 20)  # two rows
     pixels = np.repeat(np.repeat(pixels, 9, 0), 3, 1)
+    for rows in (slice(3), slice(5, 9)):
+        pixels[rows, 6:] = pixels[rows, 3:6]  # the largest value is in neither the first band nor the last
     image = transcode(encoded(Image.fromarray(pixels), form), "x", EncodeOptions())
     assert image.kind & (Kind.DEEP | Kind.NARROW | Kind.LONG | Kind.FLOAT) == kinds
     assert image.kind & Kind.GRAY
