@@ -75,7 +75,8 @@ def markdown(result: StudyResult, comment: str) -> str:
     if result.claims:
         parts += ["## Claims", markdown_table(tables.claims_table(result))]
     if any(row.runs for row in result.rows):
-        parts += ["## Where the time went", markdown_table(tables.time_table(result)), tables.machine_line(result)]
+        parts += ["## Where the time went", markdown_table(tables.time_table(result))]
+    parts += [tables.machine_line(result)]
     commands = list(result.plan.commands())
     if commands:
         parts += ["## Commands", "```sh\n" + "\n".join(commands) + "\n```"]
@@ -91,7 +92,7 @@ def as_json(result: StudyResult) -> dict[str, Any]:
         "title": plan.study.title,
         "command": plan.typed(),
         "scale": plan.options.scale,
-        "about": scale.about if scale else "",
+        "about": scale.about if scale else tables.lead(result).rstrip("."),
         "columns": list(plan.study.columns),
         "seeds": plan.seeds,
         "versions": {"deitfast": __version__, **(libraries if isinstance(libraries, dict) else {})},

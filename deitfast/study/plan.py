@@ -99,10 +99,14 @@ class StudyPlan:
         more += [f"--data {shlex.quote(str(options.data))}"] if self.study.kind == "training" else []
         more += [f"--only {shlex.quote(name)}" for name in options.only]
         more += [f"--set {shlex.quote(setting)}" for setting in options.settings]
-        return " ".join(["deitfast study", self.study.name, *more, f"--out {shlex.quote(str(options.out))}"])
+        more += [f"--out {shlex.quote(str(options.out))}"]
+        return " ".join(["deitfast study", shlex.quote(self.study.given), *more])
 
     def commands(self) -> Iterator[str]:
         """Yield every command, as it is to be typed."""
+        if self.study.kind == "throughput":
+            yield self.typed()
+            return
         yield from (shlex.join(self.command(run)) for run in self.runs)
 
 

@@ -169,6 +169,8 @@ def format_figure(column: str, value: float | None) -> str:
             return f"{100 * value:.2f}"
         case "minutes":
             return f"{value:.1f}"
-        case "images_per_second" | "parameters" | "size" | "eager" | "compiled":
+        case "parameters" | "size":
             return f"{value:,.0f}"
+        case "images_per_second" | "eager" | "compiled":
+            return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     return f"{value:.3f}"

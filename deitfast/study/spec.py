@@ -124,6 +124,8 @@ class Study:
     """Name of its folder."""
     title: str
     """What the page is called."""
+    given: str
+    """As the command names it: a built-in study, or a file."""
     kind: Literal["training", "throughput"] = "training"
     """training: every row is trained; throughput: every row's network is timed, and none is trained."""
     base: Training = Field(default_factory=Training)
@@ -167,7 +169,7 @@ def load_study(name: str) -> tuple[Study, str]:
     except (ValueError, OSError) as error:
         raise UserError(f"{origin} is not TOML", found=str(error)) from None
     try:
-        study = _ADAPTER.validate_python({"name": Path(name).stem, **tree})
+        study = _ADAPTER.validate_python({"name": Path(name).stem, **tree, "given": name})
     except ValidationError as error:
         _refuse(origin, [_explain(each) for each in error.errors()])
     _refuse(origin, [*_problems(study)])

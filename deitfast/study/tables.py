@@ -17,17 +17,21 @@ HEADINGS = {
 def lead(result: StudyResult) -> str:
     """Return how far the study is, in a sentence or two."""
     plan = result.plan
+    rows = pluralize(len(result.rows), "row")
+    if plan.study.kind == "throughput":
+        return f"{rows}. Networks in evaluation, on random images that lie on the device."
     done, planned = (sum(getattr(row, name) for row in result.rows) for name in ("done", "planned"))
     seeds = "one seed" if plan.seeds == 1 else f"{plan.seeds} seeds"
     about = plan.study.scales.get(plan.options.scale)  # pyright: ignore
     scale = f"Scale {plan.options.scale}" + (f": {about.about}" if about and about.about else "")
     state = "" if done == planned else f" {done} of {pluralize(planned, 'run')} finished; the others do not count yet."
-    rows = f"{len(result.rows)} row{'s' * (len(result.rows) > 1)}"
     return f"{rows}, {seeds} each. {scale.rstrip('.')}.{state}"
 
 
 def spread_note(result: StudyResult) -> str:
     """Return what stands behind the plus-minus signs."""
+    if result.plan.study.kind == "throughput":
+        return "Mean and standard deviation of repeated measurements of one network."
     if result.plan.seeds == 1:
         return "One run of each row: how far another seed would be away is not known, so no difference is claimed."
     return (
@@ -117,6 +121,8 @@ def failures(result: StudyResult) -> list[str]:
 def machine_line(result: StudyResult) -> str:
     """Return where the runs were made."""
     machine = result.machine
+    if not machine:
+        return ""
     devices = machine.get("devices") or [machine.get("processor", "")]
     libraries = machine.get("libraries")
     versions = ", ".join(f"{k} {v}" for k, v in libraries.items() if v) if isinstance(libraries, dict) else ""

@@ -66,7 +66,8 @@ def study_table(name: str, *, brief: bool) -> str:
         for column in record["columns"]:
             line.append(spread(column, row["figures"].get(column, [])))
             if column in published:
-                line.append(str(row["published"].get(column, NONE)))
+                value = row["published"].get(column)
+                line.append(NONE if value is None else f"{value:,.0f}" if value >= 100 else str(value))
         lines.append(line)
     rows = "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
     claims = "".join(

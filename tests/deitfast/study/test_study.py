@@ -100,6 +100,11 @@ def test_every_built_in_study_plans_at_every_scale(name: str, tmp_path: Path) ->
         assert disk_bytes(plan.runs) > 0
 
 
+def test_the_command_names_a_file_of_ones_own(tiny: str, tmp_path: Path) -> None:
+    assert plan_of(tiny, CIFAR, tmp_path).typed().startswith(f"deitfast study {tiny} --scale cpu --seeds 1 --data ")
+    assert plan_of("methods", CIFAR, tmp_path).typed().startswith("deitfast study methods --scale cpu")
+
+
 def test_rows_that_are_trained_alike_share_a_run_and_a_teacher_is_a_row(tmp_path: Path) -> None:
     plan = plan_of("methods", CIFAR, tmp_path)
     runs = {row.row.name: row.runs for row in plan.rows}
@@ -361,4 +366,8 @@ def test_throughput_times_every_network(tmp_path: Path, monkeypatch: pytest.Monk
     assert row["figures"]["parameters"][0] == pytest.approx(5.68e6, rel=0.01)
     assert row["figures"]["size"] == [32]
     assert min(row["figures"]["eager"]) > 0
-    assert "2,536" in (tmp_path / "out" / "study.md").read_text()
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "2,536" in text
+    assert "repeated measurements of one network" in text
+    assert f"deitfast study {file} --set model.patch=16 --out" in text
+    assert "deitfast train" not in text  # nothing is trained
