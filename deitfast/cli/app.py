@@ -26,7 +26,15 @@ err = Console(stderr=True)
 
 DATA, MODEL, DISTILLATION, OPTIMIZATION, RUN = "Data", "Model", "Distillation", "Optimization", "Run"
 OUTPUT, MEASURING, PREDICTION = "Output", "Measuring", "Prediction"
-"""Panels of `--help`."""
+"""Panels of a command's `--help`."""
+COMMANDS = {
+    "Data": ("convert", "info", "verify"),
+    "Training": ("train", "teach", "study"),
+    "Trained models": ("eval", "predict", "report", "export"),
+    "Speed": ("bench",),
+    "Help": ("recipes", "doctor", "docs"),
+}
+"""Panels of `deitfast --help`, in order."""
 
 ARCHITECTURES = "deit_* or vit_* with ti, s or b; resnet18, resnet20, resnet50; regnet_y_* with 4gf, 8gf or 16gf."
 
@@ -170,6 +178,16 @@ def root(
     if version:
         out.print(f"deitfast {__version__}")
         raise typer.Exit
+
+
+def sort_commands() -> None:
+    """Put the commands into their panels; to be called when all are there. A command without a place is an error."""
+    panels = {name: panel for panel, names in COMMANDS.items() for name in names}
+    order = list(panels)
+    for command in app.registered_commands:
+        command.name = command.name or getattr(command.callback, "__name__", "")
+        command.rich_help_panel = panels[command.name]
+    app.registered_commands.sort(key=lambda command: order.index(command.name or ""))
 
 
 def display() -> "Display":

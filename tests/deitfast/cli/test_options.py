@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from deitfast.cli.app import app
+from deitfast.cli.app import COMMANDS, app
 from deitfast.cli.arguments import check_launcher, expand_home
 from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe, plan_training, unfinished_run
 from deitfast.config.recipe import Recipe, flatten
@@ -233,6 +233,11 @@ def test_completion_knows_the_choices_without_torch(words: str, completed: str) 
     )  # fmt: skip
     assert completed in done.stdout.split(), done.stderr[-500:]
     assert " torch\n" not in done.stderr
+
+
+def test_help_lists_the_commands_in_the_order_of_their_use() -> None:
+    listed = [(command.rich_help_panel, command.name) for command in app.registered_commands]
+    assert listed == [(panel, name) for panel, names in COMMANDS.items() for name in names]
 
 
 @pytest.mark.parametrize("command", ["train", "teach", "eval", "export", "convert", "bench", "report"])
