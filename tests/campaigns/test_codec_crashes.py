@@ -87,7 +87,7 @@ def test_no_mutated_jpeg_ends_the_process(
             pytest.skip("there is no address sanitizer")
         environment |= {"CC": "gcc", "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     code = (
-        "from pipelines.loaders.codecs import turbo; from tests.campaigns.test_mutated_jpegs import campaign; "
+        "from pipelines.loaders.codecs import turbo; from tests.campaigns.test_codec_crashes import campaign; "
         f"turbo.FLAGS = (*turbo.FLAGS, *{extra}); campaign({count}, 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
