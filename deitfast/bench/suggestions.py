@@ -58,7 +58,7 @@ def _other_loader(
     except UserError:  # it does not take this data set
         return None
     predicted = predict(with_loader(costs, theirs), capacity)
-    return Change(f"--set loader.name={name}", predicted, "that loader measured alone, on the same files")
+    return Change(f"--loader {name}", predicted, "that loader measured alone, on the same files")
 
 
 def _smaller_images(bench: Workbench, costs: list[Cost], capacity: Capacity, timing: TimingOptions) -> list[Change]:

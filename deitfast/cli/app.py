@@ -9,6 +9,7 @@ from rich.console import Console
 
 from deitfast.config.choices import Arch
 from deitfast.environment import __version__
+from pipelines.choices import LoaderName
 from pipelines.workers import rank
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ Data = Annotated[
     typer.Option(
         "--data", help="Converted data set. Default: $DEITFAST_DATA, else the built-in demo set.", rich_help_panel=DATA
     ),
+]
+Loader = Annotated[
+    LoaderName | None,
+    typer.Option("--loader", help="Loader of the images. Default: the fastest that works here.", rich_help_panel=DATA),
 ]
 OptionalArch = Annotated[
     Arch | None,

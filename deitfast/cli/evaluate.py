@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from deitfast.cli.app import DATA, MODEL, OUTPUT, RUN, AssumeOrder, Device, Settings, Which, app, display, out
+from deitfast.cli.app import DATA, MODEL, OUTPUT, RUN, AssumeOrder, Device, Loader, Settings, Which, app, display, out
 from deitfast.config.choices import Arch
-from pipelines.choices import LoaderName
 
 Ema = Annotated[
     bool, typer.Option("--ema", help="Take the averaged weights (EMA) of the last checkpoint.", rich_help_panel=MODEL)
@@ -20,7 +19,6 @@ FileArch = Annotated[
     ),
 ]  # fmt: skip
 Split = Annotated[str, typer.Option("--split", help="Split of the data set.", rich_help_panel=DATA)]
-Loader = Annotated[LoaderName, typer.Option("--loader", help="Loader of the images.", rich_help_panel=DATA)]
 
 
 @app.command("eval")
@@ -31,7 +29,7 @@ def eval_(
         typer.Option("--data", help="Converted data set. Default: the one of the run.", rich_help_panel=DATA),
     ] = None,
     split: Split = "val",
-    loader: Loader = "auto",
+    loader: Loader = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +67,7 @@ def eval_(
 
     options = EvalOptions(
         run=run, weights=weights, arch=arch, data=data, split=split, which=which or "auto", ema=ema,
-        assume_class_order=assume_class_order, loader=loader, check=check, settings=tuple(settings or ()),
+        assume_class_order=assume_class_order, loader=loader or "auto", check=check, settings=tuple(settings or ()),
         json_file=json_, predictions_file=predictions,
     )  # fmt: skip
     run_evaluation(options, device, display(), out)
@@ -107,7 +105,7 @@ def predict(
         typer.Argument(metavar="IMAGES...", help="Files, folders, - for a list from stdin; or a converted data set."),
     ],
     split: Split = "val",
-    loader: Loader = "auto",
+    loader: Loader = None,
     arch: FileArch = None,
     which: Which = None,
     ema: Ema = False,
@@ -139,7 +137,7 @@ def predict(
 
     options = PredictOptions(
         source=source, images=tuple(images), split=split, arch=arch, which=which or "auto", ema=ema, top=top,
-        loader=loader, settings=tuple(settings or ()), csv_file=csv, json_file=json_, html_file=html,
+        loader=loader or "auto", settings=tuple(settings or ()), csv_file=csv, json_file=json_, html_file=html,
         attention=attention,
     )  # fmt: skip
     run_predict(options, device, display(), out)

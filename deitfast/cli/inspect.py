@@ -17,6 +17,7 @@ from deitfast.cli.app import (
     Batch,
     Data,
     Device,
+    Loader,
     Settings,
     app,
     complete_recipe,
@@ -38,6 +39,7 @@ def bench(
         str, typer.Argument(help="all, loader, step or train (loader and step together).", metavar="PART")
     ] = "all",
     data: Data = None,
+    loader: Loader = None,
     arch: Annotated[
         Arch, typer.Option(metavar="ARCH", help="Architecture of the step.", rich_help_panel=MODEL)
     ] = "deit_ti",
@@ -115,7 +117,7 @@ def bench(
     wanted = BenchOptions(
         part, seconds, tries=tries, baselines=baselines, sizes=sizes, cluster=cluster, command=command
     )
-    options = RecipeOptions.of(arch=arch, batch=batch, settings=settings)
+    options = RecipeOptions.of(loader=loader, arch=arch, batch=batch, settings=settings)
     slow = choose_device(device, 0).type == "cpu" and part != "loader"
     recipe, notes = make_recipe(options, data_facts(folder), None, largest_batch=CPU_BATCH if slow else None)
     wanted = replace(wanted, notes=tuple(notes))

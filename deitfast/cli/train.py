@@ -17,6 +17,7 @@ from deitfast.cli.app import (
     Data,
     Device,
     Epochs,
+    Loader,
     OptionalArch,
     PerImage,
     RecipeName,
@@ -54,6 +55,7 @@ def train(
             "--skip-bad", help="Leave out and count damaged images, instead of stopping.", rich_help_panel=DATA
         ),
     ] = False,
+    loader: Loader = None,
     arch: OptionalArch = None,
     weights: Annotated[
         Path | None,
@@ -130,11 +132,10 @@ def train(
 
     shown = display()
     options = RecipeOptions.of(
-        recipe=recipe, method=method, ablate=ablate, settings=settings, views=views, per_image=per_image, arch=arch,
-        weights=weights,
-        finetune=finetune, distill=distill, teacher=teacher, teacher_weights=teacher_weights, cache=cache,
-        epochs=epochs, batch=batch, fraction=fraction, skip_bad=skip_bad, which=which,
-        assume_class_order=assume_class_order,
+        recipe=recipe, method=method, ablate=ablate, settings=settings, views=views, per_image=per_image,
+        loader=loader, arch=arch, weights=weights, finetune=finetune, distill=distill, teacher=teacher,
+        teacher_weights=teacher_weights, cache=cache, epochs=epochs, batch=batch, fraction=fraction, skip_bad=skip_bad,
+        which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
     with told_once():
         plan = plan_training(
@@ -152,6 +153,7 @@ def train(
 @app.command()
 def teach(
     data: Data = None,
+    loader: Loader = None,
     arch: OptionalArch = None,
     which: Which = None,
     assume_class_order: AssumeOrder = False,
@@ -190,9 +192,9 @@ def teach(
 
     shown = display()
     options = RecipeOptions.of(
-        recipe=recipe, ablate=ablate, settings=settings, per_image=per_image, arch=arch, distill=distill,
-        teacher=teacher, teacher_weights=teacher_weights, cache=str(out_) if out_ else None, epochs=epochs, batch=batch,
-        which=which, assume_class_order=assume_class_order,
+        recipe=recipe, ablate=ablate, settings=settings, per_image=per_image, loader=loader, arch=arch,
+        distill=distill, teacher=teacher, teacher_weights=teacher_weights, cache=str(out_) if out_ else None,
+        epochs=epochs, batch=batch, which=which, assume_class_order=assume_class_order,
     )  # fmt: skip
     with told_once():
         plan = plan_teaching(options, views=views, data=data)

@@ -86,7 +86,7 @@ def open_loader(
         case "reference":
             return HostLoader("reference", plan, _pillow_codec(plan))
         case _:
-            raise UserError(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--set loader.name=auto")
+            raise UserError(f"no loader is called {name}", expected=", ".join(NAMES), remedy="--loader auto")
 
 
 def choose(reader: Reader, device: torch.device) -> str:
@@ -170,7 +170,7 @@ def _require(name: str) -> None:
         raise UserError(
             f"the {name} loader does not work here",
             found=reason,
-            remedy=f"{INSTALL[name]}; or --set loader.name=auto: deitfast doctor says which loaders work",
+            remedy=f"{INSTALL[name]}; or --loader auto: deitfast doctor says which loaders work",
         )
 
 

@@ -138,7 +138,7 @@ def _beton(reader: Reader) -> BetonReader:
         f"the ffcv loader cannot read {reader.path}",
         expected="FFCV's own format: one .beton file a split",
         found="tar shards",
-        remedy="choose another loader (--set loader.name=cpu), or make a copy with "
+        remedy="choose another loader (--loader cpu), or make a copy with "
         f"`deitfast convert dataset {reader.path.parent} OUTPUT`",
     )
 

@@ -34,7 +34,7 @@ class ResidentLoader(PrefetchingLoader):
     def __init__(self, plan: BatchPlan, codec: Callable[[], Codec]) -> None:
         self.plan, self.steps_per_epoch = plan, plan.sampler.steps_per_epoch
         images, self._damaged = decode_all(plan, codec)
-        with explain_oom("the images that the resident loader keeps there", "--set loader.name=cpu keeps none"):
+        with explain_oom("the images that the resident loader keeps there", "--loader cpu keeps none"):
             self.images: Tensor = images.to(plan.device)
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ def decode_all(plan: BatchPlan, codec: Callable[[], Codec]) -> tuple[Tensor, dic
             f"the resident loader cannot hold {plan.reader.path}",
             expected="images of one size",
             found=f"{len(set(zip(plan.reader.heights.tolist(), plan.reader.widths.tolist(), strict=True)))} sizes",
-            remedy="choose another loader: --set loader.name=cpu",
+            remedy="choose another loader: --loader cpu",
         )
     images = torch.empty(plan.reader.num_samples, *size, 3, dtype=torch.uint8)
     out, damaged = images.numpy(), dict[int, DeitfastError]()

@@ -36,7 +36,7 @@ def test_no_command_leaves_anything_behind(
     for case in range(max(cases, 3 * WARM)):
         shutil.rmtree("r", ignore_errors=True)
         loader = LOADERS[case % len(LOADERS)]
-        train = f"train --data {tiny_small} --out r --recipe deit_ti_cifar10 --set loader.name={loader} {SMALL}"
+        train = f"train --data {tiny_small} --out r --recipe deit_ti_cifar10 --loader {loader} {SMALL}"
         for line in (train, "eval r", f"predict r {tiny_small} --csv p.csv", f"verify {tiny_small}"):
             code, _, err = call(capsys, *line.split())
             assert code == 0, err

@@ -87,7 +87,7 @@ class EncodedImages:
             raise DeitfastError(
                 f"DALI failed on {self._reader.path}",
                 found=message,
-                remedy="--set loader.name=cpu does without DALI; --debug shows all that DALI said",
+                remedy="--loader cpu does without DALI; --debug shows all that DALI said",
             ) from error
 
     def report(self) -> None:

@@ -80,7 +80,7 @@ def test_dalis_own_trouble_is_told_as_such(small: Reader, monkeypatch: pytest.Mo
     loader = open_train("dali", small, PADDED)
     list(loader.epoch(0))
     monkeypatch.setattr(graph.Graph, "take", failing)
-    with pytest.raises(DeitfastError, match=r"DALI failed on .*\n.*launch failure\n.*loader.name=cpu"):
+    with pytest.raises(DeitfastError, match=r"DALI failed on .*\n.*launch failure\n.*--loader cpu"):
         list(loader.epoch(0))
 
 

@@ -258,7 +258,7 @@ def test_ffcv_leaves_torchs_threads_alone(name: str, small: Reader) -> None:
 def test_ffcv_refuses_shards(tmp_path: Path) -> None:
     image = photo(np.random.default_rng(0), 32, 32)
     reader = write_split(tmp_path / "train.wds", [(image, None)] * 4)
-    with pytest.raises(UserError, match=r"one \.beton file(.|\n)*loader\.name=cpu(.|\n)*deitfast convert dataset"):
+    with pytest.raises(UserError, match=r"one \.beton file(.|\n)*--loader cpu(.|\n)*deitfast convert dataset"):
         open_eval("ffcv", reader, PADDED)
 
 
@@ -271,7 +271,7 @@ def test_a_resident_batch_asks_the_device_nothing(small: Reader) -> None:
 
 
 def test_resident_refuses_images_of_several_sizes(photos: Reader) -> None:
-    with pytest.raises(UserError, match=r"images of one size(.|\n)*loader.name=cpu"):
+    with pytest.raises(UserError, match=r"images of one size(.|\n)*--loader cpu"):
         open_train("resident", photos, RESIZED)
 
 
