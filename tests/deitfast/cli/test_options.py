@@ -1,5 +1,6 @@
 """From options to a recipe: what wins, what is fitted, what is told; arguments and environment before that."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from deitfast.cli.app import COMMANDS, app
 from deitfast.cli.arguments import check_launcher, expand_home
 from deitfast.cli.options import FLAGS, DataFacts, RecipeOptions, make_recipe, plan_training, unfinished_run
+from deitfast.cli.train import train
 from deitfast.config.recipe import Recipe, flatten
 from deitfast.run_folder import RunFolder, RunInfo, resume_command
 from pipelines.errors import UserError
@@ -32,6 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_flag_sets_a_field_that_is_there() -> None:
     assert set(FLAGS.values()) <= set(flatten(Recipe()))
+    assert FLAGS.keys() <= inspect.signature(train).parameters.keys()
 
 
 def test_ablations_yield_to_options_and_those_to_set() -> None:
