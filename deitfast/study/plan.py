@@ -20,8 +20,8 @@ from pipelines.errors import UserError
 
 SHARED = ("recipe", "teacher", "finetune")
 """What a row has from the base unless it says otherwise."""
-COPIES = 3
-"""Checkpoints of a run on the disk while one is written: that one, the one before, and the best."""
+CHECKPOINTS = 2
+"""Of a run on the disk, the last and the one before; the best weights besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,8 @@ def disk_bytes(runs: Sequence[PlannedRun]) -> int:
     """Return the bytes that runs will leave behind, roughly: checkpoints with moments and averages, caches."""
     total = 0
     for run in runs:
-        total += COPIES * 4 * parameters(run.recipe, run.classes) * (3 + bool(run.recipe.train.ema))
+        numbers_a_weight = CHECKPOINTS * (3 + bool(run.recipe.train.ema)) + 1  # two moments, and the average
+        total += 4 * parameters(run.recipe, run.classes) * numbers_a_weight
         if run.recipe.distill.mode != "none":
             bytes_a_view = 2 if run.recipe.distill.mode == "hard" else 4 * run.recipe.distill.top_k + 4
             total += bytes_a_view * run.images * run.recipe.views

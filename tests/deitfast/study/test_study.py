@@ -209,6 +209,11 @@ def test_a_study_is_trained_once_stopped_and_gone_on_with(
         assert f"{100 * heads['joint']['top1']:.2f}" in text
         assert "deitfast train --recipe whole/recipes/plain.toml" in text
 
+    options = StudyOptions(data=tiny_small, out=tmp_path / "whole", scale="cpu", settings=("train.epochs=1",))
+    plan = plan_study(load_study(tiny)[0], options, data_facts, tmp_path / "demo")
+    left = sum(file.stat().st_size for file in (tmp_path / "whole").rglob("*") if file.is_file())
+    assert left < disk_bytes(plan.runs) < 1.5 * left  # a run of one epoch has no moments in the checkpoint before
+
     # stopped in its second run, and started again: the same figures, and nothing is trained twice
     original, begun = run_module.train, []
 
@@ -238,8 +243,6 @@ def test_a_study_is_trained_once_stopped_and_gone_on_with(
 
     # a run that has not come to its last epoch is begun, not done, and its figures do not count
     (tmp_path / "whole" / "runs" / "class-head" / "metrics.jsonl").write_text("")
-    options = StudyOptions(data=tiny_small, out=tmp_path / "whole", scale="cpu", settings=("train.epochs=1",))
-    plan = plan_study(load_study(tiny)[0], options, data_facts, tmp_path / "demo")
     rows = {row.name: row for row in gather(plan, {}).rows}
     assert [(row.done, len(row.runs)) for row in rows.values()] == [(1, 1), (0, 1), (0, 1)]
     assert rows["class head"].figures == {}
