@@ -27,6 +27,8 @@ TARGETS = {"exact": "exact targets", "reused": "reused views", "per_image": "per
 LISTED = 10
 """Classes, and pairs of classes, that are named one by one where there are many."""
 NONE = "–"  # noqa: RUF001  an en dash stands for no value
+LONGEST_FIGURE = 24
+"""Characters: 12 h 34 min, 1,234,567 ± 12,345; what is longer is text."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class TextTable:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers in every row; never the first."""
         columns = zip(*self.rows, strict=True)
-        return [n > 0 and all(cell[:1] in "0123456789-<–" for cell in column) for n, column in enumerate(columns)]  # noqa: RUF001
+        return [number > 0 and all(map(_is_figure, column)) for number, column in enumerate(columns)]
+
+
+def _is_figure(cell: str) -> bool:
+    """Return whether a cell is a figure, perhaps with its unit or spread, or stands for one; a sentence is not."""
+    return cell[:1] in "0123456789-<–" and len(cell) <= LONGEST_FIGURE  # noqa: RUF001
 
 
 def title(runs: list[RunRecord]) -> str:

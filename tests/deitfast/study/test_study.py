@@ -22,7 +22,7 @@ from deitfast.study import run as run_module
 from deitfast.study.plan import StudyOptions, StudyPlan, disk_bytes, plan_study
 from deitfast.study.results import Measurements, RowResult, StudyResult, gather, judge
 from deitfast.study.spec import Claim, load_study
-from deitfast.study.tables import rows_table
+from deitfast.study.tables import claims_table, rows_table
 from pipelines.errors import DeitfastError, UserError
 from tests.helpers.command_line import call
 
@@ -351,6 +351,11 @@ def test_figures_stand_with_their_spread_and_what_was_published_in_the_same_unit
     shown = rows_table(StudyResult(SimpleNamespace(study=study), rows))  # pyright: ignore[reportArgumentType]
     assert shown.head == ["row", "top-1 (%)", "published"]
     assert [row[1:] for row in shown.rows] == [["63.33 ± 15.28", "74.50"], ["50.00", "74.50"]]
+    assert shown.numeric == [False, True, True]
+    said = judge(Claim(better="few", than="one"), rows)
+    assert said.reason.startswith("63.33 against 50.00")
+    claims = claims_table(StudyResult(SimpleNamespace(study=study), rows, claims=(said,)))  # pyright: ignore[reportArgumentType]
+    assert not claims.numeric[-1]  # a sentence that begins with a figure is text
 
 
 def test_throughput_times_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
