@@ -116,14 +116,8 @@ def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "S
     from deitfast.runtime import start
     from deitfast.study.page import write_study
     from deitfast.study.results import gather
-    from deitfast.study.run import (
-        Failures,
-        train_all,
-        train_here,
-        train_side_by_side,
-        unfinished,
-        write_recipes,
-    )
+    from deitfast.study.run import Failures, train_all, train_here, unfinished, write_recipes
+    from deitfast.study.side_by_side import train_side_by_side
     from pipelines.files import file_lock
 
     _check_disk(plan)
@@ -137,7 +131,7 @@ def _trained(plan: "StudyPlan", comment: str, jobs: int, shown: "Display") -> "S
             if main:
                 write_recipes(plan)
             if jobs > 1:
-                failures = train_side_by_side(plan, jobs, torch.cuda.device_count(), told)
+                failures = train_side_by_side(plan, jobs, torch.cuda.device_count(), told, runtime)
             else:
                 left = runtime.broadcast_from_rank0([run.name for run in unfinished(plan)])
                 failures = train_all(plan, left, train_here(plan, runtime, shown), told if main else lambda _: None)

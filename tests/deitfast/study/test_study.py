@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +24,15 @@ from deitfast.run_folder import RunFolder
 from deitfast.study import run as run_module
 from deitfast.study.plan import StudyOptions, StudyPlan, disk_bytes, plan_study
 from deitfast.study.results import Measurements, RowResult, StudyResult, gather, judge
+from deitfast.study.side_by_side import INTERRUPTED, Children, train_side_by_side
 from deitfast.study.spec import Claim, load_study
 from deitfast.study.tables import claims_table, rows_table
 from pipelines.errors import DeitfastError, UserError
+from pipelines.files import file_lock
 from tests.helpers.command_line import call
+from tests.helpers.small_runs import CPU
 
+ROOT = Path(__file__).parents[3]
 CIFAR = DataFacts("cifar10", 32, (5000,) * 10, "", validated=True)
 IMAGENET = DataFacts("imagenet", 400, (1300,) * 1000, "", validated=True)
 TINY = """
@@ -79,6 +86,13 @@ def tiny(tmp_path: Path) -> str:
     file = tmp_path / "tiny.toml"
     file.write_text(TINY)
     return str(file)
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", study_names())
@@ -285,18 +299,18 @@ def test_a_run_starts_when_what_it_needs_is_trained(tiny: str, tmp_path: Path, m
     assert [(run.name, run.needs) for run in plan.runs] == [("plain", ()), ("small", ()), ("class-head", ("small",))]
     started, after_small = [], threading.Event()
 
-    def train(command: list[str], **_) -> subprocess.CompletedProcess:
+    def train(self: Children, command: list[str], environment: dict[str, str]) -> tuple[int, str]:
         name = Path(command[command.index("--out") + 1]).name
         started.append(name)
         if name == "class-head":
             after_small.set()
         if name == "plain":  # the longest of all holds nothing up that does not need it
             assert after_small.wait(30)
-        return subprocess.CompletedProcess(command, 0, stdout="")
+        return 0, ""
 
-    monkeypatch.setattr(run_module.subprocess, "run", train)
+    monkeypatch.setattr(Children, "run", train)
     told = []
-    assert run_module.train_side_by_side(plan, 2, 0, told.append) == {}
+    assert train_side_by_side(plan, 2, 0, told.append, CPU) == {}
     assert (sorted(started[:2]), started[2], len(told)) == (["plain", "small"], "class-head", 3)
 
 
@@ -304,10 +318,47 @@ def test_one_run_that_is_asked_to_stop_ends_them_all(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(tiny, CIFAR, tmp_path)
-    ended = subprocess.CompletedProcess([], run_module.INTERRUPTED, stdout="interrupted")
-    monkeypatch.setattr(run_module.subprocess, "run", lambda *command, **options: ended)
+    monkeypatch.setattr(Children, "run", lambda *_: (INTERRUPTED, "interrupted"))
     with pytest.raises(KeyboardInterrupt):
-        run_module.train_side_by_side(plan, 2, 0, lambda failures: None)
+        train_side_by_side(plan, 2, 0, lambda failures: None, CPU)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_runs_side_by_side_end_with_their_study_and_go_on_with_it(
+    tiny: str, tiny_small: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    def study() -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        words = ["study", tiny, "--data", str(tiny_small), "--only", "plain", "--set", f"train.epochs={epochs}"]
+        return subprocess.Popen([sys.executable, "-m", "deitfast", *words, "--jobs", "2", "--out", "out"],
+                                cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, start_new_session=True)  # fmt: skip
+
+    epochs = 2000
+    rows = tmp_path / "out" / "runs" / "plain" / "metrics.jsonl"
+    first = study()
+    wait_until(rows.exists, 120)
+    os.kill(first.pid, how)
+    second = study()  # at once: the run of the first may still be saving
+    first.communicate(timeout=60)
+    assert first.returncode == (-how if how == signal.SIGKILL else 130)
+    left = len(rows.read_text().splitlines())
+    wait_until(lambda: len(rows.read_text().splitlines()) > left + 2, 120)
+    os.kill(second.pid, signal.SIGTERM)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 130, said
+    assert "failed" not in said
+    epochs_seen = [json.loads(line)["epoch"] for line in rows.read_text().splitlines()]
+    assert epochs_seen == list(range(1, len(epochs_seen) + 1))
+    with file_lock(rows.parent, "run"):  # nobody is in it any more
+        pass
 
 
 def test_a_dry_run_prints_the_commands_and_trains_nothing(tiny: str, tiny_small: Path, tmp_path: Path, cli) -> None:
