@@ -4,11 +4,13 @@ A run keeps two. `checkpoint.pt` is the last one: all that --resume needs, with 
 them. `checkpoint_best.pt` holds the weights, plain or averaged, of the best validation top-1 so far.
 """
 
+import lzma
 import pickle
 import struct
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ UNREADABLE = (
     NotImplementedError,
     RecursionError,
     zipfile.BadZipFile,
+    zlib.error,  # a header that says deflate, or LZMA, of an archive that is stored
+    lzma.LZMAError,
     struct.error,
 )
 """What `read` raises for files that torch.save did not write, or that are damaged."""

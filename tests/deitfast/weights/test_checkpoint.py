@@ -112,6 +112,21 @@ def test_a_flipped_bit_is_found(tmp_path) -> None:
             checkpoint.load(file, CPU)
 
 
+@pytest.mark.parametrize("method", [1, 8, 9, 12, 14, 93, 99])
+def test_a_header_that_says_another_compression_is_damage(tmp_path, method: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"epoch": 1, "model": {"w": torch.arange(3000.0)}})
+    content = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):  # of every member, in its header and the directory
+        at = content.find(signature)
+        while at >= 0:
+            content[at + place] = method
+            at = content.find(signature, at + 4)
+    path.write_bytes(content)
+    with pytest.raises(DeitfastError, match="damaged"):
+        checkpoint.load(path, "cpu")
+
+
 def test_nobody_is_told_to_run_what_is_in_a_file(tmp_path) -> None:
     file = tmp_path / "checkpoint.pt"
     torch.save({"epoch": CPU, "model": nn.Linear(2, 2)}, file)
