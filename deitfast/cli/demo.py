@@ -51,11 +51,11 @@ def demo_teacher_job(data: Path) -> TrainJob | None:
     folder = RunFolder(DEMO_TEACHER)
     recipe = recipes.choose(DEMO_TEACHER_ARCH, "demo", 0)
     if not folder.exists():
-        log.info("no --teacher: training the demo set's own, %s, into %s", DEMO_TEACHER_ARCH, DEMO_TEACHER)
+        log.info("training the demo set's own teacher, %s, into %s", DEMO_TEACHER_ARCH, DEMO_TEACHER)
     elif folder.finished():
-        log.info("no --teacher: using the demo set's own, %s", DEMO_TEACHER)
+        log.info("using the demo set's own teacher, %s", DEMO_TEACHER)
         return None
     else:
-        log.info("no --teacher: finishing the demo set's own, %s", DEMO_TEACHER)
+        log.info("finishing the demo set's own teacher, %s", DEMO_TEACHER)
         recipe = folder.recipe()
     return TrainJob(recipe, data, DEMO_TEACHER, resume=True, command=())
