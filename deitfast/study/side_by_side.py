@@ -96,9 +96,11 @@ def train_side_by_side(
             log.error("%s failed: %s", run.name, reason)
             failures[run.name] = reason
 
-    with ThreadPoolExecutor(jobs) as pool, catching_signals(runtime) as stop:
+    left = unfinished(plan)
+    # a thread a run: most wait for a place, or for what they need, and hold up nobody meanwhile
+    with ThreadPoolExecutor(max(1, len(left))) as pool, catching_signals(runtime) as stop:
         try:
-            for run in unfinished(plan):
+            for run in left:
                 trained[run.name] = pool.submit(train_one, run)
             with stop.interruptible():
                 for done in as_completed(list(trained.values())):

@@ -314,6 +314,25 @@ def test_a_run_starts_when_what_it_needs_is_trained(tiny: str, tmp_path: Path, m
     assert (sorted(started[:2]), started[2], len(told)) == (["plain", "small"], "class-head", 3)
 
 
+def test_a_run_that_waits_for_its_teacher_takes_no_place(tiny: str, tmp_path: Path, monkeypatch) -> None:
+    plan = plan_of(tiny, CIFAR, tmp_path, seeds=2)
+    second_seed, running = threading.Event(), []
+
+    def train(self: Children, command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+        name = Path(command[command.index("--out") + 1]).name
+        running.append(name)
+        assert len(running) <= 2
+        if name == "plain-seed1":
+            second_seed.set()
+        if name == "small":  # class-head waits for it; the other place is plain's, and then the next one's that can run
+            assert second_seed.wait(30)
+        running.remove(name)
+        return 0, ""
+
+    monkeypatch.setattr(Children, "run", train)
+    assert train_side_by_side(plan, 2, 0, lambda failures: None, CPU) == {}
+
+
 def test_one_run_that_is_asked_to_stop_ends_them_all(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
