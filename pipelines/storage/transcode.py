@@ -32,7 +32,7 @@ LONGEST_SIDE = 65500
 """What libjpeg can encode; the format itself ends at 65535."""
 USUAL_PIXELS = 178_956_970
 """Pixels above which an image is refused, or shrunk where huge ones are allowed: Pillow's own limit against bombs, and
-the most that nvImageCodec and DALI decode (half a GiB of RGB)."""
+the most that nvImageCodec's libjpeg-turbo decodes, half a GiB of RGB (DALI then takes another decoder)."""
 HUGE_PIXELS = 500_000_000
 """Pixels above which an image is refused in any case: Pillow takes 4 bytes a pixel, twice where it has to convert."""
 BAND_PIXELS = 1 << 20
