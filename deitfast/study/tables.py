@@ -1,5 +1,8 @@
 """A study's result in words and tables of plain text: page, Markdown file and terminal show the same."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from deitfast.progress import duration
 from deitfast.report.read import RunRecord
 from deitfast.report.summary import TextTable
@@ -53,7 +56,7 @@ def rows_table(result: StudyResult, rows: tuple[RowResult, ...] | None = None) -
         for column in result.plan.study.columns:
             line.append(_cell(row, column))
             if column in published:
-                line.append(_published(row, column))
+                line.append(published_figure(row.published, column))
         cells.append(line)
     return TextTable(head, cells)
 
@@ -64,7 +67,7 @@ def terminal_table(result: StudyResult) -> TextTable:
     lines = []
     for row in result.rows:
         cells = [_cell(row, column) for column in result.plan.study.columns]
-        beside = [_published(row, column) for column in result.plan.study.columns]
+        beside = [published_figure(row.published, column) for column in result.plan.study.columns]
         lines.append([row.name, *(a if b == NONE else f"{a}\n({b})" for a, b in zip(cells, beside, strict=True))])
     return TextTable(head, lines)
 
@@ -77,8 +80,9 @@ def _cell(row: RowResult, column: str) -> str:
     return f"{shown} ± {format_figure(column, found.spread)}" if found.spread else shown
 
 
-def _published(row: RowResult, column: str) -> str:
-    value = row.published.get(column)
+def published_figure(published: Mapping[Any, float], column: str) -> str:
+    """Return what was published of a row, as our own figure is shown; an en dash where nothing was."""
+    value = published.get(column)
     return NONE if value is None else format_figure(column, value / 100 if column in SHARES else value)
 
 

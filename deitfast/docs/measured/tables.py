@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.study.results import format_figure
-from deitfast.study.tables import HEADINGS, NONE
+from deitfast.study.tables import HEADINGS, NONE, published_figure
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -66,8 +66,7 @@ def study_table(name: str, *, brief: bool) -> str:
         for column in record["columns"]:
             line.append(spread(column, row["figures"].get(column, [])))
             if column in published:
-                value = row["published"].get(column)
-                line.append(NONE if value is None else f"{value:,.0f}" if value >= 100 else str(value))
+                line.append(published_figure(row["published"], column))
         lines.append(line)
     rows = "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
     claims = "".join(

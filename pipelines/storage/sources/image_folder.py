@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
 LIST = re.compile(r"[^/]*annotations[^/]*\.txt")
+"""A text in a split's folder that names the class of each image: Tiny ImageNet's val_annotations.txt."""
 EXPECTED = "train/<class>/* and, if you have them, val/<class>/* (or valid, validation) and test/<class>/*"
 Images = dict[str, FileLocator]
 
