@@ -1,10 +1,10 @@
 """The errors deitfast raises on purpose: what was expected, what was found, what to do."""
 
 
-def pluralize(count: int, thing: str) -> str:
+def pluralize(count: float, thing: str) -> str:
     """Return a number of things in words: 1 thread, 2 classes, 3 batches, 4 epochs, 5,000 images."""
     plural = "es" if thing.endswith(("s", "tch")) else "s"
-    return f"{count:,} {thing}{plural if count != 1 else ''}"
+    return f"{count:,.15g} {thing}{plural if count != 1 else ''}"
 
 
 class DeitfastError(Exception):

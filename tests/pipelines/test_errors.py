@@ -15,8 +15,10 @@ from pipelines.errors import pluralize
         (2, "class", "2 classes"),
         (2, "process", "2 processes"),
         (2, "epoch", "2 epochs"),
+        (1.0, "epoch", "1 epoch"),
+        (0.75, "epoch", "0.75 epochs"),
         (2, "batch", "2 batches"),
     ],
 )
-def test_numbers_of_things_in_words(count: int, thing: str, text: str) -> None:
+def test_numbers_of_things_in_words(count: float, thing: str, text: str) -> None:
     assert pluralize(count, thing) == text
