@@ -1,26 +1,30 @@
 """What a recipe's whole work takes on machines like this one: conversion, the teacher's targets, training."""
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
 
-from deitfast.bench.record import ClusterJob, FullRun, Measured, Scaling
+from deitfast.bench.record import ClusterJob, FullRun, Scaling
 from deitfast.bench.scaling import Cluster, gradient_bytes, scale
 from deitfast.bench.suggestions import few_images
-from deitfast.bench.timing import BenchCase, TimingOptions, measure
+from deitfast.bench.timing import HOST, BenchCase, TimingOptions, measure
 from deitfast.bench.verdict import CORES, Capacity, Cost
 from deitfast.bench.workbench import Workbench
 from deitfast.config.fit_to_data import share_of
-from pipelines.storage.convert.split import convert_batch
+from pipelines.errors import pluralize
+from pipelines.storage.convert.split import BATCH_BYTES, BATCH_IMAGES, convert_batch
 from pipelines.storage.entry import InMemory
 from pipelines.storage.formats.format import beton
 from pipelines.storage.reader import RAW
 from pipelines.storage.transcode import EncodeOptions
+from pipelines.workers import AHEAD, in_order
 
-CONVERTED_IMAGES = 32
-"""How many images are converted in one call."""
+CONVERTED_IMAGES = 256
+"""How many images are converted, again and again."""
 TEACHER = "teacher"
 """The stage of a bench whose recipe asks a teacher."""
 
@@ -43,9 +47,9 @@ def predict_cluster(
     predicted = partial(scale, capacity=capacity, cluster=cluster, batch=batch, step_threads=step_threads)
     training = predicted(costs, gradients=gradients)
     jobs = []
-    if converting := conversion_case(bench):
-        (found,) = measure([converting], bench.clock, timing)
-        jobs.append(conversion_job(found, sum(split.samples for split in bench.dataset.spec.splits.values()), capacity))
+    if rate := conversion_rate(bench, capacity.cores, timing):
+        images = sum(split.samples for split in bench.dataset.spec.splits.values())
+        jobs.append(ClusterJob("converting (one node)", images, rate, CORES))
     if any(cost.stage == TEACHER for cost in costs):
         asked = predicted([cost for cost in costs if cost.stage != "step"], gradients=0)
         jobs.append(ClusterJob("asking the teacher", teacher_views(bench), asked.predicted, asked.limit))
@@ -60,21 +64,25 @@ def teacher_views(bench: Workbench) -> int:
     return share_of(bench.dataset.spec.splits["train"].counts, recipe.train.fraction) * views
 
 
-def conversion_case(bench: Workbench) -> BenchCase | None:
-    """Return what one process of `deitfast convert` does with some of the images as they are stored; none for raw ones.
+def conversion_rate(bench: Workbench, workers: int, timing: TimingOptions) -> float | None:
+    """Return the images/s at which `deitfast convert` would store some of the images again; None for raw ones.
 
-    Their source may have been larger: it is gone.
+    Its worker processes are at work on all cores, as cores that share a cache or a floating-point unit slow each other.
+    Raw images are left out, as their source may have been larger: it is gone.
     """
     reader = bench.reader
     encoded = np.flatnonzero(reader.modes != RAW)
     if not len(encoded):
         return None
     entries = few_images(reader, encoded, CONVERTED_IMAGES)
+    most = BATCH_BYTES * len(entries) // sum(entry.size for entry in entries)
+    images = max(1, min(most, BATCH_IMAGES))
     source = InMemory("folder", f"a few images of {reader.path}", ("any",), {})
-    call = partial(convert_batch, source, EncodeOptions(), beton().stored, entries)
-    return BenchCase("converting", "as they are stored, by one process", None, len(entries), call)
-
-
-def conversion_job(converting: Measured, images: int, capacity: Capacity) -> ClusterJob:
-    """Return the conversion of `images` by one machine, which has a process on every core."""
-    return ClusterJob("converting (one node)", images, capacity.cores / converting.cpu_seconds, CORES)
+    work = partial(convert_batch, source, EncodeOptions(), beton().stored)
+    tasks = ([entries[(start + n) % len(entries)] for n in range(images)] for start in count(0, images))
+    with closing(in_order(work, tasks, workers)) as done:
+        what = f"as they are stored, by {pluralize(workers, 'process')}"
+        call, ahead = partial(next, done), AHEAD * workers
+        case = BenchCase("converting", what, None, images, call, prefetched=ahead, worker_batches=workers)
+        (found,) = measure([case], HOST, timing)
+    return found.rate

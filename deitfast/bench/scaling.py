@@ -104,7 +104,7 @@ def scale(
             f"every node has {capacity.cores} cores as here, for {pluralize(gpus, 'process')} with {threads} each",
             f"each process keeps its batch of {batch:,}: {n * batch:,} images a step over all",
             f"gradients travel around a ring of {n} at {link}, after the step, without overlap",
-            "images are converted from files as they are stored now; reading those and writing them is not counted",
+            "images are converted from files as they are stored now, in memory: what disks take is not counted",
             "nothing else slows down: no stragglers, no shared storage, evaluation and checkpoints left out",
         ),
     )

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,20 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from deitfast.bench.cluster_jobs import conversion_job, predict_cluster, teacher_views
-from deitfast.bench.record import FullRun, Measured, Measurement
+from deitfast.bench import cluster_jobs
+from deitfast.bench.cluster_jobs import conversion_rate, predict_cluster, teacher_views
+from deitfast.bench.record import FullRun
 from deitfast.bench.run import BenchOptions
 from deitfast.bench.scaling import NODE_GBITS, Cluster, exchange_seconds, gradient_bytes, scale
 from deitfast.bench.timing import TimingOptions
 from deitfast.bench.verdict import Capacity, Cost, predict
 from deitfast.bench.workbench import Workbench
 from pipelines.errors import UserError
+from pipelines.storage.convert.converter import convert
 from pipelines.storage.dataset import Dataset
+from pipelines.storage.entry import Entry, InMemory
+from pipelines.workers import usable_cores
+from tests.helpers.sample_images import jpeg
 from tests.helpers.small_runs import CPU, tiny_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -105,9 +112,46 @@ def test_a_recipes_whole_work_is_predicted(tiny_dataset: Path) -> None:
     assert [job.name for job in alone.jobs] == ["converting (one node)", "training"]
 
 
-def test_conversion_takes_all_cores_of_one_node() -> None:
-    measured = Measured("converting", "", None, False, (Measurement(8, 0.5, 0.4),))
-    assert conversion_job(measured, 1000, Capacity(2, 16)).seconds == pytest.approx(1000 * 0.05 / 16)
+def test_conversion_is_measured_with_a_process_on_every_core(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, sizes = [], []
+
+    def slow(_: Callable, tasks: Iterable[list[Entry]], workers: int) -> Generator[list, None, None]:
+        asked.append(workers)
+        for task in tasks:
+            sizes.append(len(task))
+            time.sleep(0.05)
+            yield []
+
+    monkeypatch.setattr(cluster_jobs, "in_order", slow)
+    recipe = tiny_recipe("augment.crop=resized", "augment.repeats=1")
+    with closing(Dataset.open(tiny_dataset)) as data, closing(Workbench(data, recipe, CPU)) as bench:
+        rate = conversion_rate(bench, 5, TimingOptions(0.1, 1))
+    assert asked == [5]
+    assert set(sizes) == {64}  # 32 small images, again and again, in tasks as large as those of `convert`
+    assert rate is not None
+    assert 64 / 0.15 < rate < 64 / 0.05
+
+
+@pytest.mark.slow
+def test_conversion_is_as_fast_as_predicted(tmp_path: Path) -> None:
+    """Eight hundred drawn photographs: predicted within a third of what `convert` itself takes after its start."""
+    files = [jpeg(375, 500, seed=seed) for seed in range(40)]
+    photographs = [Entry(f"{number}.jpg", 0, files[number % 40], len(files[number % 40])) for number in range(800)]
+    source = InMemory("folder", "drawn", ("any",), {"train": photographs})
+    seen: list[tuple[float, int]] = []
+
+    def note(stage: str, done: int, total: int, size: int) -> None:
+        if stage == "train":
+            seen.append((time.perf_counter(), done))
+
+    convert(source, tmp_path / "d", progress=note)
+    (start, first), (end, last) = seen[len(seen) // 4], seen[-1]
+    recipe = tiny_recipe("augment.crop=resized", "augment.repeats=1")
+    with closing(Dataset.open(tmp_path / "d")) as data, closing(Workbench(data, recipe, CPU)) as bench:
+        rate = conversion_rate(bench, usable_cores(), TimingOptions(1.0, 3))
+    assert rate == pytest.approx((last - first) / (end - start), rel=1 / 3)
 
 
 def test_what_cannot_be_predicted_is_refused() -> None:
