@@ -12,10 +12,12 @@ from deitfast.bench.record import ClusterJob, FullRun, Scaling
 from deitfast.bench.scaling import Cluster, gradient_bytes, scale
 from deitfast.bench.suggestions import few_images
 from deitfast.bench.timing import HOST, BenchCase, TimingOptions, measure
-from deitfast.bench.verdict import CORES, Capacity, Cost
+from deitfast.bench.verdict import CORES, Capacity, Cost, cost_of
 from deitfast.bench.workbench import Workbench
 from deitfast.config.fit_to_data import share_of
-from pipelines.errors import pluralize
+from deitfast.distill.targets import OnlineTeacher
+from deitfast.distill.teacher import Teacher, load_teacher
+from pipelines.errors import UserError, pluralize
 from pipelines.storage.convert.split import BATCH_BYTES, BATCH_IMAGES, convert_batch
 from pipelines.storage.entry import InMemory
 from pipelines.storage.formats.format import beton
@@ -26,7 +28,9 @@ from pipelines.workers import AHEAD, in_order
 CONVERTED_IMAGES = 256
 """How many images are converted, again and again."""
 TEACHER = "teacher"
-"""The stage of a bench whose recipe asks a teacher."""
+"""The stage of a recipe that runs the teacher on every batch."""
+TRAINING_ALONE = ("step", "targets", TEACHER)
+"""Stages that asking a teacher does not have."""
 
 
 def predict_cluster(
@@ -46,15 +50,38 @@ def predict_cluster(
     step_threads = torch.get_num_threads() if bench.runtime.device.type == "cpu" else 0
     predicted = partial(scale, capacity=capacity, cluster=cluster, batch=batch, step_threads=step_threads)
     training = predicted(costs, gradients=gradients)
-    jobs = []
+    jobs, assumptions = [], list(training.assumptions)
     if rate := conversion_rate(bench, capacity.cores, timing):
         images = sum(split.samples for split in bench.dataset.spec.splits.values())
         jobs.append(ClusterJob("converting (one node)", images, rate, CORES))
-    if any(cost.stage == TEACHER for cost in costs):
-        asked = predicted([cost for cost in costs if cost.stage != "step"], gradients=0)
-        jobs.append(ClusterJob("asking the teacher", teacher_views(bench), asked.predicted, asked.limit))
+        assumptions.append("images are converted as they are stored now, in memory: what disks take is not counted")
+    if bench.recipe.distill.mode != "none":
+        try:
+            asking = [*(cost for cost in costs if cost.stage not in TRAINING_ALONE), teacher_cost(bench, costs, timing)]
+            asked = predicted(asking, gradients=0)
+            jobs.append(ClusterJob("asking the teacher", teacher_views(bench), asked.predicted, asked.limit))
+        except UserError as missing:
+            assumptions.append(f"the time to ask the teacher is not predicted: {missing.problem}")
     jobs.append(ClusterJob("training", run.images, training.predicted, training.limit))
-    return replace(training, jobs=tuple(jobs))
+    return replace(training, jobs=tuple(jobs), assumptions=tuple(assumptions))
+
+
+def teacher_cost(bench: Workbench, costs: list[Cost], timing: TimingOptions) -> Cost:
+    """Return what the teacher costs a view: as measured among `costs`, or alone where training looks its answers up.
+
+    Raises:
+        UserError: there is no such teacher.
+    """
+    for cost in costs:
+        if cost.stage == TEACHER:
+            return cost
+    recipe, inputs = bench.recipe, bench.augmented_to(bench.batch)
+    loaded = load_teacher(recipe.distill, bench.dataset.spec.classes)
+    teacher = OnlineTeacher(Teacher(loaded, recipe, bench.runtime), recipe)
+    call = partial(teacher.get, inputs)
+    case = BenchCase(TEACHER, recipe.distill.teacher, "device", len(inputs.labels), call, on_device=True)
+    (found,) = measure([case], bench.clock, timing)
+    return cost_of(found)
 
 
 def teacher_views(bench: Workbench) -> int:

@@ -16,6 +16,9 @@ from pipelines.errors import UserError, pluralize
 NODE_GBITS = 200.0
 """Assumed between two GPUs of one node, in Gbit/s: PCIe 4.0 x16. NVLink has several times as much."""
 
+STEP_AND_EXCHANGE = "step and gradient exchange"
+"""The limit that takes the place of the device's where processes exchange gradients."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -80,7 +83,7 @@ def scale(
     exchange = exchange_seconds(gradients, cluster, on_cpu=step_threads > 0)
     limits = {name: n / each for name, each in seconds.items() if each and name not in ("disk", "device")}
     if seconds["device"]:
-        limits["step and gradient exchange"] = n * batch / (batch * seconds["device"] + exchange)
+        limits[STEP_AND_EXCHANGE if exchange else "device"] = n * batch / (batch * seconds["device"] + exchange)
     if seconds["disk"]:
         limits["disk"] = cluster.nodes / seconds["disk"]
     if cpu := sum(cost.cpu for cost in costs):
@@ -90,6 +93,13 @@ def scale(
     if cluster.nodes == 1 and not step_threads:
         link = f"{NODE_GBITS:g} Gbit/s (PCIe 4.0 x16; --network counts between nodes only)"
     threads = pluralize(workers, "loader thread")
+    assumptions = [
+        f"every node has {capacity.cores} cores as here, for {pluralize(gpus, 'process')} with {threads} each",
+        f"each process keeps its batch of {batch:,}: {n * batch:,} images a step over all",
+        "nothing else slows down: no stragglers, no shared storage, evaluation and checkpoints left out",
+    ]
+    if exchange:
+        assumptions.append(f"gradients travel around a ring of {n} at {link}, after the step, without overlap")
     return Scaling(
         nodes=cluster.nodes,
         gpus=gpus,
@@ -100,11 +110,5 @@ def scale(
         efficiency=limits[limit] / (n * predict(costs, capacity)),
         gradient_bytes=gradients,
         exchange_seconds=exchange,
-        assumptions=(
-            f"every node has {capacity.cores} cores as here, for {pluralize(gpus, 'process')} with {threads} each",
-            f"each process keeps its batch of {batch:,}: {n * batch:,} images a step over all",
-            f"gradients travel around a ring of {n} at {link}, after the step, without overlap",
-            "images are converted from files as they are stored now, in memory: what disks take is not counted",
-            "nothing else slows down: no stragglers, no shared storage, evaluation and checkpoints left out",
-        ),
+        assumptions=tuple(assumptions),
     )

@@ -112,11 +112,12 @@ def sentences(record: BenchRecord) -> Iterator[str]:
         each = " each" if scaling.nodes > 1 else ""
         size = f"{pluralize(scaling.nodes, 'node')} with {pluralize(scaling.gpus, unit)}{each}"
         limits = ", ".join(f"{name} {format_rate(rate)}" for name, rate in scaling.limits.items())
+        gradients, milliseconds = volume(scaling.gradient_bytes), scaling.exchange_seconds * 1000
+        exchange = f" Exchanging {gradients} of gradients takes {milliseconds:.3g} ms a step." if milliseconds else ""
         yield (
             f"Predicted for {size}: {format_rate(scaling.predicted)} images/s, {scaling.efficiency:.0%} of "
             f"{scaling.nodes * scaling.gpus} times this process; limited by {scaling.limit} "
-            f"(at most, in images/s: {limits}). Exchanging {volume(scaling.gradient_bytes)} of gradients takes "
-            f"{scaling.exchange_seconds * 1000:.3g} ms a step."
+            f"(at most, in images/s: {limits}).{exchange}"
         )
         for job in scaling.jobs:
             what = f"{job.name[0].upper()}{job.name[1:]}: {job.images:,} images at {format_rate(job.rate)} images/s"

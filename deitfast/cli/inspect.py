@@ -74,11 +74,12 @@ def bench(
         ),
     ] = False,
     nodes: Annotated[
-        int, typer.Option(min=1, help="Predict for this many machines like this one.", rich_help_panel=PREDICTION)
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="Predict for this many machines like this one.", rich_help_panel=PREDICTION),
+    ] = None,
     gpus: Annotated[
-        int, typer.Option(min=1, help="Predict for this many GPUs per machine.", rich_help_panel=PREDICTION)
-    ] = 1,
+        int | None, typer.Option(min=1, help="Predict for this many GPUs per machine.", rich_help_panel=PREDICTION)
+    ] = None,
     network: Annotated[
         float,
         typer.Option(
@@ -112,7 +113,7 @@ def bench(
     from pipelines.storage.dataset import Dataset
 
     shown, folder = display(), data_folder(data)
-    cluster = Cluster(nodes, gpus, network) if nodes > 1 or gpus > 1 else None
+    cluster = Cluster(nodes or 1, gpus or 1, network) if nodes or gpus else None
     tries, command = tuple(try_ or ()), ("deitfast", *sys.argv[1:])
     wanted = BenchOptions(
         part, seconds, tries=tries, baselines=baselines, sizes=sizes, cluster=cluster, command=command

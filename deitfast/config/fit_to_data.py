@@ -189,7 +189,8 @@ def _schedule(values: Mapping[str, Any], typed: Collection[str]) -> tuple[dict[s
     epochs, warmup = values["train.epochs"], values["schedule.warmup_epochs"]
     if warmup > WARMUP_SHARE * epochs and "schedule.warmup_epochs" not in typed:
         changes["schedule.warmup_epochs"] = fitted = round(WARMUP_SHARE * epochs, 2)
-        notes.append(f"{pluralize(fitted, 'epoch')} of warm-up instead of {warmup:g}: {pluralize(epochs, 'epoch')} in all")
+        kept, asked = pluralize(fitted, "epoch"), pluralize(epochs, "epoch")
+        notes.append(f"{kept} of warm-up instead of {warmup:g}: {asked} in all")
     scale = values["train.batch"] / values["optim.lr_batch"] if values["optim.lr_batch"] else 1
     peak = values["optim.lr"] * scale
     for key, share in (("schedule.min_lr", 0.01), ("schedule.warmup_lr", 0.001)):

@@ -28,6 +28,7 @@ from pipelines.storage.entry import Entry, InMemory
 from pipelines.workers import usable_cores
 from tests.helpers.sample_images import jpeg
 from tests.helpers.small_runs import CPU, tiny_recipe
+from tests.helpers.small_teachers import distilled, judge
 
 ROOT = Path(__file__).parents[3]
 COSTS = [
@@ -46,6 +47,8 @@ def test_one_process_is_what_the_bench_predicts() -> None:
     assert found.predicted == pytest.approx(predict(COSTS, NODE))
     assert found.efficiency == pytest.approx(1)
     assert found.exchange_seconds == 0
+    assert found.limit in found.limits
+    assert not any("ring" in line for line in found.assumptions)  # nothing is exchanged
 
 
 def test_a_ring_sends_twice_the_gradients_but_for_one_share() -> None:
@@ -85,8 +88,8 @@ def test_on_a_cpu_processes_that_compute_on_the_same_cores_slow_each_other() -> 
     free, crowded = (
         scale(costs, Capacity(4, 4), Cluster(1, 4, 1e6), BATCH, 0, step_threads=threads) for threads in (1, 4)
     )
-    assert free.limits["step and gradient exchange"] == pytest.approx(4 / 40e-6)
-    assert crowded.limits["step and gradient exchange"] == pytest.approx(1 / 40e-6)
+    assert free.limits["device"] == pytest.approx(4 / 40e-6)
+    assert crowded.limits["device"] == pytest.approx(1 / 40e-6)
 
 
 def test_gradients_are_those_of_what_is_trained() -> None:
@@ -95,21 +98,39 @@ def test_gradients_are_those_of_what_is_trained() -> None:
     assert gradient_bytes(model) == 4 * 15
 
 
-def test_a_recipes_whole_work_is_predicted(tiny_dataset: Path) -> None:
-    recipe = tiny_recipe("augment.crop=resized", "augment.repeats=1", "train.epochs=3", "train.fraction=0.5")
-    cluster, node, run = Cluster(2, 2, 1e6), Capacity(2, 4), FullRun(3, 48, 1.0, 0)
-    with closing(Dataset.open(tiny_dataset)) as data, closing(Workbench(data, recipe, CPU)) as bench:
-        teacher = Cost("teacher", "device", 60e-6, 0.0)
-        found = predict_cluster(bench, [*COSTS, teacher], node, cluster, run, TimingOptions(0.01, 1))
-        alone = predict_cluster(bench, COSTS, node, cluster, run, TimingOptions(0.01, 1))
-        with closing(bench.changed(["distill.mode=hard", "distill.cache=auto", "distill.targets=per_image"])) as once:
+@pytest.fixture
+def slow_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe's teacher takes half a second for a batch."""
+    monkeypatch.setattr(cluster_jobs, "load_teacher", lambda spec, classes: judge(len(classes), pause=0.5))
+
+
+def test_a_recipes_whole_work_is_predicted(tiny_dataset: Path, slow_judge: None) -> None:
+    short = ["augment.crop=resized", "augment.repeats=1", "train.epochs=3", "train.fraction=0.5", "distill.cache=auto"]
+    cluster, node, run = Cluster(4, 1, 1e6), Capacity(2, 2), FullRun(3, 48, 1.0, 0)
+    timing = TimingOptions(0.01, 1)
+    with closing(Dataset.open(tiny_dataset)) as data, closing(Workbench(data, distilled(*short), CPU)) as bench:
+        found = predict_cluster(bench, [*COSTS, Cost("targets", "device", 1.0, 0.0)], node, cluster, run, timing)
+        online = predict_cluster(bench, [*COSTS, Cost("teacher", "device", 60e-6, 0.0)], node, cluster, run, timing)
+        with closing(bench.changed(["distill.mode=none"])) as alone:
+            untaught = predict_cluster(alone, COSTS, node, cluster, run, timing)
+        with closing(bench.changed(["distill.targets=per_image"])) as once:
             assert teacher_views(once) == 16  # one of each of the 16 images
     converting, asking, training = found.jobs
     assert (converting.name, converting.images, converting.limit) == ("converting (one node)", 40, "cores")
     assert (asking.name, asking.images) == ("asking the teacher", 16 * 3)
-    assert asking.rate > training.rate == found.predicted  # neither step nor exchange
+    assert asking.rate == pytest.approx(4 * 16 / 0.5, rel=0.25)  # measured: training only looks the targets up
+    assert training.rate == found.predicted < 4  # its targets take a second
     assert (training.images, training.seconds) == (48, pytest.approx(48 / found.predicted))
-    assert [job.name for job in alone.jobs] == ["converting (one node)", "training"]
+    assert online.jobs[1].rate > online.predicted  # as measured, without step and exchange
+    assert [job.name for job in untaught.jobs] == ["converting (one node)", "training"]
+
+
+def test_a_teacher_that_is_not_there_leaves_its_time_out(tiny_dataset: Path) -> None:
+    recipe = distilled("augment.crop=resized", "distill.cache=auto", "distill.teacher=nobody")
+    with closing(Dataset.open(tiny_dataset)) as data, closing(Workbench(data, recipe, CPU)) as bench:
+        found = predict_cluster(bench, COSTS, Capacity(1, 1), Cluster(), FullRun(3, 48, 1.0, 0), TimingOptions(0.01, 1))
+    assert [job.name for job in found.jobs] == ["converting (one node)", "training"]
+    assert "the time to ask the teacher is not predicted: teacher 'nobody' not found" in found.assumptions
 
 
 def test_conversion_is_measured_with_a_process_on_every_core(
