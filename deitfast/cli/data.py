@@ -47,6 +47,14 @@ def convert(
             "--coarse", help="CIFAR-100's 20 coarse classes instead of the 100 fine ones.", rich_help_panel=DATA
         ),
     ] = False,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV, TSV or JSON Lines with the file name and the class of each image; repeatable.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     allow_huge: Annotated[
         bool,
         typer.Option(
@@ -104,7 +112,8 @@ def convert(
         source, output = None, source
     options = ConvertOptions(
         max_side=max_side, quality=quality, allow_huge=allow_huge, val_fraction=val_fraction, val_seed=val_seed,
-        coarse=coarse, form=named_format(format_, shard_size and shard_size * MB), skip_bad=skip_bad, workers=workers,
+        coarse=coarse, labels=tuple(labels or ()), form=named_format(format_, shard_size and shard_size * MB),
+        skip_bad=skip_bad, workers=workers,
     )  # fmt: skip
     spec, folder = convert_dataset(kind, source, output, options, display())
     out.print(describe_dataset(spec, folder))
@@ -133,7 +142,7 @@ def convert_dataset(
     with Bars(display) as bars:
         opened = open_source(
             kind, source, val_fraction=options.val_fraction, val_seed=options.val_seed, coarse=options.coarse,
-            scratch=output, progress=bars.reach,
+            labels=options.labels, scratch=output, progress=bars.reach,
         )  # fmt: skip
         with closing(opened):
             for note in opened.notes:

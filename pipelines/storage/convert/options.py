@@ -1,6 +1,7 @@
 """What a conversion can be asked for, apart from source and output."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipelines.storage.formats.format import Format, beton
 
@@ -23,6 +24,8 @@ class ConvertOptions:
     """Seed of that draw."""
     coarse: bool = False
     """CIFAR-100's 20 coarse labels instead of the 100 fine ones."""
+    labels: tuple[Path, ...] = ()
+    """Tables that say the class of each image of a folder; none: its class folders do."""
     skip_bad: bool = False
     """Leave out files that are no whole images and list them in skipped.txt, rather than stop at the first."""
     workers: int = 0

@@ -1,5 +1,6 @@
 """Open any source of images by its kind."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ from pipelines.storage.sources.converted import open_dataset
 from pipelines.storage.sources.demo import open_demo
 from pipelines.storage.sources.image_folder import open_folder
 from pipelines.storage.sources.imagenet import open_imagenet
+from pipelines.storage.sources.labeled_folder import open_labeled_folder
 from pipelines.storage.sources.members import printable
 from pipelines.storage.sources.opened_source import ListingProgress, OpenedSource, Workspace
 from pipelines.storage.sources.splits import with_validation
@@ -25,6 +27,7 @@ def open_source(
     val_fraction: float = 0.0,
     val_seed: int = 0,
     coarse: bool = False,
+    labels: Sequence[Path] = (),
     scratch: Path | None = None,
     progress: ListingProgress | None = None,
 ) -> OpenedSource:
@@ -37,6 +40,7 @@ def open_source(
             is then the split test. 0: the splits are the source's.
         val_seed: another seed draws other images.
         coarse: CIFAR-100's 20 coarse labels instead of the 100 fine ones.
+        labels: tables that say the class of each image of a folder; none: its class folders do.
         scratch: output of the conversion, never part of the source, and folder for what compressed archives must be
             unpacked to: their unpacked size, and for CIFAR's python archives 3 KB an image. None: the system's
             temporary folder. `close()` of the source deletes it again.
@@ -56,9 +60,11 @@ def open_source(
         raise UserError("the seed of the validation split is negative", expected="0 or more", found=str(val_seed))
     if coarse and kind != "cifar100":
         raise UserError(f"{kind} has no coarse labels", expected="convert cifar100 --coarse")
+    if labels and kind != "folder":
+        raise UserError(f"{kind} has its own labels", expected="convert folder --labels FILE")
     workspace = Workspace(scratch, progress or (lambda what, done, total: None))
     try:
-        source = _open(kind, path or Path(), workspace, coarse)
+        source = _open(kind, path or Path(), workspace, coarse, labels)
         if val_fraction:
             source = with_validation(source, val_fraction, val_seed)
     except OSError as error:
@@ -72,14 +78,14 @@ def open_source(
     return source
 
 
-def _open(kind: str, path: Path, workspace: Workspace, coarse: bool) -> OpenedSource:
+def _open(kind: str, path: Path, workspace: Workspace, coarse: bool, labels: Sequence[Path]) -> OpenedSource:
     match kind:
         case "imagenet":
             return open_imagenet(path, workspace)
         case "cifar10" | "cifar100":
             return open_cifar(kind, path, workspace, coarse=coarse)
         case "folder":
-            return open_folder(path, workspace)
+            return open_labeled_folder(path, labels, workspace) if labels else open_folder(path, workspace)
         case "demo":
             return open_demo()
         case "dataset":

@@ -4,12 +4,14 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import UserError, pluralize
 from pipelines.storage.entry import Entry
+from pipelines.storage.sources.label_table import TABLE_SUFFIXES, read_rows
 from pipelines.storage.sources.listing import is_hidden, list_files
 from pipelines.storage.sources.members import DanglingLink, FileLocator, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
@@ -103,7 +105,15 @@ def open_folder(path: Path, workspace: Workspace) -> OpenedSource:
     Raises:
         UserError: no class folders, or named like splits; a class is empty, or val has classes that train has not.
     """
-    return open_tree("folder", list_files(path, workspace), workspace)
+    listing = list_files(path, workspace)
+    tables = [printable(name) for name in listing.files if name.lower().endswith(TABLE_SUFFIXES)]
+    hint = f"if {tables[0]} says the classes: --labels {tables[0]}" if tables else ""
+    try:
+        source = open_tree("folder", listing, workspace)
+    except UserError as error:
+        remedy = error.remedy or hint
+        raise UserError(error.problem, expected=error.expected, found=error.found, remedy=remedy) from None
+    return replace(source, notes=(*source.notes, hint)) if hint and len(source.classes) == 1 else source
 
 
 def open_tree(kind: str, listing: Listing, workspace: Workspace) -> OpenedSource:
@@ -148,8 +158,7 @@ def _by_list(part: Part, root: str, listing: Listing, known: Collection[str]) ->
     lists = [name for name in listing.files if LIST.fullmatch(name.removeprefix(f"{root}{part.folder}/"))]
     if len(lists) != 1 or not part.classes.keys().isdisjoint(known):
         return part
-    lines = listing.files[lists[0]].read().decode("utf-8-sig", "replace").splitlines()
-    class_of = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    class_of = {row.name: row.label for row in read_rows(listing.files[lists[0]].read(), printable(lists[0]))}
     sorted_part = Part(part.folder)
     for name, locator in [pair for images in (*part.classes.values(), part.loose) for pair in images.items()]:
         if (found := class_of.get(posixpath.basename(name))) is None:
@@ -158,8 +167,12 @@ def _by_list(part: Part, root: str, listing: Listing, known: Collection[str]) ->
     return sorted_part
 
 
-def read_tree(listing: Listing) -> Tree:
+def read_tree(listing: Listing, root: str | None = None) -> Tree:
     """Pick the images out of a listing, by their names' endings, and find the folder that holds splits or classes.
+
+    Args:
+        listing: of all files.
+        root: that folder, where it is known.
 
     Raises:
         UserError: several folders hold a training set each.
@@ -178,12 +191,14 @@ def read_tree(listing: Listing) -> Tree:
         else:
             ignored["._*" if base.startswith("._") else printable(posixpath.splitext(base)[1].lower() or base)] += 1
     visible = {name for name in listing.folders if not any(map(is_hidden, name.split("/")))}
-    root = _root_of_splits(images, listing.origin)
-    return Tree(_common_root(images) if root is None else root, images, visible, ignored, dangling)
+    if root is None:
+        found = _root_of_splits(images, listing.origin)
+        root = _common_root(images) if found is None else found
+    return Tree(root, images, visible, ignored, dangling)
 
 
 def assemble(
-    origin: Path, parts: Mapping[str, Part], ignored: int = 0
+    origin: Path, parts: Mapping[str, Part], ignored: int = 0, order: Callable[[str], Any] = str
 ) -> tuple[tuple[str, ...], dict[str, list[Entry]], tuple[str, ...]]:
     """Number the classes of train in sorted order and list every split sorted by class and name.
 
@@ -191,6 +206,7 @@ def assemble(
         origin: the folder or archive, for messages.
         parts: what lies there, by split; train is among them.
         ignored: files that are not images by their names, for messages.
+        order: what class names are sorted by; by default as ImageFolder does.
 
     Returns:
         Class names, entries by split, and notes for the user.
@@ -207,7 +223,7 @@ def assemble(
             found=some(empty),
             remedy="add their images or remove their folders",
         )
-    labels = {name: label for label, name in enumerate(sorted(train.classes))}
+    labels = {name: label for label, name in enumerate(sorted(train.classes, key=order))}
     notes = [f"there is one class only: {min(labels)}"] if len(labels) == 1 else []
     splits = {"train": _entries(train, labels)}
     for split, part in parts.items():
@@ -256,6 +272,12 @@ def _outside(tree: Tree, parts: Mapping[str, Part], splits: Mapping[str, list[En
     if unused := len(tree.images) - sum(part.num_images for part in parts.values()):
         seen = " and ".join(f"{folder}/<class>/" for folder in folders)
         notes.append(f"{pluralize(unused, 'image')} outside {seen or 'the class folders'} left out")
+    return notes + besides(tree)
+
+
+def besides(tree: Tree) -> list[str]:
+    """Return notes on what is no image."""
+    notes = []
     if tree.ignored:
         endings = some([ending for ending, _ in tree.ignored.most_common()])
         notes.append(f"{pluralize(tree.ignored.total(), 'file')} left out, not images by name: {endings}")
