@@ -90,3 +90,24 @@ def test_damaged_label_files_are_read_or_refused(tmp_path: Path, cases: int) -> 
             tally["refused" if str(error) else "refused without a word"] += 1
         (root / name).unlink()
     assert set(tally) == {"read", "refused"}
+
+
+def test_damaged_label_tables_are_read_or_refused(tmp_path: Path, cases: int) -> None:
+    names = list(FILES)
+    tables = {
+        "l.csv": b"file,label,split\n" + b"".join(f'{name},"{name[6]}",train\n'.encode() for name in names),
+        "l.tsv": b"".join(f"{name}\t{name[6]}\n".encode() for name in names),
+        "l.jsonl": b"".join(b'{"file_name": "%s", "label": %d}\n' % (name.encode(), n) for n, name in enumerate(names)),
+        "l.txt": b"".join(f"{name} {n}\n".encode() for n, name in enumerate(names)),
+    }
+    root, rng, tally = write_tree(tmp_path / "s", FILES), np.random.default_rng(cases), Counter[str]()
+    for _ in range(cases):
+        name, original = list(tables.items())[int(rng.integers(4))]
+        (tmp_path / name).write_bytes(mutated(rng, original))
+        try:
+            source = open_source("folder", root, labels=[tmp_path / name])
+            assert 1 <= sum(map(len, source.splits.values())) <= len(names)
+            tally["read"] += 1
+        except DeitfastError as error:
+            tally["refused" if str(error) else "refused without a word"] += 1
+    assert set(tally) == {"read", "refused"}
