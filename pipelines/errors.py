@@ -1,5 +1,8 @@
 """The errors deitfast raises on purpose: what was expected, what was found, what to do."""
 
+INTERRUPTED = 130
+"""Exit code of a command that was asked to stop: 128 and the number of SIGINT, as shells have it."""
+
 
 def pluralize(count: float, thing: str) -> str:
     """Return a number of things in words: 1 thread, 2 classes, 3 batches, 4 epochs, 5,000 images."""

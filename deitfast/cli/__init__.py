@@ -10,12 +10,11 @@ import typer
 from deitfast.cli import data, evaluate, inspect, study, train
 from deitfast.cli.app import app, err, sort_commands
 from deitfast.cli.arguments import check_arguments, check_launcher, expand_home
-from pipelines.errors import DeitfastError
+from pipelines.errors import INTERRUPTED, DeitfastError
 from pipelines.files import DISK_FULL, TOO_MANY_FILES, os_remedy
 
 __all__ = ["data", "evaluate", "inspect", "main", "study", "train"]  # importing them is what gives the app its commands
 ClickException = typer.BadParameter.__bases__[0].__bases__[0]  # click's own, or the copy that newer Typer carries
-INTERRUPTED = 130
 
 sort_commands()
 

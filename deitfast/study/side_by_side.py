@@ -14,12 +14,10 @@ from deitfast.interrupt import catching_signals
 from deitfast.runtime import Runtime
 from deitfast.study.plan import PlannedRun, StudyPlan
 from deitfast.study.run import Failures, missing, unfinished
-from pipelines.errors import UserError
+from pipelines.errors import INTERRUPTED, UserError
 from pipelines.files import file_lock
 
 log = logging.getLogger("deitfast")
-INTERRUPTED = 130
-"""Exit code of a run that was asked to stop."""
 
 
 class Children:
