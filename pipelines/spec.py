@@ -64,7 +64,7 @@ class DatasetSpec:
     format: int
     """Version of this file's layout."""
     name: str
-    """Kind of source: imagenet, cifar10, cifar100, folder, demo."""
+    """Kind of source: imagenet, cifar10, cifar100, folder, wds, demo."""
     classes: tuple[str, ...]
     """Class names in label order."""
     splits: dict[str, SplitSpec]

@@ -26,7 +26,7 @@ class Source(ABC):
     """A set of labeled images somewhere outside. Worker processes get a copy of it with `splits` empty."""
 
     kind: str
-    """imagenet, cifar10, cifar100, folder or demo."""
+    """imagenet, cifar10, cifar100, folder, wds or demo."""
     origin: str
     """Where the images come from, human-readable."""
     classes: tuple[str, ...]

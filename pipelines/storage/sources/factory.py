@@ -16,6 +16,7 @@ from pipelines.storage.sources.labeled_folder import open_labeled_folder
 from pipelines.storage.sources.members import printable
 from pipelines.storage.sources.opened_source import ListingProgress, OpenedSource, Workspace
 from pipelines.storage.sources.splits import with_validation
+from pipelines.storage.sources.webdataset import open_webdataset
 
 KINDS: tuple[str, ...] = get_args(SourceKind)
 
@@ -86,6 +87,8 @@ def _open(kind: str, path: Path, workspace: Workspace, coarse: bool, labels: Seq
             return open_cifar(kind, path, workspace, coarse=coarse)
         case "folder":
             return open_labeled_folder(path, labels, workspace) if labels else open_folder(path, workspace)
+        case "wds":
+            return open_webdataset(path, workspace)
         case "demo":
             return open_demo()
         case "dataset":

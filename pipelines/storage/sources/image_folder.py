@@ -108,6 +108,8 @@ def open_folder(path: Path, workspace: Workspace) -> OpenedSource:
     listing = list_files(path, workspace)
     tables = [printable(name) for name in listing.files if name.lower().endswith(TABLE_SUFFIXES)]
     hint = f"if {tables[0]} says the classes: --labels {tables[0]}" if tables else ""
+    if any(name.endswith((".tar", ".cls")) for name in listing.files):
+        hint = "if these are WebDataset shards: convert wds"
     try:
         source = open_tree("folder", listing, workspace)
     except UserError as error:
@@ -289,7 +291,7 @@ def besides(tree: Tree) -> list[str]:
 def _entries(part: Part, labels: Mapping[str, int]) -> list[Entry]:
     return [
         Entry(name, labels[class_name], locator, locator.size)
-        for class_name in sorted(part.classes)
+        for class_name in sorted(part.classes, key=lambda name: labels.get(name, -1))  # an empty class may be unknown
         for name, locator in part.classes[class_name].items()  # sorted, as listings are
     ]
 

@@ -33,6 +33,13 @@ def mentions_split(folder: str) -> bool:
     return any(word in names for names in SPLIT_NAMES.values() for word in words)
 
 
+def split_named_in(name: str) -> str | None:
+    """Return the one split that a name has a word for, among others: imagenet1k-train-0000.tar; None: none, or two."""
+    words = re.findall("[a-z]+", name.lower())
+    found = {split for split, names in SPLIT_NAMES.items() if not set(names).isdisjoint(words)}
+    return found.pop() if len(found) == 1 else None
+
+
 def with_validation(source: OpenedSource, fraction: float, seed: int) -> OpenedSource:
     """Return a source whose split val is `fraction` of each class of train; a val that it has already becomes test.
 
