@@ -68,6 +68,22 @@ def test_a_column_says_the_split(tmp_path: Path) -> None:
     }
 
 
+def test_the_table_decides_before_its_name_and_its_name_before_the_folder(tmp_path: Path) -> None:
+    files = {f"train/{name}.jpg": b"x" for name in "abc"} | {
+        "train.csv": b"file,label,split\na.jpg,x,train\nb.jpg,x,val\n",
+        "test_labels.csv": b"file,label\nc.jpg,x\n",
+    }
+    source = labeled(write_tree(tmp_path / "s", files), "train.csv", "test_labels.csv")
+    assert found(source) == {"train": {"train/a.jpg": "x"}, "val": {"train/b.jpg": "x"}, "test": {"train/c.jpg": "x"}}
+
+
+def test_a_name_is_whole_parts_of_a_path_and_a_whole_path_first(tmp_path: Path) -> None:
+    files = {"1.jpg": b"top", "b/1.jpg": b"b", "ab/1.jpg": b"ab", "11.jpg": b"other"}
+    (tmp_path / "l.csv").write_bytes(b"file,label\n1.jpg,x\nb/1.jpg,y\n")
+    source = labeled(write_tree(tmp_path / "s", files), str(tmp_path / "l.csv"))
+    assert found(source) == {"train": {"1.jpg": "x", "b/1.jpg": "y"}}
+
+
 def test_a_table_in_an_archive(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(
         tar_bytes({"top/" + name: data for name, data in IMAGES.items()} | {"top/train.csv": TABLE})
@@ -88,6 +104,7 @@ def test_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     [
         ("a.csv", 'file,label\n"a, b.jpg","x ""y"""\n', [Row("a, b.jpg", 'x "y"', None)]),
         ("a.csv", "\ufefffile,label\r\na.jpg,x\r\n\r\n", [Row("a.jpg", "x", None)]),
+        ("a.csv", "\ufeffa.jpg,x\n", [Row("a.jpg", "x", None)]),
         ("a.csv", "Image_ID,Class Name,height\na.jpg,x,3\n", [Row("a.jpg", "x", None)]),
         ("a.csv", "id_code,diagnosis\na,2\n", [Row("a", "2", None)]),
         ("a.csv", "a.jpg,x\nb.jpg,y\n", [Row("a.jpg", "x", None), Row("b.jpg", "y", None)]),

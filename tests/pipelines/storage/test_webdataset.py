@@ -52,6 +52,23 @@ def test_a_text_names_the_numbers(tmp_path: Path, names: str) -> None:
     assert [(name, data) for name, _, data in contents(source, "test")] == [("cat", b"image 0")]
 
 
+def test_names_that_are_no_names_leave_the_numbers(tmp_path: Path) -> None:
+    for text in (b"crane\ncrane\n", b"crane\n\n"):  # ImageNet has two cranes
+        source = open_source("wds", write_tree(tmp_path / "s", {"0.tar": shard(["0", "1"]), "classes.txt": text}))
+        assert source.classes == ("0", "1")
+
+
+def test_the_nearest_folder_says_the_split(tmp_path: Path) -> None:
+    files = {"my-test-data/train/0.tar": shard(["0"]), "my-test-data/0-val.tar": shard(["0", "0"])}
+    source = open_source("wds", write_tree(tmp_path / "s", files))
+    assert {split: len(images) for split, images in source.splits.items()} == {"train": 1, "val": 2}
+
+
+def test_a_key_ends_at_the_first_dot(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"a.b/1.input.jpg": b"x", "a.b/1.cls": b"5", "a.b/1.seg.txt": b""}))
+    assert open_source("wds", tmp_path / "x.tar").classes == ("5",)
+
+
 @pytest.mark.parametrize(
     ("labels", "ending", "classes"),
     [
