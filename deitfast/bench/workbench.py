@@ -186,7 +186,7 @@ class Workbench:
             compiled=runtime.compile,
             device=str(runtime.device),
             device_name=torch.cuda.get_device_name(runtime.device) if cuda else environment()["processor"],
-            data=str(self.dataset.folder),
+            data=str(self.dataset.path),
             images=self.reader.num_samples,
             data_bytes=self.reader.file_size,
             max_side=spec.codec.get("max_side", 0),

@@ -29,12 +29,13 @@ class Dataset:
     """A converted dataset, opened for reading.
 
     Args:
-        folder: where dataset.json is.
+        path: the folder of dataset.json, or a .beton of FFCV's alone.
         spec: what it says.
     """
 
-    def __init__(self, folder: Path, spec: DatasetSpec) -> None:
-        self.folder = folder
+    def __init__(self, path: Path, spec: DatasetSpec) -> None:
+        self.path = path
+        self.folder = path.parent if path.is_file() else path
         self.spec = spec
         self._readers: dict[str, Reader] = {}
 
@@ -49,8 +50,7 @@ class Dataset:
             UserError: there is no dataset here, or one of another version.
             DeitfastError: dataset.json is damaged.
         """
-        folder = Path(folder)
-        return cls(folder.parent if folder.is_file() else folder, read_spec(folder))
+        return cls(Path(folder), read_spec(Path(folder)))
 
     def split(self, name: str) -> Reader:
         """Return the reader of one split, opened once and checked against dataset.json.

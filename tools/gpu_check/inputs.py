@@ -66,7 +66,7 @@ class RepeatedDataset(Dataset):
     """A data set whose splits are repeated to some length."""
 
     def __init__(self, plain: Dataset, least: dict[str, int]) -> None:
-        super().__init__(plain.folder, plain.spec)
+        super().__init__(plain.path, plain.spec)
         self.plain, self._least = plain, least
 
     def _open_split(self, name: str) -> Reader:

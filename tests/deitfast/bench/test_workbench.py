@@ -1,13 +1,16 @@
-"""What a bench compiled is dropped with it: torch compiles a function only so often in a process."""
+"""A bench's setting; and what it compiled is dropped with it: torch compiles a function only so often in a process."""
 
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from deitfast.bench import workbench
-from deitfast.bench.workbench import Student, forget_compiled
+from deitfast.bench.workbench import Student, Workbench, forget_compiled
+from pipelines.storage.dataset import Dataset
 from tests.helpers.small_runs import CPU, tiny_recipe
 
 
@@ -41,3 +44,9 @@ def test_a_student_that_was_compiled_is_forgotten_when_it_is_closed(
     _ = student.train_step
     student.close()
     assert calls == [1] * compiled
+
+
+def test_a_file_of_ffcvs_alone_is_called_by_its_name(tiny_small: Path) -> None:
+    path = tiny_small / "train.beton"
+    with closing(Dataset.open(path)) as data, closing(Workbench(data, tiny_recipe(), CPU)) as bench:
+        assert bench.setting().data == str(path)
