@@ -199,6 +199,7 @@ def _check_disk(plan: "StudyPlan") -> None:
 
 def _predict(plan: "StudyPlan", shown: "Display") -> None:
     """Print every command, and what hours and GB to expect."""
+    from deitfast.cli.demo import make_demo_data
     from deitfast.progress import duration, volume
     from deitfast.runtime import start
     from deitfast.study.plan import disk_bytes
@@ -210,9 +211,8 @@ def _predict(plan: "StudyPlan", shown: "Display") -> None:
     left = unfinished(plan)
     if plan.study.kind == "throughput" or not left:
         return
-    if missing := next((run.data for run in left if not run.data.exists()), None):
-        out.print(f"hours are not predicted: {missing} is not there yet")
-        return
+    for folder in {run.data for run in left}:
+        make_demo_data(folder, shown)
     with start(plan.runs[0].recipe.train, plan.options.device) as runtime:
         predicted = list(predict_runs(plan, left, runtime, shown))
     table = Table("run", "predicted")

@@ -388,6 +388,16 @@ def test_a_dry_run_prints_the_commands_and_trains_nothing(tiny: str, tiny_small:
     assert not RunFolder(tmp_path / "out" / "runs" / "plain").exists()
 
 
+def test_a_dry_run_in_an_empty_folder_draws_the_demo_set_to_measure_on(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    monkeypatch.delenv("DEITFAST_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    result = cli("study", tiny, "--out", "out", "--dry-run", "--only", "plain")
+    assert "1 of 1 run to be trained" in result.stdout
+    assert (tmp_path / "data" / "demo" / "dataset.json").exists()
+
+
 def rows_of(better: tuple[float, ...], than: tuple[float, ...], column: str = "top1") -> tuple[RowResult, ...]:
     return tuple(
         RowResult(name, {column: Measurements(values)} if values else {}, {})
