@@ -66,7 +66,8 @@ def read_data(folder: Path) -> list[object]:
 
 
 def make_run(folder: Path, data: Path) -> None:
-    run(data, folder, tiny_recipe("train.epochs=1", "model.arch=vit_ti", "model.depth=2"))
+    tiny = ("model.arch=vit_ti", "model.depth=2", "model.width=24", "model.heads=3")
+    run(data, folder, tiny_recipe("train.epochs=1", *tiny))
 
 
 def read_run(folder: Path) -> None:
