@@ -9,13 +9,12 @@ import posixpath
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.errors import DeitfastError, UserError, pluralize
-from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES, Part, assemble
-from pipelines.storage.sources.label_table import class_order
+from pipelines.errors import DeitfastError, pluralize
+from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
 from pipelines.storage.sources.listing import list_files, list_tar
 from pipelines.storage.sources.members import Extent, FileLocator, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
-from pipelines.storage.sources.splits import SPLIT_NAMES, split_named_in
+from pipelines.storage.sources.sharded import ShardedImages, split_of_shard
 
 NAMES = ("classes.txt", "classnames.txt")
 """Texts with the name of class 0, 1, ... in each line."""
@@ -35,46 +34,20 @@ def open_webdataset(path: Path, workspace: Workspace) -> OpenedSource:
     shards = {name: where for name, where in listing.files.items() if name.endswith(".tar")}
     if not path.is_dir():
         shards = {path.name: Extent(str(path), 0, path.stat().st_size)}
-    names = _class_names(listing)
-    parts = {split: Part(split) for split in SPLIT_NAMES}
-    without = 0
+    images = ShardedImages(_class_names(listing))
     for number, (shard, where) in enumerate(shards.items()):
         workspace.progress("listing shards", number, len(shards))
         assert isinstance(where, Extent)  # of a folder's file
-        part = parts[_split(shard) or "train"]
         samples = _samples(list_tar(where, path / shard if path.is_dir() else path, workspace))
-        without += sum(label is None for _, label in samples.values())
         for image, (locator, label) in samples.items():
-            if label is not None:
-                part.classes.setdefault(names.get(label, label), {})[printable(f"{shard}/{image}")] = locator
-    if not parts["train"].num_images:
-        found = f"{pluralize(len(shards), 'shard')} with {pluralize(without, 'image')} of no class"
-        raise UserError(f"{printable(path)} has no shards with images to train on", expected=EXPECTED, found=found)
-    order = {name: place for place, name in enumerate(names.values())}
-    classes, splits, notes = assemble(
-        path,
-        {split: part for split, part in parts.items() if split == "train" or part.num_images},
-        order=lambda name: (order.get(name, len(order)), *class_order(name)),
-    )
-    counts = " + ".join(f"{len(entries):,} {split}" for split, entries in splits.items())
-    found = f"{pluralize(len(shards), 'shard')}: {pluralize(len(classes), 'class')}, {counts} images"
-    left_out = [f"{pluralize(without, 'image')} without a class left out"] if without else []
-    return OpenedSource("wds", str(path), classes, splits, (found, *left_out, *notes), workspace.unpacked)
+            images.add(split_of_shard(shard), label, f"{shard}/{image}", locator)
+    return images.source("wds", path, pluralize(len(shards), "shard"), workspace.unpacked, EXPECTED)
 
 
-def _split(shard: str) -> str | None:
-    """Return the split that a shard's name says, or the nearest of its folders: train-0000.tar, test/0.tar."""
-    return next((split for part in reversed(shard.split("/")) if (split := split_named_in(part))), None)
-
-
-def _class_names(listing: Listing) -> dict[str, str]:
-    """Return the names of class numbers; none where no text beside the shards has them, or has one twice."""
-    for found in listing.named(*NAMES):
-        lines = listing.files[found].read().decode("utf-8", "replace").splitlines()
-        names = [printable(line.strip()) for line in lines]
-        if all(names) and len(set(names)) == len(names):
-            return {str(number): name for number, name in enumerate(names)}
-    return {}
+def _class_names(listing: Listing) -> list[str]:
+    """Return the lines of the text beside the shards that names the classes; none: there is no such text."""
+    found = listing.named(*NAMES)
+    return listing.files[found[0]].read().decode("utf-8", "replace").splitlines() if found else []
 
 
 def _samples(shard: Listing) -> dict[str, tuple[FileLocator, str | None]]:
