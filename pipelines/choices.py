@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-SourceKind = Literal["imagenet", "cifar10", "cifar100", "folder", "wds", "demo", "dataset"]
+SourceKind = Literal["imagenet", "cifar10", "cifar100", "folder", "wds", "huggingface", "demo", "dataset"]
 """What `convert` reads."""
 StoredFormat = Literal["beton", "wds"]
 """How a converted data set is stored: one .beton file a split, or WebDataset tar shards."""

@@ -1,16 +1,20 @@
 """Damaged archives and label files: each is read or refused with a message, never an exception of another kind."""
 
 import io
+import random
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pipelines.errors import DeitfastError
 from pipelines.storage.sources.factory import open_source
 from pipelines.storage.transcode import BadImageError
-from tests.helpers.archives import tar_bytes, write_tree
+from tests.campaigns.damage import BYTES, ends
+from tests.helpers.archives import contents, tar_bytes, write_tree
+from tests.helpers.parquet import image_table, write_table
 
 FILES = {f"train/{c}/{n}.jpg": bytes([n]) * 300 for c in "ab" for n in range(3)}
 NUMBERS = [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"7" * 11 + b"\0", b"\x80" + b"\0" * 10 + b"\1", b"-1         \0"]
@@ -110,4 +114,23 @@ def test_damaged_label_tables_are_read_or_refused(tmp_path: Path, cases: int) ->
             tally["read"] += 1
         except DeitfastError as error:
             tally["refused" if str(error) else "refused without a word"] += 1
+    assert set(tally) == {"read", "refused"}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_damaged_parquet_and_arrow_files_are_read_or_refused(tmp_path: Path, cases: int, ending: str) -> None:
+    """Neither has checksums: what a changed bit does to an image, its decoder sees or nobody."""
+    path, tally = tmp_path / f"x.{ending}", Counter[str]()
+    whole = write_table(path, image_table([0, 1, 1, 0, 1, 0, 1] * 10, names=["a", "b"])).read_bytes()
+    for case in range(cases):
+        draw = random.Random(f"{cases} {case}")
+        path.write_bytes(draw.choice((*BYTES, ends, ends))(draw, bytearray(whole)))
+        try:
+            source = open_source("huggingface", path, scratch=tmp_path / "scratch")
+            contents(source)
+            source.close()
+            tally["read"] += 1
+        except DeitfastError as error:
+            tally["refused" if path.name in str(error) else str(error)] += 1
+    assert not any((tmp_path / "scratch").glob("*"))
     assert set(tally) == {"read", "refused"}

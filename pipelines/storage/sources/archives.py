@@ -67,7 +67,7 @@ def _members(tar: Extent, origin: Path, workspace: Workspace) -> Iterator[tarfil
                 yield member
             file.seek(archive.offset)
             if archive.offset < end and any(file.read(tarfile.BLOCKSIZE)):  # next() ends quietly at nonsense
-                raise _damaged(origin, f"no tar header at byte {archive.offset}")
+                raise damaged(origin, f"no tar header at byte {archive.offset}")
             start = _next_archive(file, archive.offset, end)
 
 
@@ -84,7 +84,7 @@ def _open_tar(file: IO[bytes], origin: Path) -> tarfile.TarFile:
             found=f"a file that begins with {file.read(8)!r}",
         ) from None
     except (Exception, MemoryError) as error:
-        raise _damaged(origin, f"a header at byte {start} with absurd numbers ({error})") from None
+        raise damaged(origin, f"a header at byte {start} with absurd numbers ({error})") from None
 
 
 def _members_of_one(archive: tarfile.TarFile, origin: Path, end: int) -> Iterator[tarfile.TarInfo]:
@@ -93,12 +93,12 @@ def _members_of_one(archive: tarfile.TarFile, origin: Path, end: int) -> Iterato
         try:
             member = archive.next()
         except (Exception, MemoryError) as error:  # headers with absurd numbers lead to nearly any exception
-            raise _damaged(origin, str(error) or type(error).__name__) from None
+            raise damaged(origin, str(error) or type(error).__name__) from None
         if member is None or member.offset >= end:
             return
         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else a kilobyte for each stays
         if member.size < 0 or (member.isreg() and member.offset_data + member.size > end):
-            raise _damaged(origin, f"{printable(member.name)} reaches beyond the end of the archive")
+            raise damaged(origin, f"{printable(member.name)} reaches beyond the end of the archive")
         yield member
 
 
@@ -121,7 +121,7 @@ def index_zip(path: Path, listing: Listing) -> None:
     except OSError:
         raise
     except Exception as error:  # BadZipFile, but also what directories with absurd numbers lead to
-        raise _damaged(path, str(error) or type(error).__name__) from None
+        raise damaged(path, str(error) or type(error).__name__) from None
     if members and min(member.header_offset for member in members) > 0 and _begins_with_member(path):
         raise UserError(
             f"{printable(path)} is several zips joined, of which only the last can be listed",
@@ -161,7 +161,7 @@ def _link_text(file: ZipMember, path: Path) -> bytes:
     try:
         return file.read()
     except OSError as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
 
 
 def _begins_with_member(path: Path) -> bool:
@@ -188,10 +188,10 @@ def decompress(path: Path, opener: Opener, workspace: Workspace) -> Path:
                 file.write(block)
                 workspace.progress(f"unpacking {printable(path.name)}", packed.tell(), total)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
     except OSError as error:
         if error.errno is None:  # bz2 says "Invalid data stream" this way
-            raise _damaged(path, str(error)) from None
+            raise damaged(path, str(error)) from None
         raise DeitfastError(
             f"{printable(path)} cannot be unpacked to {printable(target)}: {error.strerror}",
             expected="room for the unpacked archive",
@@ -205,7 +205,8 @@ def normalized(name: str) -> str:
     return posixpath.normpath("/" + name).lstrip("/")
 
 
-def _damaged(path: Path, found: str) -> DeitfastError:
+def damaged(path: Path, found: str) -> DeitfastError:
+    """Return the error that says so; `found` is what its reader said."""
     return DeitfastError(
         f"{printable(path)} is damaged or was not downloaded to its end",
         found=found,

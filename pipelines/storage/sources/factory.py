@@ -10,6 +10,7 @@ from pipelines.errors import DeitfastError, UserError
 from pipelines.storage.sources.cifar import open_cifar
 from pipelines.storage.sources.converted import open_dataset
 from pipelines.storage.sources.demo import open_demo
+from pipelines.storage.sources.huggingface import open_huggingface
 from pipelines.storage.sources.image_folder import open_folder
 from pipelines.storage.sources.imagenet import open_imagenet
 from pipelines.storage.sources.labeled_folder import open_labeled_folder
@@ -43,8 +44,8 @@ def open_source(
         coarse: CIFAR-100's 20 coarse labels instead of the 100 fine ones.
         labels: tables that say the class of each image of a folder; none: its class folders do.
         scratch: output of the conversion, never part of the source, and folder for what compressed archives must be
-            unpacked to: their unpacked size, and for CIFAR's python archives 3 KB an image. None: the system's
-            temporary folder. `close()` of the source deletes it again.
+            unpacked to: their unpacked size, for CIFAR's python archives 3 KB an image, Hugging Face's images. None:
+            the system's temporary folder. `close()` of the source deletes it again.
         progress: told what is being listed, indexed or unpacked, and how far that is.
 
     Raises:
@@ -89,6 +90,8 @@ def _open(kind: str, path: Path, workspace: Workspace, coarse: bool, labels: Seq
             return open_labeled_folder(path, labels, workspace) if labels else open_folder(path, workspace)
         case "wds":
             return open_webdataset(path, workspace)
+        case "huggingface":
+            return open_huggingface(path, workspace)
         case "demo":
             return open_demo()
         case "dataset":

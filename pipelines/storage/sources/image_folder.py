@@ -107,15 +107,21 @@ def open_folder(path: Path, workspace: Workspace) -> OpenedSource:
     """
     listing = list_files(path, workspace)
     tables = [printable(name) for name in listing.files if name.lower().endswith(TABLE_SUFFIXES)]
-    hint = f"if {tables[0]} says the classes: --labels {tables[0]}" if tables else ""
-    if any(name.endswith((".tar", ".cls")) for name in listing.files):
-        hint = "if these are WebDataset shards: convert wds"
+    hint = other_kind(listing) or (f"if {tables[0]} says the classes: --labels {tables[0]}" if tables else "")
     try:
         source = open_tree("folder", listing, workspace)
     except UserError as error:
         remedy = error.remedy or hint
         raise UserError(error.problem, expected=error.expected, found=error.found, remedy=remedy) from None
     return replace(source, notes=(*source.notes, hint)) if hint and len(source.classes) == 1 else source
+
+
+def other_kind(listing: Listing) -> str:
+    """Return a hint at the kind of source that other files than images speak for; empty: nothing does."""
+    if any(name.endswith((".parquet", ".arrow")) for name in listing.files):
+        return "if these are Hugging Face's files: convert huggingface"
+    shards = any(name.endswith((".tar", ".cls")) for name in listing.files)
+    return "if these are WebDataset shards: convert wds" if shards else ""
 
 
 def open_tree(kind: str, listing: Listing, workspace: Workspace) -> OpenedSource:

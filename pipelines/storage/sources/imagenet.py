@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from pipelines.errors import UserError, pluralize
-from pipelines.storage.sources.image_folder import Images, Part, Tree, assemble, read_tree, some
+from pipelines.storage.sources.image_folder import Images, Part, Tree, assemble, other_kind, read_tree, some
 from pipelines.storage.sources.imagenet_labels import ACCEPTED, NUMBER, WNID, validation_labels
 from pipelines.storage.sources.listing import list_files, list_tar
 from pipelines.storage.sources.members import Extent, Listing, printable
@@ -42,11 +42,12 @@ def open_imagenet(path: Path, workspace: Workspace) -> OpenedSource:
     train = _train(tree, listing, workspace)
     if not train.num_images:
         outside = f", with {pluralize(len(tree.images), 'image')} in none of these" if tree.images else ""
+        hint = "" if listing.named(VAL_TAR) else other_kind(listing)
         raise UserError(
             f"{printable(path)} holds no ImageNet training images",
             expected=f"{TRAIN_TAR}, or folders train/<wnid>/ such as train/n01440764/",
             found=_some_names(listing) + outside,
-            remedy="give the folder they lie in as the source, or set IMAGENET_DIR",
+            remedy=hint or "give the folder they lie in as the source, or set IMAGENET_DIR",
         )
     val = _packed_val(listing, workspace) or _tree_val(tree)
     notes = list(listing.notes)

@@ -58,7 +58,7 @@ class ShardedImages:
         """
         if not self._parts["train"].num_images:
             found = f"{shards} with {pluralize(self.num_unlabeled, 'image')} of no class"
-            raise UserError(f"{printable(path)} has no shards with images to train on", expected=expected, found=found)
+            raise UserError(f"{printable(path)} has no images to train on", expected=expected, found=found)
         order = {name: place for place, name in enumerate(self._names.values())}
         classes, splits, notes = assemble(
             path,
