@@ -30,9 +30,9 @@ def open_webdataset(path: Path, workspace: Workspace) -> OpenedSource:
         UserError: there are no shards or no training images, or an image's class is not said.
         DeitfastError: a shard is damaged.
     """
-    listing = list_files(path, workspace) if path.is_dir() else Listing(path)
+    listing = Listing(path) if path.is_file() else list_files(path, workspace)
     shards = {name: where for name, where in listing.files.items() if name.endswith(".tar")}
-    if not path.is_dir():
+    if path.is_file():
         shards = {path.name: Extent(str(path), 0, path.stat().st_size)}
     images = ShardedImages(_class_names(listing))
     for number, (shard, where) in enumerate(shards.items()):

@@ -98,6 +98,8 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "val.tar").write_bytes(shard(["0"]))
     with pytest.raises(UserError, match="no images to train on"):
         open_source("wds", tmp_path / "val.tar")
+    with pytest.raises(UserError, match="does not exist"):
+        open_source("wds", tmp_path / "missing")
     with pytest.raises(UserError, match="no images to train on"):
         open_source("wds", write_tree(tmp_path / "s", {"a/1.jpg": b""}))
     (tmp_path / "cut.tar").write_bytes(shard(["0"])[:700])
