@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from pipelines.storage.dataset import SPEC_FILE, Dataset
 from pipelines.storage.sources.demo import SIDES, open_demo
 
 log = logging.getLogger("deitfast")
+SHOWN = 3
+"""Data sets in data/ that are named beside the demo set."""
 
 
 def data_folder(data: Path | None) -> Path:
-    """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set (a line says so)."""
+    """Return the data set to use: --data, else $DEITFAST_DATA, else the demo set; a line says so and names others."""
     if data:
         return data
     if named := os.environ.get("DEITFAST_DATA"):
         log.info("no --data: using $DEITFAST_DATA, %s", named)
         return Path(named).expanduser()
-    log.info("no --data and no $DEITFAST_DATA: using the built-in demo set, %s", DEMO_DATA)
+    found = sorted(file.parent for file in DEMO_DATA.parent.glob(f"*/{SPEC_FILE}") if file.parent != DEMO_DATA)
+    others = "".join(f"; to use {folder}: --data {shlex.quote(str(folder))}" for folder in found[:SHOWN])
+    log.info("no --data and no $DEITFAST_DATA: using the built-in demo set, %s%s", DEMO_DATA, others)
     return DEMO_DATA
 
 

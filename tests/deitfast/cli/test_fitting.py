@@ -1,4 +1,4 @@
-"""What fits a recipe to its data is told: the teacher cache's mixing, the averaged weights of a short run."""
+"""What fits a recipe to its data is told: the data set taken, the cache's mixing, averages of a short run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from deitfast.cli import fitting
+from deitfast.cli.data_facts import data_folder
 from deitfast.cli.options import RecipeOptions, make_recipe
 from deitfast.config.fit_to_data import DataFacts
 from tests.helpers.command_line import call
@@ -64,3 +65,21 @@ def test_a_mistake_is_told_by_a_machines_first_rank(
         monkeypatch.setenv(name, value)
     code, _, err = call(capsys, "train", "--data", "nowhere")
     assert (code, err.count("error:")) == (2, lines)
+
+
+def test_what_was_converted_is_named_where_the_demo_set_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`convert imagenet` and then `train` without --data: the demo set is trained on, which nobody should overlook."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DEITFAST_DATA", raising=False)
+    caplog.set_level("INFO", logger="deitfast")
+    assert data_folder(None) == Path("data/demo")
+    assert caplog.messages[-1].endswith("using the built-in demo set, data/demo")
+    for name in ("demo", "imagenet", "my photos", "unfinished"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        if name != "unfinished":
+            (tmp_path / "data" / name / "dataset.json").touch()
+    assert data_folder(None) == Path("data/demo")
+    told = "; to use data/imagenet: --data data/imagenet; to use data/my photos: --data 'data/my photos'"
+    assert caplog.messages[-1].endswith("demo set, data/demo" + told)
