@@ -6,7 +6,7 @@ images are unpacked once, into one file in the workspace.
 """
 
 import json
-import re
+import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import DeitfastError, UserError, pluralize
 from pipelines.files import explain_os_error
 from pipelines.storage.sources.archives import damaged
-from pipelines.storage.sources.label_table import CLASS_COLUMNS
-from pipelines.storage.sources.listing import list_files
-from pipelines.storage.sources.members import Extent, Listing, printable
+from pipelines.storage.sources.image_folder import COLUMN_SUFFIXES
+from pipelines.storage.sources.label_table import CLASS_COLUMNS, find_column
+from pipelines.storage.sources.members import Extent, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
-from pipelines.storage.sources.sharded import ShardedImages, split_of_shard
+from pipelines.storage.sources.sharded import ShardedImages, list_shards, split_of_shard
 
 if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch, Schema
 
-SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "imagebytes", "bytes")
 LABEL_COLUMNS = ("label", "labels", "finelabel", "cls", *CLASS_COLUMNS)
 """What the columns are called, in order of preference; case, blanks and underscores do not count."""
@@ -71,17 +70,16 @@ def open_huggingface(path: Path, workspace: Workspace) -> OpenedSource:
 
 def _shards(path: Path, workspace: Workspace) -> dict[str, Path]:
     """Return the Parquet and Arrow files by name. Raises UserError where there are none, or one twice in a split."""
-    listing = Listing(path, {path.name: Extent(str(path), 0, 0)}) if path.is_file() else list_files(path, workspace)
     shards = {
         name: Path(where.path)
-        for name, where in listing.files.items()
-        if name.endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(COMPUTED)
+        for name, where in list_shards(path, workspace).files.items()
+        if name.endswith(COLUMN_SUFFIXES) and not posixpath.basename(name).startswith(COMPUTED)
     }
     if not shards:
         raise UserError(f"{printable(path)} holds no files of Hugging Face's", expected=EXPECTED)
     seen: dict[tuple[str | None, str], str] = {}
     for name in shards:
-        first = seen.setdefault((split_of_shard(name), name.rpartition("/")[2]), name)
+        first = seen.setdefault((split_of_shard(name), posixpath.basename(name)), name)
         if first != name:
             raise UserError(
                 f"{printable(path)} holds several data sets, or one twice",
@@ -144,12 +142,9 @@ def _columns(schema: "Schema", shard: Path) -> Columns:
     from pyarrow import types
 
     noted = _features(schema)
-    images = [name for name, kind in zip(schema.names, schema.types, strict=True) if _holds_images(kind)]
-    labels = [
-        name
-        for name, kind in zip(schema.names, schema.types, strict=True)
-        if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
-    ]
+    holds_classes = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
+    images = [field.name for field in schema if _holds_images(field.type)]
+    labels = [field.name for field in schema if any(fits(field.type) for fits in holds_classes)]
     image = _choose(images, [name for name in images if noted.get(name, {}).get("_type") == "Image"], IMAGE_COLUMNS)
     known = [name for name in labels if noted.get(name, {}).get("_type") == "ClassLabel"]
     label = _choose(labels, known, LABEL_COLUMNS)
@@ -183,9 +178,10 @@ def _holds_images(kind: "DataType") -> bool:
 
 def _choose(fitting: Sequence[str], noted: Sequence[str], names: Sequence[str]) -> str | None:
     """Return the column that is called most like `names`, of the noted ones if there are any; None: none is."""
-    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(noted or fitting)}
-    found = next((plain[name] for name in names if name in plain), None)
-    return found or (noted[0] if noted else None)
+    found = find_column(noted or fitting, names)
+    if found is None:
+        return noted[0] if noted else None
+    return (noted or fitting)[found]
 
 
 def _rows(shard: Path, columns: Columns) -> Iterator[tuple[bytes, str | None, str]]:
@@ -208,8 +204,5 @@ def _rows(shard: Path, columns: Columns) -> Iterator[tuple[bytes, str | None, st
                         remedy="deitfast convert folder, with the folder that they lie in",
                     )
                 text = str(label).strip()
-                yield data or b"", None if label is None or text in ("", "-1") else printable(text), _base(path)
-
-
-def _base(path: object) -> str:
-    return str(path or "").replace("\\", "/").rpartition("/")[2]
+                file_name = posixpath.basename(str(path or "").replace("\\", "/"))
+                yield data or b"", None if label is None or text in ("", "-1") else printable(text), file_name

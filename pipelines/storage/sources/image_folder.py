@@ -21,6 +21,8 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+"""Endings of files that may hold images in a column, as Hugging Face's do."""
 LIST = re.compile(r"[^/]*annotations[^/]*\.txt")
 """A text in a split's folder that names the class of each image: Tiny ImageNet's val_annotations.txt."""
 EXPECTED = "train/<class>/* and, if you have them, val/<class>/* (or valid, validation) and test/<class>/*"
@@ -118,7 +120,7 @@ def open_folder(path: Path, workspace: Workspace) -> OpenedSource:
 
 def other_kind(listing: Listing) -> str:
     """Return a hint at the kind of source that other files than images speak for; empty: nothing does."""
-    if any(name.endswith((".parquet", ".arrow")) for name in listing.files):
+    if any(name.endswith(COLUMN_SUFFIXES) for name in listing.files):
         return "if these are Hugging Face's files: convert huggingface"
     shards = any(name.endswith((".tar", ".cls")) for name in listing.files)
     return "if these are WebDataset shards: convert wds" if shards else ""

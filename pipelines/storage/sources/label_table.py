@@ -167,12 +167,7 @@ def _json_lines(text: str) -> list[list[str]]:
 
 def _columns(head: Sequence[str], name: str) -> tuple[int, int, int | None, int]:
     """Return the columns of file, class and split (None: there is none), and the first row that is not the head."""
-    plain = [re.sub(r"[\W_]", "", cell.lower()) for cell in head]
-
-    def find(names: tuple[str, ...]) -> int | None:
-        return next((plain.index(each) for each in names if each in plain), None)
-
-    file, label, split = find(FILE_COLUMNS), find(CLASS_COLUMNS), find(SPLIT_COLUMNS)
+    file, label, split = (find_column(head, names) for names in (FILE_COLUMNS, CLASS_COLUMNS, SPLIT_COLUMNS))
     if file is None and label is None and len(head) > 1 and IMAGE.fullmatch(head[0].strip()):
         return 0, 1, None, 0
     if len(head) == 2 and (file is None) != (label is None):  # one is known, so the other is what remains
@@ -184,6 +179,15 @@ def _columns(head: Sequence[str], name: str) -> tuple[int, int, int | None, int]
             found=", ".join(map(printable, head))[:200],
         )
     return file, label, split, 1
+
+
+def find_column(head: Sequence[str], names: Sequence[str]) -> int | None:
+    """Return the column that is called like the earliest of `names`: of several, the first; None: none is.
+
+    Case, blanks and underscores do not count.
+    """
+    plain = [re.sub(r"[\W_]", "", cell.lower()) for cell in head]
+    return next((plain.index(name) for name in names if name in plain), None)
 
 
 def match(tables: Sequence[LabelTable], images: Iterable[str], origin: Path) -> list[Labeled]:

@@ -6,9 +6,17 @@ from pathlib import Path
 from pipelines.errors import UserError, pluralize
 from pipelines.storage.sources.image_folder import Part, assemble
 from pipelines.storage.sources.label_table import class_order
-from pipelines.storage.sources.members import FileLocator, printable
-from pipelines.storage.sources.opened_source import OpenedSource
+from pipelines.storage.sources.listing import list_files
+from pipelines.storage.sources.members import Extent, FileLocator, Listing, printable
+from pipelines.storage.sources.opened_source import OpenedSource, Workspace
 from pipelines.storage.sources.splits import SPLIT_NAMES, split_named_in
+
+
+def list_shards(path: Path, workspace: Workspace) -> Listing:
+    """List a folder's files; a file is the only one of its listing. Raises UserError where there is nothing."""
+    if path.is_file():
+        return Listing(path, {path.name: Extent(str(path), 0, path.stat().st_size)})
+    return list_files(path, workspace)
 
 
 def split_of_shard(name: str) -> str | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pipelines.errors import DeitfastError, pluralize
 from pipelines.storage.sources.image_folder import IMAGE_SUFFIXES
-from pipelines.storage.sources.listing import list_files, list_tar
+from pipelines.storage.sources.listing import list_tar
 from pipelines.storage.sources.members import Extent, FileLocator, Listing, printable
 from pipelines.storage.sources.opened_source import OpenedSource, Workspace
-from pipelines.storage.sources.sharded import ShardedImages, split_of_shard
+from pipelines.storage.sources.sharded import ShardedImages, list_shards, split_of_shard
 
 NAMES = ("classes.txt", "classnames.txt")
 """Texts with the name of class 0, 1, ... in each line."""
@@ -30,10 +30,8 @@ def open_webdataset(path: Path, workspace: Workspace) -> OpenedSource:
         UserError: there are no shards or no training images, or an image's class is not said.
         DeitfastError: a shard is damaged.
     """
-    listing = Listing(path) if path.is_file() else list_files(path, workspace)
-    shards = {name: where for name, where in listing.files.items() if name.endswith(".tar")}
-    if path.is_file():
-        shards = {path.name: Extent(str(path), 0, path.stat().st_size)}
+    listing = list_shards(path, workspace)
+    shards = {name: where for name, where in listing.files.items() if name.endswith(".tar") or path.is_file()}
     images = ShardedImages(_class_names(listing))
     for number, (shard, where) in enumerate(shards.items()):
         workspace.progress("listing shards", number, len(shards))
